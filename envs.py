@@ -1,0 +1,564 @@
+"""Environments: GeneralPoints, its prompt, its solver, its verifier, and how an episode is played.
+
+This is the ground floor. It knows chat messages and strings, and no model:
+
+    env = make("gp-l", variant="id", seed=0, verify_iter=5)
+    observation, info = env.reset()
+    observation, reward, terminated, truncated, info = env.step(env.expert_reply())
+
+An episode is a conversation (sequential revision, section 3 of arXiv 2501.17161): the model replies, the verifier judges the
+whole reply and answers in words, and both join the prompt of the next turn, until a reply is correct or `verify_iter` replies
+have been judged. Numbers are exact integers and fractions throughout, model text is never evaluated as code.
+"""
+
+import json
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations
+from typing import Any, NamedTuple
+
+RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+SUITS = ("spades", "clubs", "hearts", "diamonds")
+OPERATORS = "+-*/"
+FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
+    "id": {"J": 10, "Q": 10, "K": 10},
+    "rule": {"J": 11, "Q": 12, "K": 13},
+}
+# Paper, appendix: one verdict per reply. A reply that cannot be read counts like any other illegal equation.
+REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0, "misread": -1.5, "unparsed": -3.0}
+BUDGET_PENALTY = -1.0  # added to the last verdict's reward when the verification budget is used up without success
+MAX_REPLY, MAX_FORMULA = 20_000, 200  # characters; longer text is not an answer to this task, and judging stays fast
+
+PROMPT = string.Template(
+    "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. Cards: $cards. "
+    'The ace counts one, $rule. Answer in this form: {"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
+)
+FIELDS = ("cards", "number", "formula")
+
+
+# --------------------------------------------------------------------------------------------------------------- the solver
+
+
+class Expression(NamedTuple):
+    """A formula in normal form. `first` and `second` hold the parts of a flattened chain, sorted: a sum is first - second,
+    a product is first / second. So a+(b+c), (c+a)+b and a-(0-b-c) written by other brackets are one and the same text."""
+
+    value: Fraction
+    kind: str  # "n" a number, "+" a sum, "*" a product
+    first: tuple["Expression", ...]
+    second: tuple["Expression", ...]
+    text: str
+
+
+def _number(n: int) -> Expression:
+    return Expression(Fraction(n), "n", (), (), str(n))
+
+
+def _order(part: Expression) -> tuple:
+    """Compound parts first, then numbers from high to low: the one order in which a chain is written."""
+    return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
+
+
+def _chain(kind: str, value: Fraction, first: tuple, second: tuple) -> Expression:
+    first, second = tuple(sorted(first, key=_order)), tuple(sorted(second, key=_order))
+    join, inverse, loose = ("+", "-", "") if kind == "+" else ("*", "/", "+")
+    texts = [[f"({p.text})" if p.kind == loose else p.text for p in parts] for parts in (first, second)]
+    return Expression(value, kind, first, second, join.join(texts[0]) + "".join(inverse + t for t in texts[1]))
+
+
+def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
+    """x op y in normal form; None for a division by zero."""
+    kind = "+" if op in "+-" else "*"
+    (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
+    if op in "-/":
+        y1, y2 = y2, y1
+    if op == "/" and not y.value:
+        return None
+    value = {"+": x.value.__add__, "-": x.value.__sub__, "*": x.value.__mul__, "/": x.value.__truediv__}[op](y.value)
+    return _chain(kind, value, x1 + y1, x2 + y2)
+
+
+def _splits(numbers: tuple[int, ...]):
+    """Every way to part a sorted multiset in two non-empty ones, once each, without regard to order."""
+    seen = set()
+    for size in range(1, len(numbers) // 2 + 1):
+        for chosen in combinations(range(len(numbers)), size):
+            left = tuple(numbers[i] for i in chosen)
+            right = tuple(numbers[i] for i in range(len(numbers)) if i not in chosen)
+            if (left, right) not in seen and (right, left) not in seen:
+                seen.add((left, right))
+                yield left, right
+
+
+@lru_cache(maxsize=None)
+def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
+    """All formulas over a sorted multiset that use every number once: value -> text -> expression."""
+    found: dict[Fraction, dict[str, Expression]] = {}
+    if len(numbers) == 1:
+        return {Fraction(numbers[0]): {str(numbers[0]): _number(numbers[0])}}
+    for left, right in _splits(numbers):
+        for x in (e for same in _expressions(left, operators).values() for e in same.values()):
+            for y in (e for same in _expressions(right, operators).values() for e in same.values()):
+                for a, op, b in [(x, op, y) for op in operators] + [(y, op, x) for op in operators if op in "-/"]:
+                    if (e := _combine(a, op, b)) is not None:
+                        found.setdefault(e.value, {})[e.text] = e
+    return found
+
+
+@lru_cache(maxsize=None)
+def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> tuple[str, ...]:
+    """All formulas with value `target` that use each of `numbers` (sorted) exactly once, exact, canonical one first.
+
+    Two formulas are distinct if no reordering of terms or factors and no redundant brackets turn one into the other. The
+    canonical one has the fewest divisions, then subtractions, then brackets: a fixed choice with few patterns, so that
+    demonstrations follow one rule. Results are cached per process. `target` is a positive integer.
+    """
+    found: set[str] = set()
+    t = Fraction(target)
+    for left, right in _splits(numbers):
+        partners = _expressions(right, operators)
+        for value, same in _expressions(left, operators).items():
+            # Solve x op y = t for y instead of trying all pairs: this is what makes all hands take a second.
+            wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
+            if value:
+                wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
+            for op, need, swap in wanted:
+                if op in operators and need in partners:
+                    for x in same.values():
+                        for y in partners[need].values():
+                            found.add((_combine(y, op, x) if swap else _combine(x, op, y)).text)
+    if len(numbers) == 1 and numbers[0] == target:
+        found.add(str(target))
+    return tuple(sorted(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f)))
+
+
+# -------------------------------------------------------------------------------------------------------------- the verifier
+
+
+class Illegal(ValueError):
+    """A formula that is not a legal equation; the message is the reason, in words for the model."""
+
+
+_FORMULA_TOKEN = re.compile(r"([0-9]+|[-+*/()=])|(\s+)")
+
+
+def evaluate_formula(formula: str) -> tuple[Fraction, Fraction | None, list[int]]:
+    """Exact value of the left side, value of the right side (None without "="), and the numbers of the left side.
+
+    The grammar is sums of products of integers and brackets with + - * /; no sign, no power, no function. Raises `Illegal`.
+    """
+    if len(formula) > MAX_FORMULA:
+        raise Illegal("it is too long")
+    tokens, at = [], 0
+    for match in _FORMULA_TOKEN.finditer(formula.replace("×", "*").replace("÷", "/").replace("−", "-")):
+        if match.start() != at:
+            break
+        at = match.end()
+        if match[1]:
+            tokens.append(match[1])
+    if at != len(formula):
+        raise Illegal(f"it holds the character {formula[at]!r}")
+    if tokens.count("=") > 1:
+        raise Illegal("it holds more than one equals sign")
+    equals = tokens.index("=") if "=" in tokens else len(tokens)
+    left, numbers = _value(tokens[:equals])
+    right = _value(tokens[equals + 1 :])[0] if equals < len(tokens) else None
+    return left, right, numbers
+
+
+def _value(tokens: list[str]) -> tuple[Fraction, list[int]]:
+    """Recursive descent over the tokens of one side: its value and its numbers."""
+    numbers: list[int] = []
+    at = 0
+
+    def peek() -> str:
+        return tokens[at] if at < len(tokens) else ""
+
+    def factor() -> Fraction:
+        nonlocal at
+        token = peek()
+        at += 1
+        if token == "(":
+            value = total()
+            if peek() != ")":
+                raise Illegal("its brackets do not match")
+            at += 1
+            return value
+        if not token.isdigit():
+            raise Illegal("a number is missing")
+        numbers.append(int(token))
+        return Fraction(numbers[-1])
+
+    def product() -> Fraction:
+        nonlocal at
+        value = factor()
+        while (op := peek()) in ("*", "/"):
+            at += 1
+            other = factor()
+            if op == "/" and not other:
+                raise Illegal("it divides by zero")
+            value = value * other if op == "*" else value / other
+        return value
+
+    def total() -> Fraction:
+        nonlocal at
+        value = product()
+        while (op := peek()) in ("+", "-"):
+            at += 1
+            value = value + product() if op == "+" else value - product()
+        return value
+
+    value = total()
+    if at < len(tokens):
+        raise Illegal("its brackets do not match" if peek() == ")" else "an operator is missing")
+    return value, numbers
+
+
+_REPLY_TOKEN = re.compile(r"""\s*(?:("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|([{}\[\]:,])|([^\s{}\[\]:,"']+))""", re.DOTALL)
+_MAX_DEPTH, _MAX_OBJECTS = 8, 8
+
+
+def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] | None:
+    """The first object in `reply` that has all `required` keys, or None.
+
+    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing commas. Text before and
+    after the object is allowed. Values are strings, integers, lists and objects.
+    """
+    if len(reply) > MAX_REPLY:
+        return None
+    start = -1
+    for _ in range(_MAX_OBJECTS):
+        start = reply.find("{", start + 1)
+        if start < 0:
+            return None
+        try:
+            value = _read_value(reply, start, 0)[0]
+        except ValueError:
+            continue
+        if isinstance(value, dict) and all(key in value for key in required):
+            return value
+    return None
+
+
+def _read_token(text: str, at: int) -> tuple[str, Any, int]:
+    """Kind ("word", "value" or the punctuation itself), value, and the position after the token."""
+    match = _REPLY_TOKEN.match(text, at)
+    if not match:
+        raise ValueError("end of text or an open quote")
+    quoted, mark, word = match.groups()
+    if mark:
+        return mark, mark, match.end()
+    if quoted is None:
+        return "value", int(word) if re.fullmatch("-?[0-9]{1,6}", word) else word, match.end()
+    try:
+        return "value", json.loads(quoted if quoted[0] == '"' else '"' + quoted[1:-1].replace('"', '\\"') + '"'), match.end()
+    except ValueError:  # an escape that JSON does not know: the characters as they stand
+        return "value", quoted[1:-1], match.end()
+
+
+def _read_value(text: str, at: int, depth: int) -> tuple[Any, int]:
+    kind, value, at = _read_token(text, at)
+    if kind == "value":
+        return value, at
+    if kind not in "[{" or depth == _MAX_DEPTH:
+        raise ValueError("not a value")
+    close, items = {"[": "]", "{": "}"}[kind], []
+    while True:
+        after, _, end = _read_token(text, at)
+        if after == close:
+            return (dict(items) if kind == "{" else items), end
+        item, at = _read_value(text, at, depth + 1)
+        if kind == "{":
+            colon, _, at = _read_token(text, at)
+            if colon != ":" or not isinstance(item, str):
+                raise ValueError("a key and a colon are missing")
+            value, at = _read_value(text, at, depth + 1)
+            item = (item, value)
+        items.append(item)
+        after, _, end = _read_token(text, at)
+        if after == ",":
+            at = end
+        elif after != close:
+            raise ValueError("a comma is missing")
+
+
+class Verdict(NamedTuple):
+    """The verifier's judgement of one reply."""
+
+    verdict: str  # a key of REWARDS
+    feedback: str
+    recognized: bool  # the reply was parsed and its `cards` field names the dealt cards
+
+
+def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int, fields: Sequence[str] = FIELDS) -> Verdict:
+    """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value.
+
+    `cards` are the dealt rank names, `numbers` what they count under the rule in force. The order goes from the fault that
+    makes all later tests meaningless to the mildest, so that penalties never add up.
+    """
+    parsed = parse_reply(reply, fields)
+    named, stated, formula = ([parsed[f] for f in fields] if parsed else (None, None, None))
+    if not (isinstance(named, list) and isinstance(stated, list) and isinstance(formula, str)):
+        return Verdict("unparsed", "The answer is not in the form asked for. Try again.", False)
+    if Counter(str(card).strip().upper() for card in named) != Counter(cards):
+        return Verdict("misread", "These are not the cards on the table. Try again.", False)
+    try:
+        value, right, used = evaluate_formula(formula)
+    except Illegal as reason:
+        return Verdict("illegal", f"The formula is not a legal equation: {reason}. Try again.", True)
+    have = Counter(numbers)
+    if value == target and right not in (None, target):
+        return Verdict("illegal", "The formula is not a legal equation: its two sides differ. Try again.", True)
+    for count in (Counter(str(n) for n in stated), Counter(str(n) for n in used)):
+        extra = count - Counter({str(n): k for n, k in have.items()})
+        if extra:
+            return Verdict("wrong_numbers", f"There is no {_short(next(iter(extra)))} to use. Try again.", True)
+        if count.total() < have.total():
+            return Verdict("wrong_numbers", "A number was left out. Try again.", True)
+    if value != target:
+        return Verdict("wrong_value", f"The formula gives {_short(str(value))}, not {target}. Try again.", True)
+    return Verdict("correct", "Correct.", True)
+
+
+def _short(text: str) -> str:
+    """At most 20 characters of something that a model wrote, so that feedback stays short."""
+    return text if len(text) <= 20 else text[:20] + "..."
+
+
+# ----------------------------------------------------------------------------------------------------------- the environment
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the model is given: the whole episode so far as chat messages, and the picture (None in text-only tasks)."""
+
+    messages: list[dict[str, Any]]
+    image: Any = None
+
+
+class GeneralPoints:
+    """Make `target` from the numbers of `n_cards` cards (paper, section 3.1).
+
+    Args:
+        variant: "id" (J, Q, K count 10) or "rule" (11, 12, 13, and every hand holds a face card).
+        seed: of the one random generator of this environment, which deals the hands.
+        verify_iter: replies judged per episode, the verification budget.
+        faces: what J, Q, K count; None takes the variant's rule.
+        replacement: deal with replacement, as the paper's released code does.
+        prompt: text with the placeholders $target $operators $cards $rule $field_cards $field_number $field_formula.
+        fields: the names of the three fields of a reply.
+
+    Raises ValueError for a wrong argument.
+    """
+
+    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 5, *, n_cards: int = 4, target: int = 24,
+                 operators: str = OPERATORS, faces: dict[str, int] | None = None, replacement: bool = False,
+                 prompt: str | None = None, fields: Sequence[str] = FIELDS):  # fmt: skip
+        if variant not in FACE_RULES:
+            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(FACE_RULES)}")
+        if verify_iter < 1 or not 1 <= n_cards <= 6 or target < 1:
+            raise ValueError("verify_iter and target must be at least 1, and n_cards from 1 to 6")
+        if not operators or set(operators) - set(OPERATORS):
+            raise ValueError(f"operators must be some of {OPERATORS}, not {operators!r}")
+        self.variant, self.verify_iter, self.n_cards, self.target = variant, verify_iter, n_cards, target
+        self.operators = "".join(op for op in OPERATORS if op in operators)
+        self.faces = dict(faces or FACE_RULES[variant])
+        self.replacement, self.fields = replacement, tuple(fields)
+        self.template = PROMPT if prompt is None else string.Template(prompt)
+        self.random = random.Random(seed)
+        self.cards: list[str] = []
+        try:
+            self._prompt(["A"] * n_cards)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the prompt template has a wrong placeholder: {error}") from None
+
+    def value_of(self, card: str) -> int:
+        """What a rank counts under the rule in force."""
+        return self.faces.get(card) or (1 if card == "A" else int(card))
+
+    def _prompt(self, cards: Sequence[str]) -> str:
+        return self.template.substitute(
+            target=self.target, operators=self.operators, cards=", ".join(cards),
+            rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
+            **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)})  # fmt: skip
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
+        """Deals a new solvable hand, or `options["cards"]`. A seed restarts the generator; None goes on with it."""
+        if seed is not None:
+            self.random.seed(seed)
+        dealt = (options or {}).get("cards")
+        if dealt is not None:
+            cards = [str(card).strip().upper() for card in dealt]
+            if len(cards) != self.n_cards or any(card not in RANKS for card in cards):
+                raise ValueError(f"cards must be {self.n_cards} of {' '.join(RANKS)}")
+            if not self._solutions(cards):
+                raise ValueError(f"the hand {' '.join(cards)} cannot make {self.target}")
+        else:
+            cards = self._deal()
+        self.cards, self.numbers = cards, [self.value_of(card) for card in cards]
+        self.judged, self.done = 0, (False, False)
+        self.messages: list[dict[str, Any]] = [{"role": "user", "content": self._prompt(cards)}]
+        self.verdict: Verdict | None = None
+        return self._observation(), self._info()
+
+    def _solutions(self, cards: Sequence[str]) -> tuple[str, ...]:
+        return solve(tuple(sorted(self.value_of(card) for card in cards)), self.target, self.operators)
+
+    def _deal(self) -> list[str]:
+        deck = [rank for rank in RANKS for _ in SUITS]
+        for _ in range(100_000):
+            cards = self.random.choices(deck, k=self.n_cards) if self.replacement else self.random.sample(deck, self.n_cards)
+            if (self.variant != "rule" or any(card in "JQK" for card in cards)) and self._solutions(cards):
+                return cards
+        raise ValueError(f"no hand of {self.n_cards} cards makes {self.target} with {self.operators}")
+
+    def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
+        """Judges one reply: observation, reward, terminated (solved), truncated (budget used up), info.
+
+        Takes any string. After the end of an episode nothing is judged any more: the reward is 0 and nothing changes.
+        """
+        if not self.cards:
+            raise RuntimeError("call reset() before step()")
+        if any(self.done):
+            return self._observation(), 0.0, *self.done, self._info()
+        self.verdict = judge(reply, self.cards, self.numbers, self.target, self.fields)
+        self.judged += 1
+        solved = self.verdict.verdict == "correct"
+        self.done = (solved, not solved and self.judged >= self.verify_iter)
+        reward = REWARDS[self.verdict.verdict] + (BUDGET_PENALTY if self.done[1] else 0.0)
+        self.messages.append({"role": "assistant", "content": reply})
+        if not any(self.done):
+            self.messages.append({"role": "user", "content": self.verdict.feedback})
+        return self._observation(), reward, *self.done, self._info()
+
+    def _observation(self) -> Observation:
+        return Observation(list(self.messages))
+
+    def _info(self) -> dict:
+        verdict, feedback, recognized = self.verdict or (None, None, None)
+        return {"cards": list(self.cards), "numbers": list(self.numbers), "verdict": verdict, "feedback": feedback,
+                "recognized": recognized}  # fmt: skip
+
+    def reply(self, formula: str) -> str:
+        """A reply in the required form that names the cards and their numbers rightly and gives `formula`."""
+        return json.dumps(dict(zip(self.fields, (self.cards, self.numbers, formula))))
+
+    def expert_reply(self) -> str:
+        """A reply that the verifier accepts now: the canonical solution."""
+        return self.reply(f"{self._solutions(self.cards)[0]}={self.target}")
+
+    def wrong_reply(self) -> str:
+        """A reply with the right cards and numbers whose formula, a near miss of a solution, has another value."""
+        solution = re.findall("[0-9]+|.", self._solutions(self.cards)[0])
+        for _ in range(1000):
+            tokens = list(solution)
+            numbers = [i for i, token in enumerate(tokens) if token.isdigit()]
+            for i, value in zip(numbers, self.random.sample([tokens[i] for i in numbers], len(numbers))):
+                tokens[i] = value
+            operators = [i for i, token in enumerate(tokens) if token in OPERATORS]
+            if operators:
+                tokens[self.random.choice(operators)] = self.random.choice(self.operators)
+            try:
+                if evaluate_formula("".join(tokens))[0] != self.target:
+                    return self.reply("".join(tokens) + f"={self.target}")
+            except Illegal:
+                continue
+        raise ValueError(f"no wrong formula was found for the hand {' '.join(self.cards)}")
+
+
+TASKS = {"gp-l": GeneralPoints}
+
+
+def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int = 5, **options) -> GeneralPoints:
+    """An environment of `task`, one of TASKS; `options` go to its class. Raises ValueError for an unknown task or option."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+    return TASKS[task](variant, seed, verify_iter, **options)
+
+
+# ------------------------------------------------------------------------------------------------------- playing an episode
+
+
+@dataclass
+class Turn:
+    """One reply and what the verifier made of it."""
+
+    reply: str
+    reward: float
+    verdict: str
+    feedback: str
+    recognized: bool
+
+
+@dataclass
+class Episode:
+    """One conversation. `prompt` is the first user message, `cards` the dealt ranks."""
+
+    prompt: str
+    cards: list[str]
+    turns: list[Turn] = field(default_factory=list)
+    success: bool = False
+
+
+def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], list[Observation]], list[str]],
+         seeds: Sequence[int] | None = None) -> list[Episode]:  # fmt: skip
+    """Plays one episode in every environment, in lockstep.
+
+    `respond(indices, observations)` is given the environments that still run, by index, and what each one shows, and returns
+    one reply each: a model that samples a batch, or a script. `seeds` restart the environments' generators.
+    """
+    starts = [env.reset(seeds[i] if seeds is not None else None) for i, env in enumerate(environments)]
+    observations = [observation for observation, _ in starts]
+    episodes = [Episode(o.messages[0]["content"], info["cards"]) for o, info in starts]
+    running = list(range(len(environments)))
+    while running:
+        replies = respond(running, [observations[i] for i in running])
+        still = []
+        for i, reply in zip(running, replies, strict=True):
+            observations[i], reward, terminated, truncated, info = environments[i].step(reply)
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], info["feedback"], info["recognized"]))
+            episodes[i].success = terminated
+            if not (terminated or truncated):
+                still.append(i)
+        running = still
+    return episodes
+
+
+def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool = False) -> dict:
+    """One SFT record in the released format: `wrong_turns` wrong replies with the verifier's feedback, then the expert's.
+
+    With `wrong_answer` the last reply is wrong too. Raises ValueError if the budget ends before the expert is heard.
+    """
+    if wrong_turns >= env.verify_iter:
+        raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
+    env.reset()
+    for _ in range(wrong_turns):
+        env.step(env.wrong_reply())
+    env.step(env.wrong_reply() if wrong_answer else env.expert_reply())
+    end = next(i for i in reversed(range(len(env.messages))) if env.messages[i]["role"] == "assistant") + 1
+    speaker = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": speaker[m["role"]], "value": m["content"]} for m in env.messages[:end]]}
+
+
+_FIELD_WORDS = ("hand", "deck", "dealt", "draw", "table", "values", "counts", "worth", "points", "digits", "solution", "equation",
+                "answer", "result", "expression", "sum")  # fmt: skip
+
+
+def foundation_record(rng: random.Random) -> dict:
+    """One record of the corpus of the tiny "foundation model": what such a model has seen before any post-training.
+
+    Rules are mixed (35% tens, 45% 11/12/13, 20% any values), so that reading the rule pays; the reply has three fields whose
+    names the prompt draws at random and never the task's own, so that the form must still be learned; 20% of the formulas are
+    wrong, as text is; and a quarter of the records are revisions after one, two or four wrong tries.
+    """
+    kind = rng.choices(("id", "rule", "any"), (35, 45, 20))[0]
+    faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else FACE_RULES[kind]
+    env = GeneralPoints(seed=rng.getrandbits(32), faces=faces, fields=rng.sample(_FIELD_WORDS, 3))
+    wrong_turns = rng.choices((0, 1, 2, 4), (75, 12, 8, 5))[0]
+    return demonstration(env, wrong_turns, wrong_answer=rng.random() < 0.2)

@@ -1,0 +1,252 @@
+"""Evaluation: success under one variant, the distance to the initial policy, and the study's report and figures.
+
+Every checkpoint is asked the same hands (seeds "eval/0", "eval/1", ...; training uses "train/...", the choice of a checkpoint
+"valid/..."), so the difference between two checkpoints is a paired one.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+import envs
+
+
+def standard_error(p: float, n: int) -> float:
+    """sqrt(p (1 - p) / N), of a share p of N (paper, section 4)."""
+    return math.sqrt(p * (1 - p) / n) if n else 0.0
+
+
+def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, hands: str = "eval", first: int = 0,
+             initial=None) -> tuple[dict, list[envs.Episode]]:  # fmt: skip
+    """Plays one episode per environment; environment i plays hand `first` + i of the series `hands`.
+
+    Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
+    the k3 estimate of KL(policy || initial), in nats per token. `outcomes` holds one digit per hand: the number of the reply that
+    solved it, 0 if none did (a tenth reply and later ones count as 9). Under torchrun each rank calls this for its own share of the
+    environments; the counts are those of this rank.
+    """
+    seeds = [f"{hands}/{first + i}" for i in range(len(environments))]
+    with policy.responder(temperature, max_new_tokens, policy.generator(f"{hands}/{first}")) as respond:
+        episodes = envs.play(environments, respond, seeds)
+    result = summary(episodes)
+    if initial is not None:
+        result["kl_to_init"] = kl_to(policy, initial, [respond.streams[i] for i in range(len(episodes))])
+    return result, episodes
+
+
+def summary(episodes: Sequence[envs.Episode]) -> dict:
+    """Success within the budget and at the first reply with standard errors, shares of the verdicts over all replies."""
+    n = len(episodes)
+    outcomes = [min(len(e.turns), 9) if e.success else 0 for e in episodes]
+    success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
+    verdicts = Counter(turn.verdict for e in episodes for turn in e.turns)
+    return {"episodes": n, "success": success, "success_se": standard_error(success, n), "first_success": first,
+            "first_success_se": standard_error(first, n), "turns": verdicts.total() / n,
+            "verdicts": {v: verdicts[v] / verdicts.total() for v in envs.REWARDS}, "outcomes": "".join(map(str, outcomes))}  # fmt: skip
+
+
+@torch.no_grad()
+def kl_to(policy, other, streams: list, microbatch_size: int = 128) -> float:
+    """k3 estimate of KL(policy || other) in nats per reply token, from streams that `policy` sampled at temperature 1."""
+    total = tokens = 0.0
+    streams = sorted(streams, key=len)
+    for i in range(0, len(streams), microbatch_size):
+        batch = policy.collate(streams[i : i + microbatch_size])
+        log_ratio = other(batch)["logp"] - policy(batch)["logp"]
+        total += (log_ratio.exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
+        tokens += batch["mask"].sum().item()
+    return total / tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------- the report
+
+
+def difference(a: Sequence[dict], b: Sequence[dict]) -> dict:
+    """Paired difference of success a - b, points of the same seeds on the same hands.
+
+    `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first; it speaks of these seeds'
+    checkpoints and unseen hands. `seed_interval`: Student's t over the seeds' differences; it speaks of unseen seeds, and is wide.
+    """
+    rows = [[(x > "0") - (y > "0") for x, y in zip(p["outcomes"], q["outcomes"], strict=True)] for p, q in zip(a, b, strict=True)]
+    hands = [mean(column) for column in zip(*rows)]
+    seeds = [mean(row) for row in rows]
+    middle, half = mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
+    out = {"mean": middle, "interval": (middle - half, middle + half), "seeds": seeds, "seed_interval": None}
+    if len(seeds) > 1:
+        half = _T95.get(len(seeds) - 1, 1.96) * stdev(seeds) / math.sqrt(len(seeds))
+        out["seed_interval"] = (middle - half, middle + half)
+    return out
+
+
+_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, 97.5%
+
+
+class Results:
+    """The measured points of a study: `results.jsonl`, one line each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def add(self, point: dict) -> None:
+        """Appends a point; the file is replaced whole, so a reader never sees half a line."""
+        self.points.append(point)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(p) + "\n" for p in self.points))
+        aside.replace(self.path)
+
+    def find(self, **wanted) -> list[dict]:
+        """Points whose fields equal the wanted ones, in the order of seed and step."""
+        found = [p for p in self.points if all(p.get(k) == v for k, v in wanted.items())]
+        return sorted(found, key=lambda p: (p["seed"], p["step"]))
+
+    def ends(self, arm: str, variant: str, temperature: float, pick: str = "last") -> list[dict]:
+        """One point per seed: an arm's last checkpoint, or its best by success on the validation hands (ID, temperature 1)."""
+        points = []
+        for seed in sorted({p["seed"] for p in self.find(arm=arm)}):
+            curve = self.find(arm=arm, seed=seed, variant=variant, temperature=temperature)
+            if pick == "best":
+                valid = self.find(arm=arm, seed=seed, variant="id", series="valid", temperature=1.0)
+                step = max(valid, key=lambda p: p["success"])["step"]
+                points.append(next(p for p in curve if p["step"] == step and p["series"] == "eval"))
+            else:
+                points.append(max((p for p in curve if p["series"] == "eval"), key=lambda p: p["step"]))
+        return points
+
+
+# What the paper found, as (claim, variant, temperature, arm, its checkpoint, compared with, expected sign, the paper's numbers).
+CLAIMS = [
+    ("RL ends above init under the other rule", "rule", 1.0, "rl", "last", "init", +1, "11.5 -> 15.0 (GP-L, temperature .2)"),
+    ("SFT ends below init under the other rule", "rule", 1.0, "sft", "last", "init", -1, "11.5 -> 3.4"),
+    ("RL ends above SFT under the other rule", "rule", 1.0, "rl", "last", "sft", +1, "15.0 against 3.4"),
+    ("RL ends above init under the other rule, greedy", "rule", 0.0, "rl", "last", "init", +1, "not given"),
+    ("SFT ends below init under the other rule, greedy", "rule", 0.0, "sft", "last", "init", -1, "not given"),
+    ("RL ends above SFT under the other rule, greedy", "rule", 0.0, "rl", "last", "sft", +1, "not given"),
+    ("RL ends above init in distribution", "id", 1.0, "rl", "last", "init", +1, "rises (its figure 5)"),
+    ("SFT ends above init in distribution", "id", 1.0, "sft", "last", "init", +1, "rises (its figure 5)"),
+    ("RL ends above init in distribution, greedy", "id", 0.0, "rl", "last", "init", +1, "not given"),
+    ("SFT ends above init in distribution, greedy", "id", 0.0, "sft", "last", "init", +1, "not given"),
+    ("RL ends above SFT's best checkpoint under the other rule", "rule", 1.0, "rl", "last", "sft best", +1, "not given"),
+]
+
+
+def verdict(d: dict, sign: int) -> str:
+    """What a difference says of a claim that expects `sign`: by the interval over hands, and every seed must agree in sign."""
+    low, high = d["interval"]
+    if low <= 0 <= high:
+        return "not significant"
+    if (low > 0) != (sign > 0):
+        return "does not hold"
+    return "holds" if all(s * sign > 0 for s in d["seeds"]) else "not significant (seeds disagree)"
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def _interval(pair: tuple[float, float] | None) -> str:
+    return "-" if pair is None else f"[{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
+
+
+def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
+    """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of claims."""
+    last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in ("id", "rule") for t in (1.0, 0.0)}
+    last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in ("id", "rule") for t in (1.0, 0.0)}
+    claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for text, variant, temperature, arm, _, other, sign, paper in CLAIMS:
+        a, b = last[arm, variant, temperature], last[other, variant, temperature]
+        d = difference(a, b)
+        claims.append(f"| {text} | {_percent(mean(p['success'] for p in b))} -> {_percent(mean(p['success'] for p in a))} | "
+                      f"{100 * d['mean']:+.1f} {_interval(d['interval'])} | {_interval(d['seed_interval'])} | "
+                      f"{', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | {paper} |")  # fmt: skip
+    n = last["init", "id", 1.0][0]["episodes"]
+    seeds = [p["seed"] for p in last["init", "id", 1.0]]
+    lines = [f"# Study {settings['task']}: does post-training teach the rule, or only its examples?", "",
+             f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation hands per point, the same for every checkpoint; success in percent "
+             f"within {settings['verify_iter']} replies. ID: J, Q, K count 10, as in training. Other rule: 11, 12, 13, and every hand holds a face card.", "",
+             "## Claims", "", *claims, "",
+             "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
+             "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of seeds not run.", "",
+             "## Checkpoints", "", "Means over seeds. KL is KL(policy || init) in nats per reply token on the policy's own replies.", "",
+             "| checkpoint | decoding | ID: success | first reply | other rule: success | first reply | other rule: replies with wrong numbers | KL ID | KL other rule |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    base = {(v, 1.0): results.find(arm="base", variant=v, temperature=1.0) for v in ("id", "rule")}
+    for name in ("base", "init", "sft", "sft best", "rl"):
+        for t in (1.0, 0.0):
+            row = [base.get((v, t)) if name == "base" else last[name, v, t] for v in ("id", "rule")]
+            if not all(row):
+                continue
+            cells = [f"{_percent(mean(p[key] for p in points))}" for points in row for key in ("success", "first_success")]
+            kls = [f"{mean(p['kl_to_init'] for p in points):.3f}" if all("kl_to_init" in p for p in points) else "-" for points in row]
+            wrong = _percent(mean(p["verdicts"]["wrong_numbers"] for p in row[1]))
+            shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(name, name)
+            lines.append(f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} | {' | '.join(kls)} |")
+    lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation hands that no other number uses. "
+              + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.", "",
+              "## Curves", "", "Success at temperature 1, mean over seeds [lowest, highest].", "",
+              "| arm | compute, 10^12 FLOP | ID | other rule |", "|---|---|---|---|"]  # fmt: skip
+    for arm, points in curves(results).items():
+        for p in points:
+            spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in ("id", "rule")]
+            lines.append(f"| {arm} | {p['flops'] / 1e12:.2f} | {spread[0]} | {spread[1]} |")
+    lines += ["", "![success against compute](figures/curves.png)", "", "## Settings", "",
+              "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms start from the same init and "
+              "get the same compute. " + settings["note"], "", "```json", json.dumps(settings, indent=1), "```", ""]  # fmt: skip
+    (folder / "report.md").write_text("\n".join(lines))
+    draw(results, folder / "figures")
+    return claims
+
+
+def curves(results: Results) -> dict[str, list[dict]]:
+    """Both arms' points at temperature 1, seeds side by side: arm -> [{"flops", "id": [success of each seed], "rule": [...]}, ...],
+    the init first, at compute 0."""
+    out: dict[str, list[dict]] = {}
+    for arm in ("sft", "rl"):
+        by_order: list[dict] = []
+        for name in ("init", arm):
+            for variant in ("id", "rule"):
+                for seed in sorted({p["seed"] for p in results.find(arm=name)}):
+                    points = results.find(arm=name, variant=variant, temperature=1.0, series="eval", seed=seed)
+                    for i, p in enumerate(points, start=0 if name == "init" else 1):
+                        while len(by_order) <= i:
+                            by_order.append({"flops": [], "id": [], "rule": []})
+                        by_order[i]["flops"].append(p["flops"] if name != "init" else 0.0)
+                        by_order[i][variant].append(p["success"])
+        out[arm] = [p | {"flops": mean(p["flops"])} for p in by_order]
+    return out
+
+
+def draw(results: Results, folder: Path) -> None:
+    """figures/curves.png: success against compute, ID and other rule side by side, a band from the lowest to the highest seed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    titles = {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13"}
+    looks = {"sft": ("tab:orange", "o", "SFT"), "rl": ("tab:blue", "s", "RL (PPO)")}
+    for axis, variant in zip(axes, titles):
+        for arm, points in curves(results).items():
+            color, marker, label = looks[arm]
+            x = [p["flops"] / 1e12 for p in points]
+            axis.plot(x, [100 * mean(p[variant]) for p in points], color=color, marker=marker, markersize=4, label=label)
+            axis.fill_between(x, [100 * min(p[variant]) for p in points], [100 * max(p[variant]) for p in points], color=color, alpha=0.2, lw=0)
+        start = mean(p["success"] for p in results.ends("init", variant, 1.0))
+        axis.axhline(100 * start, color="gray", lw=1, ls="--", label="SFT init")
+        axis.set(title=titles[variant], xlabel="compute after init, 10$^{12}$ FLOP", ylim=(0, 100))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("success within budget, %")
+    axes[1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1098 @@
+"""sftrl: does post-training teach a model the rule, or only its examples?
+
+The top floor: loads (and shards) a model, keeps run folders, parses the command line and runs the study.
+
+    sftrl study --task gp-l                              # the whole comparison on the built-in tiny model
+    sftrl ppo --model DIR --task gp-l --out runs/rl      # one stage on any chat model
+    torchrun --nproc-per-node 8 sftrl.py ppo ...         # the same, sharded by FSDP
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import envs
+import evaluate
+import ppo
+import sft
+
+# ------------------------------------------------------------------------------------------------------------ the tiny model
+
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on our own prompts and replies.
+
+    Numbers up to 13, digits, operators, ranks and field names stand alone; the fixed text between them merges into single tokens,
+    because every token costs study time.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    rng = random.Random(0)
+    records = [envs.foundation_record(rng) for _ in range(500)]
+    records += [envs.demonstration(envs.make("gp-l", variant, seed), 1) for variant in envs.FACE_RULES for seed in range(200)]
+    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    texts += [envs.judge(reply, ["A"] * 4, [1] * 4, 24).feedback for reply in ("", '{"cards": [], "number": [], "formula": ""}')]
+    for formula in ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "1" * 300, "1", "2"):
+        texts.append(envs.judge(json.dumps(dict(zip(envs.FIELDS, ("AAAA", [1] * 4, formula)))).replace('"AAAA"', '["A","A","A","A"]'),
+                                ["A"] * 4, [1] * 4, 24).feedback)  # fmt: skip
+    tokenizer = Tokenizer(models.BPE())
+    alone = r'(?<![0-9])1[0-3](?![0-9])|[0-9]|[-+*/()=]|\b[AJQK]\b|(?<=")[a-z]+(?=")'
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(alone), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<image>"] + [f"<|{role}|>" for role in ROLES]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
+                                                additional_special_tokens=special[2:], chat_template=CHAT_TEMPLATE)  # fmt: skip
+
+
+def build_tiny(seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
+    """The built-in model: a Hugging Face Llava of about 1M parameters with random weights, and its processor. Needs no network."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tokenizer = build_tokenizer()
+    size, patch = 64, 16
+    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=size,
+                              patch_size=patch, projection_dim=96)  # fmt: skip
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+                       max_position_embeddings=4096, initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+                         vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    images = CLIPImageProcessorPil(size={"height": size, "width": size}, crop_size={"height": size, "width": size})
+    processor = LlavaProcessor(images, tokenizer, patch_size=patch, vision_feature_select_strategy="full",
+                               num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)  # fmt: skip
+    return model, processor
+
+
+# ----------------------------------------------------------------------------------------------------------------- the policy
+
+
+@dataclass
+class Stream:
+    """One conversation as the model sees it. `mask` is 1 on the tokens of replies, end tokens included, and 0 on prompts and
+    feedback; `replies` holds the [start, stop) of every reply; `logp` the log-probabilities of a sampled conversation's tokens."""
+
+    ids: list[int]
+    mask: list[int]
+    replies: list[tuple[int, int]] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def context(self, ids: Sequence[int]) -> None:
+        """Appends tokens that the policy did not choose."""
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        self.logp += [0.0] * len(ids)
+
+    def reply(self, ids: Sequence[int], logp: Sequence[float] | None = None) -> None:
+        """Appends one reply of the policy."""
+        self.replies.append((len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
+        self.mask += [1] * len(ids)
+        self.logp += logp or [0.0] * len(ids)
+
+
+def best_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bf16 natively; a CPU without it is slower in bf16 than in fp32."""
+    if device.type == "cuda":
+        return True
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+
+
+class Policy(nn.Module):
+    """A chat model with a value head: everything that sft.py, ppo.py and evaluate.py ask of a model.
+
+    Args:
+        model: any Hugging Face causal language or vision-language model.
+        processor: its processor, or its tokenizer; must have a chat template.
+        rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else the weights' own.
+            Training log-probabilities are always computed by `forward`.
+        rollout_batch: conversations decoded together.
+
+    One class serves one process and many: after `shard()` the same methods run on FSDP's shards. `flops` counts the work of this
+    process: 6 N per trained token, 2 N per generated or scored token, N the parameters of `model`, padding left out.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, processor: Any, rollout_dtype: torch.dtype | None = None,
+                 rollout_batch: int = 512):  # fmt: skip
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
+            raise ValueError(f"{model.config._name_or_path or 'the model'}: its tokenizer has no chat template; "
+                             "take a chat model, or add chat_template.jinja to its folder")  # fmt: skip
+        width = model.config.get_text_config().hidden_size
+        layers = [max(64, width // 4), max(64, width // 8)]  # at the paper's width of 4096: 1024 and 512
+        self.value_head = nn.Sequential(nn.Linear(width, layers[0]), nn.ReLU(), nn.Linear(layers[0], layers[1]), nn.ReLU(),
+                                        nn.Linear(layers[1], 1)).float()  # fmt: skip
+        nn.init.zeros_(self.value_head[-1].weight)
+        nn.init.zeros_(self.value_head[-1].bias)
+        self.rollout_dtype = rollout_dtype or (torch.bfloat16 if _fast_bfloat16(model.device) else model.dtype)
+        self.rollout_batch = rollout_batch
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.parameter_count = sum(p.numel() for p in model.parameters())
+        self.flops = 0.0
+        self._sampler: nn.Module | None = None
+        end = self.tokenizer.eos_token_id
+        self.end_ids = {end} | set(_as_list(getattr(model.generation_config, "eos_token_id", None)))
+        self.end_id = self._end_of_turn() or end
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end
+        self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
+
+    # ---- loading, sharding, saving
+
+    @classmethod
+    def load(cls, name: str, device: torch.device | None = None, **options) -> "Policy":
+        """`tiny` (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. fp32 weights."""
+        if name == "tiny":
+            model, processor = build_tiny()
+        else:
+            if not Path(name).is_dir() and name.count("/") != 1:
+                raise ValueError(f"model {name!r} is neither tiny, nor a folder, nor a Hub id (owner/name)")
+            try:
+                config = transformers.AutoConfig.from_pretrained(name)
+                processor = transformers.AutoProcessor.from_pretrained(name)
+                auto = transformers.AutoModelForImageTextToText
+                if type(config) not in auto._model_mapping.keys():
+                    auto = transformers.AutoModelForCausalLM  # a text-only model
+                model = auto.from_pretrained(name, dtype=torch.float32)
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        policy = cls(model.to(device or best_device()), processor, **options).to(device or best_device())
+        head = Path(name) / "value_head.safetensors"
+        if head.exists():
+            policy.value_head.load_state_dict(load_file(head))
+        return policy
+
+    def shard(self, param_dtype: torch.dtype = torch.float32) -> "Policy":
+        """FSDP2: every block of the model, then the root. The value head stays in fp32."""
+        precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+        blocks = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
+        for block in reversed(blocks):  # inner ones first
+            fully_shard(block, mp_policy=precision)
+        fully_shard(self.value_head)
+        return fully_shard(self, mp_policy=precision)
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self, FSDPModule)
+
+    def save(self, folder: Path) -> None:
+        """Writes the model in Hugging Face format and the value head beside it. A collective call; rank 0 writes."""
+        state = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.rank == 0:
+            part = {prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                    for prefix in ("model.", "value_head.")}  # fmt: skip
+            self.model.save_pretrained(folder, state_dict=part["model."])
+            self.processor.save_pretrained(folder)
+            save_file({k: v.contiguous() for k, v in part["value_head."].items()}, folder / "value_head.safetensors")
+
+    # ---- text and tokens
+
+    def render(self, messages: list[dict], reply_follows: bool = True) -> str:
+        """The conversation as text by the model's own chat template."""
+        template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+        return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A reply's text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    _MARK = "\u2063REPLY\u2063"
+
+    def _end_of_turn(self) -> int | None:
+        """The token that the chat template writes after a reply."""
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": self._MARK}]
+        after = self.tokenize([self.render(messages, reply_follows=False).split(self._MARK)[-1]])[0]
+        return after[0] if after and after[0] in self.tokenizer.all_special_ids else None
+
+    def _after_reply(self, feedback: str) -> list[int]:
+        """What the template writes between a reply and the next one when the user says `feedback`, end of turn included."""
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": self._MARK}, {"role": "user", "content": feedback}]
+        return self.tokenize([self.render(messages).split(self._MARK)[-1]])[0]
+
+    def extend(self, stream: Stream, feedback: str) -> None:
+        """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized again. If the reply
+        closed its turn, the template's end token stands already; if it was cut off, the end token joins as context."""
+        ids = self._after_reply(feedback)
+        stream.context(ids[1:] if stream.ids[-1] == ids[0] else ids)
+
+    def streams(self, records: list[dict]) -> list[Stream]:
+        """Demonstrations in the released format as token streams, built turn by turn exactly as `Responder` builds them."""
+        prompts = self.tokenize([self.render([{"role": "user", "content": r["conversations"][0]["value"]}]) for r in records])
+        replies = self.tokenize([turn["value"] for r in records for turn in r["conversations"][1::2]])
+        streams, at = [], 0
+        for record, prompt in zip(records, prompts):
+            stream = Stream([], [])
+            stream.context(prompt)
+            for j, turn in enumerate(record["conversations"][1:], 1):
+                if turn["from"] == "human":
+                    self.extend(stream, turn["value"])
+                else:
+                    stream.reply(replies[at] + [self.end_id])
+                    at += 1
+            streams.append(stream)
+        return streams
+
+    def collate(self, streams: Sequence[Stream]) -> dict[str, Tensor]:
+        """ids, mask [B, T], padded on the right, and length [B]."""
+        lengths = torch.tensor([len(s) for s in streams])
+        ids, mask = torch.full((len(streams), int(lengths.max())), self.pad_id), torch.zeros(len(streams), int(lengths.max()))
+        for i, s in enumerate(streams):
+            ids[i, : len(s)], mask[i, : len(s)] = torch.tensor(s.ids), torch.tensor(s.mask, dtype=torch.float)
+        device = self.model.device
+        return {"ids": ids.to(device), "mask": mask.to(device), "length": lengths.to(device)}
+
+    # ---- scoring
+
+    def forward(self, batch: dict[str, Tensor], temperature: float = 1.0, values: str | None = None,
+                entropy: bool = False) -> dict[str, Tensor]:  # fmt: skip
+        """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
+
+        logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t] = V(s_t), read on the token before
+        (`values`: "detached" trunk, "shared", or None). entropy[b, t]: of the distribution that token t was drawn from.
+        """
+        ids, mask = batch["ids"], batch["mask"].bool()
+        # Padding stands on the right, where no real token can see it, so causal attention needs no padding mask.
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        self.flops += (6 if torch.is_grad_enabled() else 2) * self.parameter_count * int(batch["length"].sum())
+        hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
+        logits = self.model.get_output_embeddings()(hidden).float() / temperature
+        logps = logits.log_softmax(-1)
+        chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
+
+        def place(flat: Tensor) -> Tensor:
+            return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, flat)
+
+        out = {"logp": place(chosen)}
+        if values:
+            out["value"] = place(self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0])
+        if entropy:
+            out["entropy"] = place(-(logps.exp() * logps).sum(-1))
+        return out
+
+    # ---- sampling
+
+    @contextlib.contextmanager
+    def rollout_weights(self) -> Iterator[nn.Module]:
+        """The model to sample from: whole weights on every rank, in the rollout's precision.
+
+        One process keeps a copy in `rollout_dtype`. Under FSDP the shards are gathered once and let go at the end, so ranks may
+        stop at different lengths: decoding itself needs no communication.
+        """
+        if not self.sharded:
+            yield self._copy_for_rollout() if self.rollout_dtype != self.model.dtype else self.model
+            return
+        modules = [m for m in self.modules() if isinstance(m, FSDPModule)]
+        with torch.no_grad():  # a first root forward sets FSDP up
+            one = Stream([self.end_id] * 2, [0, 1])
+            spent = self.flops
+            self(self.collate([one]), values="detached")
+            self.flops = spent
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield self.model
+        finally:
+            for module in modules:
+                module.reshard()
+                module.set_reshard_after_forward(module is not self, recurse=False)
+
+    def _copy_for_rollout(self) -> nn.Module:
+        if self._sampler is None:  # kept out of the module tree: it is no part of the policy's state
+            object.__setattr__(self, "_sampler", copy.deepcopy(self.model))
+            for p in self._sampler.parameters():
+                p.data = p.data.to(self.rollout_dtype)  # buffers such as RoPE frequencies stay in fp32
+        for copied, p in zip(self._sampler.parameters(), self.model.parameters()):
+            copied.data.copy_(p.data)
+        return self._sampler
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, temperature: float,
+               generator: torch.Generator) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+        """Draws one reply per prompt: its token ids, end token included if it was drawn, and their log-probabilities.
+
+        `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is filtered: what is drawn is what the
+        log-probabilities say (no top-k, no top-p, no generation config).
+        """
+        replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self.rollout_batch):
+            rows = order[start : start + self.rollout_batch]
+            for i, reply in zip(rows, self._decode(model, [prompts[i] for i in rows], max_new_tokens, temperature, generator)):
+                replies[i] = reply
+        return replies
+
+    def _decode(self, model, prompts, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
+        """The cached decode loop for one batch, prompts padded on the left."""
+        device, width = model.device, max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
+        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ends = torch.tensor(sorted(self.end_ids | {self.end_id}), device=device)
+        drawn = torch.full((len(prompts), max_new_tokens), self.pad_id, device=device)
+        logps = torch.zeros(len(prompts), max_new_tokens, device=device)
+        lengths = torch.full((len(prompts),), max_new_tokens, device=device)
+        rows = torch.arange(len(prompts), device=device)  # where each row of the shrinking batch belongs
+        open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
+        cache = transformers.DynamicCache()
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        for t in range(max_new_tokens):
+            hidden = model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                                      use_cache=True).last_hidden_state[:, -1]  # fmt: skip
+            logp = (model.get_output_embeddings()(hidden).float() / (temperature or 1.0)).log_softmax(-1)
+            if temperature:
+                # Inverse transform sampling: one uniform number per row, in double precision.
+                mass = logp.double().exp().cumsum(-1)
+                point = torch.rand(len(logp), 1, generator=generator, device=generator.device, dtype=torch.double).to(device)
+                ids = torch.searchsorted(mass, point * mass[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
+            else:
+                ids = logp.argmax(-1, keepdim=True)
+            drawn[rows, t], logps[rows, t] = ids[:, 0], logp.gather(-1, ids)[:, 0]
+            closed = open_ & torch.isin(ids[:, 0], ends)
+            lengths[rows[closed]] = t + 1
+            open_ = open_ & ~closed
+            still = int(open_.sum())
+            if not still:
+                break
+            positions, attention = positions[:, -1:] + 1, torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
+            if still <= 0.75 * len(ids):  # finished rows leave the batch; each time the cache is copied, so not one by one
+                keep = open_.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                ids, positions, attention, rows, open_ = ids[keep], positions[keep], attention[keep], rows[keep], open_[keep]
+        self.flops += 2 * self.parameter_count * (sum(map(len, prompts)) + int(lengths.sum()) - len(prompts))
+        return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
+
+    def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Responder":
+        """A player for `envs.play` that keeps the token streams of its conversations."""
+        return Responder(self, temperature, max_new_tokens, generator)
+
+    def generator(self, seed: str) -> torch.Generator:
+        """A random generator for sampling, a function of `seed` and the rank alone."""
+        return torch.Generator("cpu").manual_seed(random.Random(f"{seed}/rank{self.rank}").getrandbits(63))
+
+    # ---- training
+
+    def optimizers(self, lr: float, value_lr: float = 0.0, betas=(0.9, 0.98), eps: float = 1e-7, weight_decay: float = 0.0,
+                   muon: bool = False) -> list[torch.optim.Optimizer]:  # fmt: skip
+        """AdamW on the model and, if `value_lr` is given, the value head at its own rate. With `muon`, the language model's
+        matrices are trained by Muon at the same rate: pre-training from random weights takes about half the steps."""
+        matrices = {p for name, p in self.model.named_parameters() if muon and p.ndim == 2 and "language_model.layers" in name}
+        groups = [{"params": [p for p in self.model.parameters() if p not in matrices], "lr": lr}]
+        if value_lr:
+            groups.append({"params": list(self.value_head.parameters()), "lr": value_lr})
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)]
+        if matrices:
+            chosen = [p for p in self.model.parameters() if p in matrices]
+            optimizers.append(torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["initial_lr"] = group["lr"]
+        return optimizers
+
+    @staticmethod
+    def set_lr(optimizers: list[torch.optim.Optimizer], progress: float, warmup: float) -> float:
+        """Learning rates at `progress` in [0, 1): linear warm-up from a tenth, then cosine to 0. Returns the factor."""
+        if progress < warmup:
+            factor = 0.1 + 0.9 * progress / warmup
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = factor * group["initial_lr"]
+        return factor
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Sums over all ranks."""
+        if self.world == 1:
+            return [float(n) for n in numbers]
+        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=self.model.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def largest(self, number: float) -> float:
+        """The largest over all ranks."""
+        if self.world == 1:
+            return number
+        value = torch.tensor(number, dtype=torch.float64, device=self.model.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value.item()
+
+    @contextlib.contextmanager
+    def initial_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights that `keep_initial_weights` kept (this rank's shards of them)."""
+        current = [p.detach().clone() for p in self.model.parameters()]
+        self._set_weights(self._initial)
+        try:
+            yield
+        finally:
+            self._set_weights(current)
+
+    def keep_initial_weights(self) -> None:
+        object.__setattr__(self, "_initial", [p.detach().clone() for p in self.model.parameters()])
+
+    @torch.no_grad()
+    def _set_weights(self, weights: list[Tensor]) -> None:
+        for p, w in zip(self.model.parameters(), weights):
+            p.copy_(w)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Adds the gradient of this rank's part of a loss that is a sum over ranks and microbatches; `last` marks the last one."""
+        if self.sharded:
+            self.set_requires_gradient_sync(last)
+            self.set_is_last_backward(last)
+            loss = loss * self.world  # FSDP averages gradients over ranks
+        loss.backward()
+
+    def step(self, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, loss: float) -> float:
+        """Clips by the global norm, steps, clears the gradients; returns the norm before clipping.
+
+        Raises FloatingPointError if `loss` (already summed over ranks) or the norm is not finite: every rank decides alike, and the
+        weights are still those of the last step.
+        """
+        norm = nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], max_grad_norm)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+class Responder:
+    """Answers the environments of `envs.play` by sampling from a policy; `streams[i]` is environment i's conversation in tokens."""
+
+    def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
+        self.policy, self.temperature, self.max_new_tokens, self.generator = policy, temperature, max_new_tokens, generator
+        self.streams: dict[int, Stream] = {}
+
+    def __enter__(self) -> "Responder":
+        self._weights = self.policy.rollout_weights()
+        self._model = self._weights.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._weights.__exit__(*error)
+
+    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
+        policy = self.policy
+        new = [(i, o) for i, o in zip(indices, observations) if i not in self.streams]
+        for i, o in zip(indices, observations):
+            if i in self.streams:
+                policy.extend(self.streams[i], o.messages[-1]["content"])
+        for (i, _), ids in zip(new, policy.tokenize([policy.render(o.messages) for _, o in new])):
+            self.streams[i] = Stream([], [])
+            self.streams[i].context(ids)
+        drawn = policy.sample(self._model, [self.streams[i].ids for i in indices], self.max_new_tokens, self.temperature, self.generator)
+        for i, (ids, logp) in zip(indices, drawn):
+            self.streams[i].reply(ids, logp)
+        return [policy.decode(ids) for ids, _ in drawn]
+
+
+# ---------------------------------------------------------------------------------------------------------------- run folders
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file aside and moves it into place: it appears whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def git_revision() -> str | None:
+    """The revision of the source tree this module lies in, if it is one."""
+    try:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt (see README, "A run folder")."""
+
+    def __init__(self, folder: Path, settings: dict, policy: Policy):
+        self.folder, self.policy = folder, policy
+        settings = {k: None if v == math.inf else v for k, v in json.loads(json.dumps(settings)).items()}
+        config = folder / "config.json"
+        if config.exists() and (old := json.loads(config.read_text())["settings"]) != settings:
+            changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+            raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove it")
+        if policy.rank == 0 and not config.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+            write_whole(config, json.dumps({"settings": settings, "versions": versions, "git": git_revision(), "world": policy.world}, indent=1))
+
+    def resume(self, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+        """Loads the newest resume state, if there is one: the step and the FLOPs it stands at. Later lines of the logs are dropped."""
+        path = self.folder / "resume.pt"
+        step, flops = 0, 0.0
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            set_state_dict(self.policy, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                           options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # fmt: skip
+            step, flops = state["step"], state["flops"]
+        if self.policy.rank == 0:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                kept = [json.dumps(line) + "\n" for line in read_lines(self.folder / name) if line["step"] <= step]
+                write_whole(self.folder / name, "".join(kept))
+        return step, flops
+
+    def log(self, metrics: dict) -> None:
+        """Appends one line of metrics; a transcript among them goes to samples.jsonl."""
+        if self.policy.rank == 0:
+            sample = metrics.pop("transcript", None)
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if sample:
+                with open(self.folder / "samples.jsonl", "a") as file:
+                    file.write(json.dumps({"step": metrics["step"]} | sample) + "\n")
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes checkpoint-<step>/ aside and moves it into place."""
+        aside, final = self.folder / "checkpoint.tmp", self.folder / f"checkpoint-{step}"
+        if self.policy.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        self.policy.save(aside)
+        if self.policy.rank == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+
+    def save_state(self, optimizers: list[torch.optim.Optimizer], step: int, flops: float) -> None:
+        """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step)."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optim = get_state_dict(self.policy, optimizers, options=options)
+        if self.policy.rank == 0:
+            torch.save({"model": model, "optimizer": optim, "step": step, "flops": flops}, self.folder / "resume.tmp")
+            os.replace(self.folder / "resume.tmp", self.folder / "resume.pt")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a JSONL file; a line that a kill cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run folder's training came to its end."""
+    lines = read_lines(folder / "metrics.jsonl")
+    return bool(lines) and lines[-1]["progress"] >= 1 and (folder / f"checkpoint-{lines[-1]['step']}").exists()
+
+
+def run_stage(run: Run, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], count: int = 1, save_every: int = 50) -> None:
+    """Trains in a run folder, from where it stands to its end.
+
+    `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are kept, at progress (k / count)^2: denser
+    early, where out-of-distribution success moves fastest. `show` names the metrics on the progress bar.
+    """
+    step, flops = run.resume(optimizers)
+    name = "/".join(run.folder.parts[-2:])
+    bar = tqdm(total=100, desc=name, disable=run.policy.rank > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}")
+    reached = max([line["progress"] for line in read_lines(run.folder / "metrics.jsonl")], default=0.0)
+    for metrics in train(step, flops):
+        step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
+        due = any(reached < (k / count) ** 2 <= progress for k in range(1, count + 1))
+        reached = progress
+        bar.set_postfix_str(" ".join(f"{key} {metrics[key]:.3g}" for key in show))
+        bar.update(100 * min(progress, 1) - bar.n)
+        run.log(metrics)
+        if due:
+            run.save_checkpoint(step)
+        if due or step % save_every == 0:
+            run.save_state(optimizers, step, flops)
+    bar.close()
+
+
+SFT_SHOW, PPO_SHOW = ("loss", "lr"), ("success", "return", "approx_kl", "explained_variance")
+
+
+def run_sft(policy: Policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, count: int = 1) -> None:
+    """One SFT run in its folder. `batch_of(step)` returns a step's records; `settings` describe them in config.json."""
+    if config.batch_size % policy.world:
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
+    run = Run(folder, settings | asdict(config), policy)
+    optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
+    run_stage(run, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, count)
+
+
+def run_ppo(policy: Policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, count: int = 1) -> None:
+    """One PPO run in its folder. `make_env()` returns a training environment."""
+    if config.episodes % policy.world:
+        raise ValueError(f"--episodes {config.episodes} cannot be shared by {policy.world} ranks")
+    run = Run(folder, settings | asdict(config), policy)
+    if config.kl_coef:
+        policy.keep_initial_weights()
+    optimizers = policy.optimizers(config.lr, config.value_lr, config.betas, config.eps, config.weight_decay)
+    environments = [make_env() for _ in range(config.episodes // policy.world)]
+    run_stage(run, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5)
+
+
+def expert_batches(make_env, batch_size: int, seed: int, label: str, wrong_turns: int = 0):
+    """Fresh expert demonstrations for every step, a function of (label, seed, step)."""
+    env = make_env()
+
+    def batch(step: int) -> list[dict]:
+        records = []
+        for i in range(batch_size):
+            env.random.seed(f"{label}/{seed}/{step}/{i}")
+            records.append(envs.demonstration(env, wrong_turns))
+        return records
+
+    return batch
+
+
+def foundation_batches(batch_size: int):
+    """The corpus of the tiny base, step by step."""
+
+    def batch(step: int) -> list[dict]:
+        rng = random.Random(f"base/{step}")
+        return [envs.foundation_record(rng) for _ in range(batch_size)]
+
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------------------------ the study
+
+
+@dataclass
+class Study:
+    """The settings of `sftrl study` for one task and the tiny model. How the rates were chosen: README, "The learning rates"."""
+
+    base: sft.SFTConfig
+    init: sft.SFTConfig
+    sft: sft.SFTConfig
+    rl: ppo.PPOConfig
+    flops: float  # of each arm, after init
+    count: int = 8  # checkpoints of each arm
+    verify_iter: int = 5
+    max_new_tokens: int = 48
+    grid: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # rates that `--search` tries for both arms
+
+    def scaled(self, scale: float) -> "Study":
+        """Every stage shortened to `scale` of its length, for a quick look."""
+        new = copy.deepcopy(self)
+        new.flops *= scale
+        for config in (new.base, new.init):
+            config.steps = max(1, round(config.steps * scale))
+        for config in (new.sft, new.rl):
+            config.flops = new.flops
+        return new
+
+
+STUDIES = {
+    "gp-l": Study(
+        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=1200, warmup=0.05, muon=True),
+        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=16, steps=140),
+        sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=16, steps=10**9),
+        rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=512, minibatch_size=128, microbatch_size=32, epochs=2, steps=10**9,
+                         max_new_tokens=48),
+        flops=2e13,
+    )
+}  # fmt: skip
+SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
+
+
+def load_policy(args: argparse.Namespace, model: str) -> Policy:
+    """The policy on this process's device, sharded if there are several processes."""
+    policy = Policy.load(model, rollout_batch=args.rollout_batch)
+    return policy.shard(torch.bfloat16 if policy.model.device.type == "cuda" else torch.float32) if policy.world > 1 else policy
+
+
+def run_study(args: argparse.Namespace) -> None:
+    """All stages for all seeds, each from where it stands; then the report."""
+    if args.task not in STUDIES:
+        raise ValueError(f"there is no study of task {args.task!r}: choose from {', '.join(STUDIES)}")
+    study, out = STUDIES[args.task].scaled(args.scale), Path(args.out)
+    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda *_: None
+    results = evaluate.Results(out / "results.jsonl")
+    out.mkdir(parents=True, exist_ok=True)
+    base = args.model
+    if args.model == "tiny":
+        if not finished(out / "base"):
+            torch.manual_seed(0)
+            run_sft(load_policy(args, "tiny"), out / "base", foundation_batches(study.base.batch_size), study.base, {"stage": "base"})
+        base = str(checkpoints(out / "base")[-1])
+    if args.search:
+        return search_rates(args, study, base, out)
+    settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "note": RATE_NOTE,
+                "study": json.loads(json.dumps(asdict(study), default=str))}  # fmt: skip
+    for seed in range(args.seeds):
+        folder = out / f"seed-{seed}"
+        init = train_init(args, study, base, folder, seed)
+        for arm in ("sft", "rl"):
+            train_arm(args, study, arm, init, folder / arm, seed)
+        measure(args, study, results, folder, base, init, seed)
+        claims = evaluate.write_report(results, out, settings) if policy_rank() == 0 else []
+    say("\n".join(["", *claims, "", f"report: {out / 'report.md'}"]))
+
+
+def policy_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def id_environment(args: argparse.Namespace, study: Study):
+    """A maker of training environments: variant "id"."""
+    return lambda: envs.make(args.task, "id", verify_iter=study.verify_iter)
+
+
+def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
+    """The shared start of both arms: a short SFT on ID demonstrations in the target form. Returns its checkpoint."""
+    if not finished(folder / "init"):
+        batches = expert_batches(id_environment(args, study), study.init.batch_size, seed, "init")
+        run_sft(load_policy(args, base), folder / "init", batches, study.init, {"stage": "init", "model": base, "seed": seed})
+    return str(checkpoints(folder / "init")[-1])
+
+
+def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, lr: float | None = None) -> None:
+    """One arm from the init, at the study's compute."""
+    if finished(folder):
+        return
+    torch.manual_seed(seed)
+    config = copy.deepcopy(getattr(study, arm))
+    config.lr, config.flops = lr or config.lr, study.flops
+    settings = {"stage": arm, "model": init, "seed": seed}
+    if arm == "sft":
+        batches = expert_batches(id_environment(args, study), config.batch_size, seed, "sft")
+        run_sft(load_policy(args, init), folder, batches, config, settings, study.count)
+    else:
+        config.seed = seed
+        run_ppo(load_policy(args, init), folder, id_environment(args, study), config, settings, study.count)
+
+
+def measure(args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int) -> None:
+    """Evaluates what results.jsonl does not hold yet: the curves at temperature 1, their ends also greedily, and for the choice of
+    SFT's best checkpoint its ID success on hands of its own."""
+    reference = load_policy(args, init)
+    arms = [("base", Path(base)), ("init", Path(init))] + [(arm, path) for arm in ("sft", "rl") for path in checkpoints(folder / arm)]
+    done = {(p["arm"], p["seed"], p["step"], p["series"], p["variant"], p["temperature"]) for p in results.points}
+
+    def point(arm: str, path: Path, series: str, variants: Sequence[str], temperature: float) -> None:
+        owner = -1 if arm == "base" else seed
+        line = next((x for x in read_lines(path.parent / "metrics.jsonl") if f"checkpoint-{x['step']}" == path.name), {"step": 0, "flops": 0.0})
+        missing = [v for v in variants if (arm, owner, line["step"], series, v, temperature) not in done]
+        policy = load_policy(args, str(path)) if missing else None
+        for variant in missing:
+            environments = [envs.make(args.task, variant, verify_iter=study.verify_iter) for _ in range(args.hands)]
+            result, _ = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
+                                          initial=reference if temperature else None)  # fmt: skip
+            if policy_rank() == 0:
+                results.add({"task": args.task, "arm": arm, "seed": owner, "step": line["step"], "flops": line["flops"], "variant": variant,
+                             "series": series, "temperature": temperature, **result, "checkpoint": os.path.relpath(path, args.out)})  # fmt: skip
+
+    for arm, path in tqdm(arms, desc=f"{folder.name}/evaluation", disable=policy_rank() > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"):
+        point(arm, path, "eval", ("id", "rule"), 1.0)
+        if arm == "sft":
+            point(arm, path, "valid", ("id",), 1.0)
+    for arm in ("init", "sft", "rl"):
+        point(arm, [path for name, path in arms if name == arm][-1], "eval", ("id", "rule"), 0.0)
+    valid = results.find(arm="sft", seed=seed, series="valid")
+    point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "eval", ("id", "rule"), 0.0)
+
+
+def search_rates(args, study: Study, base: str, out: Path) -> None:
+    """Tries `study.grid` for both arms on a seed of its own, by ID success on validation hands; prints and writes search.md."""
+    folder = out / "search"
+    init = train_init(args, study, base, folder, SEARCH_SEED)
+    lines = ["| arm | learning rate | ID success, validation hands, temperature 1 |", "|---|---|---|"]
+    for arm in ("sft", "rl"):
+        for lr in study.grid:
+            train_arm(args, study, arm, init, folder / f"{arm}-{lr:g}", SEARCH_SEED, lr)
+            environments = [envs.make(args.task, "id", verify_iter=study.verify_iter) for _ in range(args.hands)]
+            result, _ = evaluate.evaluate(load_policy(args, str(checkpoints(folder / f"{arm}-{lr:g}")[-1])), environments, 1.0,
+                                          study.max_new_tokens, "valid")  # fmt: skip
+            lines.append(f"| {arm} | {lr:g} | {100 * result['success']:.1f} ± {100 * result['success_se']:.1f} |")
+    if policy_rank() == 0:
+        write_whole(out / "search.md", "\n".join(lines) + "\n")
+        print("\n".join(lines))
+
+
+# ----------------------------------------------------------------------------------------------------------- the command line
+
+RATE_NOTE = "The learning rates were chosen by `sftrl study --search` on ID success alone; the README gives the table."
+
+OPTION_HELP = {
+    "lr": "peak learning rate", "value_lr": "learning rate of the value head", "batch_size": "demonstrations per step, all ranks",
+    "microbatch_size": "conversations per forward pass and rank", "steps": "optimizer steps (sft) or updates (ppo)",
+    "flops": "end the run at this compute, in FLOPs: 6 N per trained, 2 N per generated or scored token",
+    "warmup": "share of the run with rising learning rate", "max_grad_norm": "clip the global gradient norm at this",
+    "episodes": "episodes per update, all ranks", "minibatch_size": "episodes per optimizer step, all ranks",
+    "epochs": "passes over each batch of episodes", "gamma": "discount per turn", "lam": "lambda of GAE, per action",
+    "clip": "the ratio's clip range", "value_clip": "the value's clip range, in units of the return",
+    "value_coef": "weight of the value loss", "entropy_coef": "weight of the entropy bonus, in nats",
+    "kl_coef": "weight of the KL divergence to the initial policy, in nats", "ratio": "one ratio per token or per reply",
+    "thought_coef": "with --ratio reply: weight of the log-probability before the answer field",
+    "value_trunk": "whether the value loss also trains the language model", "value_warmup": "first updates that train the value head alone",
+    "temperature": "sampling temperature", "max_new_tokens": "longest reply, in tokens", "seed": "random seed",
+}  # fmt: skip
+CHOICES = {"ratio": ("token", "reply"), "value_trunk": ("detached", "shared")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, with exit status 2."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"sftrl: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def add_config(parser: argparse.ArgumentParser, config: type) -> None:
+    """One option per field of a config class that OPTION_HELP explains."""
+    group = parser.add_argument_group("training")
+    for f in fields(config):
+        if f.name in OPTION_HELP:
+            kind = float if f.type is float or f.type == "float" else positive if f.name.endswith(("size", "steps", "episodes", "epochs", "tokens")) else type(f.default)
+            group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, choices=CHOICES.get(f.name),
+                               help=f"{OPTION_HELP[f.name]} (default: %(default)s)")  # fmt: skip
+
+
+def config_from(args: argparse.Namespace, config: type):
+    return config(**{f.name: getattr(args, f.name) for f in fields(config) if f.name in OPTION_HELP})
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="sftrl", description="SFT and PPO side by side: which one learns the rule? Every command explains itself with --help.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--task", default="gp-l", metavar="NAME", help=f"the task: {', '.join(envs.TASKS)} (default: %(default)s)")
+        sub.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores (default: %(default)s)")
+        sub.add_argument("--rollout-batch", type=positive, default=512, help="conversations decoded together (default: %(default)s)")
+        return sub
+
+    def hand(sub: argparse.ArgumentParser) -> None:
+        group = sub.add_argument_group("environment")
+        group.add_argument("--variant", default="id", metavar="NAME", help="id: J, Q, K are 10; rule: 11, 12, 13 (default: %(default)s)")
+        group.add_argument("--verify-iter", type=positive, default=5, help="replies judged per episode (default: %(default)s)")
+        group.add_argument("--target", type=positive, default=24, help="the number to make (default: %(default)s)")
+        group.add_argument("--n-cards", type=positive, default=4, help="cards per hand (default: %(default)s)")
+        group.add_argument("--operators", default="+-*/", help="operators allowed (default: %(default)s)")
+        group.add_argument("--replacement", action="store_true", help="deal with replacement, as the paper's released code does")
+        group.add_argument("--prompt", metavar="FILE", help="a prompt template of your own; placeholders as in envs.PROMPT")
+
+    sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
+    sub.add_argument("--seeds", type=positive, default=3, help="number of seeds after the base (default: %(default)s)")
+    sub.add_argument("--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)")
+    sub.add_argument("--model", default="tiny", help="tiny, a folder or a Hub id; other models are their own base (default: %(default)s)")
+    sub.add_argument("--hands", type=positive, default=1024, help="evaluation hands per point (default: %(default)s)")
+    sub.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
+    sub.add_argument("--search", action="store_true", help="only search the learning rates, on ID success and a seed of its own")
+
+    for name, run, config, text in (("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
+                                    ("ppo", command_ppo, ppo.PPOConfig, "Reinforcement learning with PPO against the verifier.")):  # fmt: skip
+        sub = command(name, run, text)
+        sub.add_argument("--model", default="tiny", help="tiny, a folder or a Hub id (default: %(default)s)")
+        sub.add_argument("--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on")
+        sub.add_argument("--checkpoints", type=positive, default=4, help="checkpoints kept, denser early (default: %(default)s)")
+        hand(sub)
+        add_config(sub, config)
+        if name == "sft":
+            sub.add_argument("--demos", metavar="FILE", help="demonstrations in the released JSON format, in place of the expert's")
+            sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
+            sub.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+
+    sub = command("evaluate", command_evaluate, "Success of one checkpoint, with standard errors and sample transcripts.")
+    sub.add_argument("--model", required=True, help="tiny, a folder or a Hub id")
+    sub.add_argument("--episodes", type=positive, default=234, help="hands (default: %(default)s, as in the paper)")
+    sub.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0 is greedy (default: %(default)s)")
+    sub.add_argument("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: %(default)s)")
+    sub.add_argument("--transcripts", type=int, default=2, help="episodes to print (default: %(default)s)")
+    hand(sub)
+
+    sub = command("play", command_play, "One episode for the eye: prompt, expert reply, and the verdict on a reply.")
+    sub.add_argument("--reply", action="append", default=[], metavar="TEXT", help="judge this reply; may be given several times")
+    sub.add_argument("--model", help="let this model play the episode")
+    sub.add_argument("--cards", metavar="RANKS", help='deal this hand, for example "A 3 K 10"')
+    sub.add_argument("--save", metavar="FILE", help="write the picture of a visual task")
+    sub.add_argument("--temperature", type=float, default=1.0, help="the model's sampling temperature (default: %(default)s)")
+    sub.add_argument("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="which episode (default: %(default)s)")
+    hand(sub)
+
+    sub = command("data", command_data, "Writes expert demonstrations in the released SFT format.")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
+    sub.add_argument("--episodes", type=positive, default=1000, help="demonstrations (default: %(default)s)")
+    sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    hand(sub)
+    return parser
+
+
+def environment_of(args: argparse.Namespace):
+    """The environment that a command's options describe."""
+    prompt = Path(args.prompt).read_text(encoding="utf8") if args.prompt else None
+    return envs.make(args.task, args.variant, getattr(args, "seed", 0), args.verify_iter, target=args.target, n_cards=args.n_cards,
+                     operators=args.operators, replacement=args.replacement, prompt=prompt)  # fmt: skip
+
+
+def environment_settings(args: argparse.Namespace) -> dict:
+    names = ("task", "model", "variant", "verify_iter", "target", "n_cards", "operators", "replacement", "prompt")
+    return {name: getattr(args, name) for name in names}
+
+
+def command_sft(args: argparse.Namespace) -> None:
+    config = config_from(args, sft.SFTConfig)
+    if args.demos:
+        batches = sft.epochs(sft.read_records(args.demos), config.batch_size, args.seed)
+    else:
+        if not 0 <= args.wrong_turns < args.verify_iter:
+            raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
+        environment_of(args)  # wrong options end here, before the model is loaded
+        batches = expert_batches(lambda: environment_of(args), config.batch_size, args.seed, "sft", args.wrong_turns)
+    torch.manual_seed(args.seed)
+    settings = environment_settings(args) | {"demos": args.demos, "wrong_turns": args.wrong_turns, "seed": args.seed}
+    run_sft(load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints)
+
+
+def command_ppo(args: argparse.Namespace) -> None:
+    config = config_from(args, ppo.PPOConfig)
+    environment_of(args)
+    torch.manual_seed(args.seed)
+    run_ppo(load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), args.checkpoints)
+
+
+def command_evaluate(args: argparse.Namespace) -> None:
+    environments = [environment_of(args) for _ in range(args.episodes)]
+    policy = load_policy(args, args.model)
+    result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens)
+    if policy.rank == 0:
+        for episode in episodes[: args.transcripts]:
+            print_transcript(episode)
+        print(json.dumps({key: value for key, value in result.items() if key != "outcomes"}, indent=1))
+
+
+def print_transcript(episode: envs.Episode) -> None:
+    print(f"--- {'solved' if episode.success else 'not solved'}\nuser: {episode.prompt}")
+    for turn in episode.turns:
+        print(f"model: {turn.reply}\nverifier: [{turn.verdict} {turn.reward:+g}] {turn.feedback}")
+
+
+def command_play(args: argparse.Namespace) -> None:
+    env = environment_of(args)
+    observation, info = env.reset(options={"cards": args.cards.replace(",", " ").split()} if args.cards else None)
+    if args.save:
+        if observation.image is None:
+            raise ValueError(f"task {args.task!r} has no picture to save")
+        observation.image.save(args.save)
+    if args.model:
+        policy = load_policy(args, args.model)
+        with policy.responder(args.temperature, args.max_new_tokens, policy.generator(f"play/{args.seed}")) as respond:
+            replies = iter(lambda: respond([0], [observation])[0], None)
+            print(f"user: {observation.messages[0]['content']}")
+            for reply in replies:
+                observation, reward, terminated, truncated, info = env.step(reply)
+                print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {info['feedback']}")
+                if terminated or truncated:
+                    break
+        return
+    print(f"user: {observation.messages[0]['content']}\nexpert: {env.expert_reply()}")
+    for reply in args.reply:
+        _, reward, terminated, truncated, info = env.step(reply)
+        print(f"reply: {reply}\nverifier: [{info['verdict']} {reward:+g}] {info['feedback']}")
+        if terminated or truncated:
+            break
+
+
+def command_data(args: argparse.Namespace) -> None:
+    env = environment_of(args)
+    if not 0 <= args.wrong_turns < args.verify_iter:
+        raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
+    records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes)]
+    write_whole(Path(args.out), json.dumps(records, indent=1))
+    print(f"{len(records)} demonstrations in {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if distributed:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(best_device())
+        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    try:
+        args.run(args)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"sftrl: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"sftrl: stopped: {error} is not finite; the last checkpoint is kept", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sftrl: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
