@@ -255,7 +255,8 @@ def _read_token(text: str, at: int) -> tuple[str, Any, int]:
     if mark:
         return mark, mark, match.end()
     if quoted is None:
-        return "value", int(word) if re.fullmatch("-?[0-9]{1,6}", word) else word, match.end()
+        known = {"null": None, "None": None}
+        return "value", int(word) if re.fullmatch("-?[0-9]{1,6}", word) else known.get(word, word), match.end()
     try:
         return "value", json.loads(quoted if quoted[0] == '"' else '"' + quoted[1:-1].replace('"', '\\"') + '"'), match.end()
     except ValueError:  # an escape that JSON does not know: the characters as they stand
@@ -303,7 +304,7 @@ def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int,
     makes all later tests meaningless to the mildest, so that penalties never add up.
     """
     parsed = parse_reply(reply, fields)
-    named, stated, formula = ([parsed[f] for f in fields] if parsed else (None, None, None))
+    named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not (isinstance(named, list) and isinstance(stated, list) and isinstance(formula, str)):
         return Verdict("unparsed", "The answer is not in the form asked for. Try again.", False)
     if Counter(str(card).strip().upper() for card in named) != Counter(cards):
@@ -546,6 +547,13 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool =
     return {"conversations": [{"from": speaker[m["role"]], "value": m["content"]} for m in env.messages[:end]]}
 
 
+def imperfect_demonstration(env: GeneralPoints) -> dict:
+    """A demonstration as text in the wild has them: a quarter of them revisions after one, two or four wrong tries, and one last answer
+    in five wrong. A model that learned from these is unsure and knows how to try again: post-training has something to sharpen."""
+    wrong_turns = env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0]
+    return demonstration(env, wrong_turns, wrong_answer=env.random.random() < 0.2)
+
+
 _FIELD_WORDS = ("hand", "deck", "dealt", "draw", "table", "values", "counts", "worth", "points", "digits", "solution", "equation",
                 "answer", "result", "expression", "sum")  # fmt: skip
 
@@ -554,11 +562,9 @@ def foundation_record(rng: random.Random) -> dict:
     """One record of the corpus of the tiny "foundation model": what such a model has seen before any post-training.
 
     Rules are mixed (35% tens, 45% 11/12/13, 20% any values), so that reading the rule pays; the reply has three fields whose
-    names the prompt draws at random and never the task's own, so that the form must still be learned; 20% of the formulas are
-    wrong, as text is; and a quarter of the records are revisions after one, two or four wrong tries.
+    names the prompt draws at random and never the task's own, so that the form must still be learned; the demonstrations are imperfect.
     """
     kind = rng.choices(("id", "rule", "any"), (35, 45, 20))[0]
     faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else FACE_RULES[kind]
     env = GeneralPoints(seed=rng.getrandbits(32), faces=faces, fields=rng.sample(_FIELD_WORDS, 3))
-    wrong_turns = rng.choices((0, 1, 2, 4), (75, 12, 8, 5))[0]
-    return demonstration(env, wrong_turns, wrong_answer=rng.random() < 0.2)
+    return imperfect_demonstration(env)

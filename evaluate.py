@@ -21,22 +21,24 @@ def standard_error(p: float, n: int) -> float:
     return math.sqrt(p * (1 - p) / n) if n else 0.0
 
 
-def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, hands: str = "eval", first: int = 0,
+def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, series: str = "eval",
              initial=None) -> tuple[dict, list[envs.Episode]]:  # fmt: skip
-    """Plays one episode per environment; environment i plays hand `first` + i of the series `hands`.
+    """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series.
 
     Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
     the k3 estimate of KL(policy || initial), in nats per token. `outcomes` holds one digit per hand: the number of the reply that
-    solved it, 0 if none did (a tenth reply and later ones count as 9). Under torchrun each rank calls this for its own share of the
-    environments; the counts are those of this rank.
+    solved it, 0 if none did (a tenth reply and later ones count as 9).
     """
-    seeds = [f"{hands}/{first + i}" for i in range(len(environments))]
-    with policy.responder(temperature, max_new_tokens, policy.generator(f"{hands}/{first}")) as respond:
-        episodes = envs.play(environments, respond, seeds)
-    result = summary(episodes)
+    own = range(len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world)
+    seeds = [f"{series}/{i}" for i in own]
+    with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
+        episodes = envs.play([environments[i] for i in own], respond, seeds)
+    result = {}
     if initial is not None:
-        result["kl_to_init"] = kl_to(policy, initial, [respond.streams[i] for i in range(len(episodes))])
-    return result, episodes
+        total, tokens = policy.sum(*kl_sums(policy, initial, [respond.streams[i] for i in range(len(own))]))
+        result["kl_to_init"] = total / tokens
+    episodes = policy.gather(episodes)
+    return summary(episodes) | result, episodes
 
 
 def summary(episodes: Sequence[envs.Episode]) -> dict:
@@ -51,16 +53,16 @@ def summary(episodes: Sequence[envs.Episode]) -> dict:
 
 
 @torch.no_grad()
-def kl_to(policy, other, streams: list, microbatch_size: int = 128) -> float:
-    """k3 estimate of KL(policy || other) in nats per reply token, from streams that `policy` sampled at temperature 1."""
-    total = tokens = 0.0
-    streams = sorted(streams, key=len)
+def kl_sums(policy, other, streams: list, microbatch_size: int = 128) -> tuple[float, int]:
+    """Sum over reply tokens of the k3 estimate of KL(policy || other), from streams that `policy` sampled at temperature 1, and
+    the number of those tokens."""
+    total, tokens, streams = 0.0, 0, sorted(streams, key=len)
     for i in range(0, len(streams), microbatch_size):
         batch = policy.collate(streams[i : i + microbatch_size])
         log_ratio = other(batch)["logp"] - policy(batch)["logp"]
         total += (log_ratio.exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
-        tokens += batch["mask"].sum().item()
-    return total / tokens
+        tokens += int(batch["mask"].sum())
+    return total, tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------- the report

@@ -462,10 +462,18 @@ class Policy(nn.Module):
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
+    def gather(self, items: list) -> list:
+        """All ranks' items, in the order of ranks."""
+        if self.world == 1:
+            return items
+        lists: list[list] = [[] for _ in range(self.world)]
+        dist.all_gather_object(lists, items)
+        return [item for own in lists for item in own]
+
     @contextlib.contextmanager
     def initial_weights(self) -> Iterator[None]:
         """Inside, the model has the weights that `keep_initial_weights` kept (this rank's shards of them)."""
-        current = [p.detach().clone() for p in self.model.parameters()]
+        current = self._weights()
         self._set_weights(self._initial)
         try:
             yield
@@ -473,12 +481,24 @@ class Policy(nn.Module):
             self._set_weights(current)
 
     def keep_initial_weights(self) -> None:
-        object.__setattr__(self, "_initial", [p.detach().clone() for p in self.model.parameters()])
+        """Keeps a copy of the weights as they are now (under FSDP, each rank of its own shards)."""
+        self._initial = self._weights()
+
+    def _weights(self) -> list[Tensor]:
+        self._reshard()
+        return [p.detach().clone() for p in self.model.parameters()]
 
     @torch.no_grad()
     def _set_weights(self, weights: list[Tensor]) -> None:
+        self._reshard()
         for p, w in zip(self.model.parameters(), weights):
             p.copy_(w)
+
+    def _reshard(self) -> None:
+        """FSDP's root stays gathered after a forward pass; here its parameters become shards again."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Adds the gradient of this rank's part of a loss that is a sum over ranks and microbatches; `last` marks the last one."""
@@ -578,8 +598,9 @@ class Run:
         step, flops = 0, 0.0
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
+            # Not strict: parameters that never had a gradient (the vision tower in a text task) have no optimizer state.
             set_state_dict(self.policy, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                           options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # fmt: skip
+                           options=StateDictOptions(full_state_dict=True, strict=False))  # fmt: skip
             step, flops = state["step"], state["flops"]
         if self.policy.rank == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):
@@ -682,15 +703,14 @@ def run_ppo(policy: Policy, folder: Path, make_env, config: ppo.PPOConfig, setti
     run_stage(run, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5)
 
 
-def expert_batches(make_env, batch_size: int, seed: int, label: str, wrong_turns: int = 0):
-    """Fresh expert demonstrations for every step, a function of (label, seed, step)."""
-    env = make_env()
+def fresh_batches(env, demonstrate, batch_size: int, label: str):
+    """New demonstrations for every step, a function of (label, step). `demonstrate(env)` makes one record."""
 
     def batch(step: int) -> list[dict]:
         records = []
         for i in range(batch_size):
-            env.random.seed(f"{label}/{seed}/{step}/{i}")
-            records.append(envs.demonstration(env, wrong_turns))
+            env.random.seed(f"{label}/{step}/{i}")
+            records.append(demonstrate(env))
         return records
 
     return batch
@@ -736,10 +756,10 @@ class Study:
 
 STUDIES = {
     "gp-l": Study(
-        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=1200, warmup=0.05, muon=True),
-        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=16, steps=140),
+        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=1000, warmup=0.05, muon=True),
+        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=16, steps=100),
         sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=16, steps=10**9),
-        rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=512, minibatch_size=128, microbatch_size=32, epochs=2, steps=10**9,
+        rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=512, minibatch_size=128, microbatch_size=16, epochs=2, steps=10**9,
                          max_new_tokens=48),
         flops=2e13,
     )
@@ -791,9 +811,9 @@ def id_environment(args: argparse.Namespace, study: Study):
 
 
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
-    """The shared start of both arms: a short SFT on ID demonstrations in the target form. Returns its checkpoint."""
+    """The shared start of both arms: a short SFT on imperfect ID demonstrations in the target form. Returns its checkpoint."""
     if not finished(folder / "init"):
-        batches = expert_batches(id_environment(args, study), study.init.batch_size, seed, "init")
+        batches = fresh_batches(id_environment(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
         run_sft(load_policy(args, base), folder / "init", batches, study.init, {"stage": "init", "model": base, "seed": seed})
     return str(checkpoints(folder / "init")[-1])
 
@@ -807,7 +827,7 @@ def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, 
     config.lr, config.flops = lr or config.lr, study.flops
     settings = {"stage": arm, "model": init, "seed": seed}
     if arm == "sft":
-        batches = expert_batches(id_environment(args, study), config.batch_size, seed, "sft")
+        batches = fresh_batches(id_environment(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
         run_sft(load_policy(args, init), folder, batches, config, settings, study.count)
     else:
         config.seed = seed
@@ -999,8 +1019,7 @@ def command_sft(args: argparse.Namespace) -> None:
     else:
         if not 0 <= args.wrong_turns < args.verify_iter:
             raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
-        environment_of(args)  # wrong options end here, before the model is loaded
-        batches = expert_batches(lambda: environment_of(args), config.batch_size, args.seed, "sft", args.wrong_turns)
+        batches = fresh_batches(environment_of(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
     torch.manual_seed(args.seed)
     settings = environment_settings(args) | {"demos": args.demos, "wrong_turns": args.wrong_turns, "seed": args.seed}
     run_sft(load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints)
@@ -1008,7 +1027,7 @@ def command_sft(args: argparse.Namespace) -> None:
 
 def command_ppo(args: argparse.Namespace) -> None:
     config = config_from(args, ppo.PPOConfig)
-    environment_of(args)
+    environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
     run_ppo(load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), args.checkpoints)
 

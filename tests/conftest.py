@@ -1,0 +1,61 @@
+"""What the tests share: small policies that are built offline, in fp32."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sftrl  # noqa: E402
+
+
+def tiny_llava():
+    return sftrl.build_tiny()
+
+
+def tiny_llama():
+    tokenizer = sftrl.build_tokenizer()
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id,
+                                      bos_token_id=None, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2)  # fmt: skip
+    torch.manual_seed(1)
+    return transformers.LlamaForCausalLM(config), tokenizer
+
+
+def tiny_mllama():
+    """The paper's architecture: cross-attention layers 1 and 3, gates opened, output head untied."""
+    tokenizer = sftrl.build_tokenizer()
+    vision = transformers.models.mllama.configuration_mllama.MllamaVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=32, patch_size=16,
+        intermediate_layers_indices=[0, 1], vision_output_dim=96, supported_aspect_ratios=[[1, 1]], max_num_tiles=1)  # fmt: skip
+    text = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        cross_attention_layers=[1, 3], eos_token_id=tokenizer.eos_token_id, bos_token_id=0, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2)  # fmt: skip
+    torch.manual_seed(2)
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=len(tokenizer))
+    model = transformers.MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "gate" in name:
+                p.fill_(0.5)
+    tokenizer.bos_token = "<|pad|>"
+    images = transformers.MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=1)
+    return model, transformers.MllamaProcessor(images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE)
+
+
+MODELS = {"llava": tiny_llava, "llama": tiny_llama, "mllama": tiny_mllama}
+
+
+def make_policy(kind="llava", **options):
+    torch.manual_seed(0)
+    return sftrl.Policy(*MODELS[kind](), rollout_dtype=torch.float32, **options)
+
+
+@pytest.fixture
+def policy():
+    """A fresh tiny policy."""
+    return make_policy()

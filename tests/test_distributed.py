@@ -1,0 +1,115 @@
+"""Two gloo processes with FSDP against one process. This file is also the program that torchrun runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parent.parent
+
+
+def torchrun(n, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def worker(out: Path) -> None:
+    """One SFT step, then one PPO update on the same conversations, then a rollout that stops unevenly; saves weights and metrics."""
+    import torch.distributed as dist
+    from conftest import make_policy
+
+    import envs
+    import ppo
+    import sft
+
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    policy = make_policy("llama")
+    if world > 1:
+        policy.shard()
+    env = envs.make("gp-l", seed=2)
+    records = [envs.demonstration(env, wrong_turns=k % 3) for k in range(8)]
+
+    # plain gradient descent, so that the step shows the gradient itself and not only its sign as Adam's first step does
+    optimizers = [torch.optim.SGD(list(policy.parameters()), lr=0.5)]
+    optimizers[0].param_groups[0]["initial_lr"] = 0.5
+    config = sft.SFTConfig(lr=0.5, batch_size=8, microbatch_size=2, steps=1, max_grad_norm=1.0)
+    (metrics,) = sft.train(policy, optimizers, lambda step: records, config)
+    policy.save(out / "sft")
+
+    config = ppo.PPOConfig(episodes=8, minibatch_size=8, microbatch_size=2, epochs=2, entropy_coef=0.1, kl_coef=0.1)
+    streams, episodes = policy.streams(records[policy.rank :: world]), []
+    for k, record in list(enumerate(records))[policy.rank :: world]:
+        turns = record["conversations"][1::2]
+        episodes.append(envs.Episode("", [], [envs.Turn(t["value"], -1.0 - k + 6.0 * (t is turns[-1]), "correct", "", True) for t in turns], True))
+    policy.keep_initial_weights()
+    optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
+    batch = ppo.collect(policy, streams, episodes, config, "formula")
+    metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(policy, streams, episodes, batch, config)
+    policy.save(out / "ppo")
+
+    environments = [envs.make("gp-l", verify_iter=1 + 4 * policy.rank) for _ in range(2 + 6 * policy.rank)]
+    with policy.responder(1.0, 5 + 20 * policy.rank, policy.generator("uneven")) as respond:
+        envs.play(environments, respond)
+    metrics["after_rollout"] = next(sft.train(policy, optimizers, lambda step: records, sft.SFTConfig(batch_size=8, steps=1)))["loss"]
+    if policy.rank == 0:
+        (out / "metrics.json").write_text(json.dumps(metrics))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    folders = []
+    for n in (1, 2):
+        folders.append(tmp_path_factory.mktemp(f"ranks{n}"))
+        torchrun(n, HERE, folders[-1])
+    return folders
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("name", ["model.safetensors", "value_head.safetensors"])
+def test_two_ranks_take_the_same_step_as_one_process(one_and_two, stage, name):
+    one, two = (load_file(folder / stage / name) for folder in one_and_two)
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=2e-6)
+    if stage == "ppo":
+        before = load_file(one_and_two[0] / "sft" / name)
+        assert any((before[key] - one[key]).abs().max() > 1e-4 for key in one)
+
+
+def test_two_ranks_log_what_one_process_logs_and_go_on_after_uneven_rollouts(one_and_two):
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in one_and_two)
+    assert one.keys() == two.keys()
+    for key in one:
+        assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+
+
+def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_path):
+    args = ("--steps", 2, "--threads", 1, "--max-new-tokens", 8)
+    torchrun(2, ROOT / "sftrl.py", "sft", "--out", tmp_path / "sft", "--batch-size", 4, *args[:4])
+    torchrun(2, ROOT / "sftrl.py", "ppo", "--out", tmp_path / "ppo", "--model", tmp_path / "sft/checkpoint-2", "--episodes", 8, "--minibatch-size", 4, *args)
+    import sftrl
+
+    policy = sftrl.Policy.load(str(tmp_path / "ppo/checkpoint-2"))
+    trained, fresh = policy.model.state_dict(), sftrl.Policy.load("tiny").model.state_dict()
+    assert trained.keys() == fresh.keys() and any(not torch.equal(trained[k], fresh[k]) for k in fresh)
+    assert len(sftrl.read_lines(tmp_path / "ppo/metrics.jsonl")) == 2
+    out = torchrun(2, ROOT / "sftrl.py", "evaluate", "--model", tmp_path / "ppo/checkpoint-2", "--episodes", 5, "--max-new-tokens", 8).stdout
+    assert out.count('"episodes": 5') == 1  # all hands, and rank 0 alone prints
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    worker(Path(sys.argv[1]))

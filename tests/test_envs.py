@@ -1,0 +1,354 @@
+"""Cards, solver, verifier, episodes."""
+
+import ast
+import itertools
+import json
+import random
+import time
+from fractions import Fraction
+from functools import lru_cache
+
+import pytest
+
+import envs
+
+ALL_HANDS = list(itertools.combinations_with_replacement(range(1, 14), 4))
+
+
+# ---- independent references
+
+
+def exact(formula: str) -> Fraction:
+    """Value of a formula by Python's own parser, in fractions."""
+
+    def value(node):
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        a, b = value(node.left), value(node.right)
+        return {ast.Add: a.__add__, ast.Sub: a.__sub__, ast.Mult: a.__mul__, ast.Div: a.__truediv__}[type(node.op)](b)
+
+    return value(ast.parse(formula, mode="eval").body)
+
+
+def leaves(formula: str) -> list[int]:
+    return sorted(node.value for node in ast.walk(ast.parse(formula)) if isinstance(node, ast.Constant))
+
+
+@lru_cache(maxsize=None)
+def reachable(numbers: tuple) -> frozenset:
+    """All values that a multiset can make: take two, put back what one operation makes of them."""
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    out = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        a, b = numbers[i], numbers[j]
+        for made in [a + b, a - b, a * b] + ([a / b] if b else []):
+            out |= reachable(tuple(sorted([*rest, made])))
+    return frozenset(out)
+
+
+def every_formula(numbers):
+    """All fully bracketed formulas over the numbers, each used once."""
+    if len(numbers) == 1:
+        yield str(numbers[0])
+    for size in range(1, len(numbers)):
+        for chosen in itertools.combinations(range(len(numbers)), size):
+            left = [numbers[i] for i in chosen]
+            right = [numbers[i] for i in range(len(numbers)) if i not in chosen]
+            for a, b, op in itertools.product(every_formula(left), every_formula(right), "+-*/"):
+                yield f"({a}{op}{b})"
+
+
+def fingerprint(formula: str, symbols: dict[int, int], prime: int = 2**61 - 1) -> int | None:
+    """The formula's value modulo a prime with random numbers in the cards' place: equal for algebraically equal formulas."""
+
+    def value(node):
+        if isinstance(node, ast.Constant):
+            return symbols[node.value]
+        a, b = value(node.left), value(node.right)
+        if isinstance(node.op, ast.Div):
+            return a * pow(b, -1, prime) % prime
+        return {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}[type(node.op)] % prime
+
+    return value(ast.parse(formula, mode="eval").body)
+
+
+# ---- the solver
+
+
+def test_solver_agrees_with_brute_force_on_every_hand():
+    assert len(ALL_HANDS) == 1820
+    for hand in ALL_HANDS:
+        can = 24 in reachable(tuple(map(Fraction, hand)))
+        assert bool(envs.solve(hand)) == can, hand
+
+
+def test_every_solution_is_exact_distinct_and_uses_the_hand():
+    for hand in ALL_HANDS:
+        solutions = envs.solve(hand)
+        assert len(set(solutions)) == len(solutions)
+        for formula in solutions:
+            assert exact(formula) == 24 and leaves(formula) == list(hand)
+
+
+@pytest.mark.parametrize("hand", [(1, 3, 4, 6), (2, 4, 6, 8), (3, 5, 7, 9), (1, 2, 11, 12)])
+def test_solver_misses_no_solution(hand):
+    rng = random.Random(0)
+    symbols = {n: rng.randrange(2**60) for n in hand}
+    brute = set()
+    for formula in every_formula(list(hand)):
+        try:
+            if exact(formula) == 24:
+                brute.add(fingerprint(formula, symbols))
+        except ZeroDivisionError:
+            continue
+    assert brute == {fingerprint(formula, symbols) for formula in envs.solve(hand)} != set()
+
+
+def test_solver_is_fast():
+    for cached in (envs.solve, envs._expressions):
+        cached.cache_clear()
+    start = time.process_time()
+    for hand in ALL_HANDS:
+        envs.solve(hand)
+    assert time.process_time() - start < 10
+
+
+def test_solver_takes_other_targets_numbers_and_operators():
+    assert envs.solve((3, 3, 8, 8)) == ("8/(3-8/3)",)
+    assert envs.solve((2, 3), 6, "*") == ("3*2",) and envs.solve((2, 3), 6, "+-") == ()
+    assert envs.solve((24,)) == ("24",)
+    assert all(exact(f) == 100 for f in envs.solve((1, 2, 3, 4, 25), 100)) and envs.solve((1, 2, 3, 4, 25), 100)
+
+
+# ---- the verifier
+
+
+def judged(reply, cards=("A", "3", "K", "10"), variant="id"):
+    env = envs.make("gp-l", variant)
+    env.reset(options={"cards": list(cards)})
+    return env.step(reply)
+
+
+def reply(formula, cards=("A", "3", "K", "10"), number=(1, 3, 10, 10)):
+    return json.dumps({"cards": list(cards), "number": list(number), "formula": formula})
+
+
+@pytest.mark.parametrize(
+    "formula, verdict, words",
+    [
+        ("10+10+3+1=24", "correct", "Correct"),
+        ("10+10+1+3", "correct", "Correct"),
+        (" ( 10 + 10 ) + (3*1)  + 1 = 24", "wrong_numbers", "no 1"),
+        ("10+10+3-1=24", "wrong_value", "22, not 24"),
+        ("10+10+3+1=25", "illegal", "sides"),
+        ("10/3+10+1=24", "wrong_value", "43/3"),
+        ("10+10+4=24", "wrong_numbers", "no 4"),
+        ("10+10+3=24", "wrong_numbers", "left out"),
+        ("10+13+1=24", "wrong_numbers", "no 13"),
+        ("(10+10+3+1=24", "illegal", "brackets"),
+        ("10+10+3+1)=24", "illegal", "brackets"),
+        ("10 10+3+1=24", "illegal", "operator"),
+        ("10+10+3+=24", "illegal", "number"),
+        ("-10+10+3+1=24", "illegal", "number"),
+        ("10/(10-10)*3=24", "illegal", "zero"),
+        ("10**1+10+3=24", "illegal", "number"),
+        ("__import__('os')", "illegal", "character"),
+        ("10+10+3+1=24=24", "illegal", "equals"),
+        ("", "illegal", "number"),
+        ("1" * 10_000, "illegal", "long"),
+    ],
+)
+def test_verdict_of_a_formula(formula, verdict, words):
+    _, reward, terminated, _, info = judged(reply(formula))
+    assert info["verdict"] == verdict and words in info["feedback"]
+    assert reward == envs.REWARDS[verdict] and terminated == (verdict == "correct")
+
+
+def test_exact_arithmetic_where_floats_fail():
+    _, reward, *_ = judged(reply("8/(3-8/3)=24", ("3", "3", "8", "8"), (3, 3, 8, 8)), ("3", "3", "8", "8"))
+    assert reward == 5
+
+
+def test_one_verdict_in_a_fixed_order():
+    assert judged("no json")[4]["verdict"] == "unparsed"
+    assert judged('{"cards": 3, "number": [], "formula": "1"}')[4]["verdict"] == "unparsed"
+    assert judged('{"cards": [], "number": [], "formula": null}')[4]["verdict"] == "unparsed"
+    assert judged(reply("(((", cards=("A", "3", "K", "9")))[4]["verdict"] == "misread"
+    assert judged(reply("(((", number=(9, 9, 9, 9)))[4]["verdict"] == "illegal"
+    assert judged(reply("10+10+3+1=24", number=(1, 3, 13, 10)))[4]["verdict"] == "wrong_numbers"
+
+
+def test_the_number_field_follows_the_rule_in_force():
+    good = reply("(13-10)*(3+1)=24", number=(1, 3, 13, 10))
+    assert judged(good)[4]["verdict"] == "wrong_numbers"
+    env = envs.make("gp-l", "rule")
+    env.reset(options={"cards": ["2", "J", "K", "3"]})
+    assert env.numbers == [2, 11, 13, 3]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """{"cards": ["A", "3", "K", "10"], "number": [1, 3, 10, 10], "formula": "10+10+3+1=24"}""",
+        """{\n "cards": ['A', '3', 'K', '10'],\n "number": [1, 3, 10, 10],\n "formula": "10+10+3+1=24",\n}""",
+        """{'cards': [A, 3, K, 10], 'number': [1, 3, 10, 10,], 'formula': '10+10+3+1=24'}""",
+        """Here {is} my answer: ```json\n{"cards": ["a", 3, "k ", "10"], "number": ["1", 3, 10, 10], "formula": "10+10+3+1=24", "x": {"y": []}}``` ok?""",
+    ],
+)
+def test_strict_json_and_the_released_form_are_read(text):
+    assert judged(text)[4]["verdict"] == "correct"
+
+
+def hostile_strings():
+    rng = random.Random(0)
+    good = reply("10+10+3+1=24")
+    yield from ["", "\0", "{" * 100_000, "[" * 1_000_000, '{"cards":' * 5000, "a" * 1_000_000, "\ud800", '{"formula": "\\', "{'a': '\\'",
+                '{"cards": ["A","3","K","10"], "number": [1,3,10,10], "formula": "' + "(" * 190 + '"}', "٣" * 50,
+                reply("(" * 100 + "10+10+3+1" + ")" * 90), reply("٣+10+10+1"), reply("1e3"), reply("10+10+3+1=" + "9" * 150),
+                reply("/".join(["9"] * 99)), good[:-1], good + good, good.replace('"', "“"), '{"cards": [[[[[[[[[[1]]]]]]]]]]}',
+                reply("10+10+3+1=24", cards=["A" * 10_000]), reply("10+10+3+1=24", number=[10**400, -5, 1.5, None]),
+                '"' * 19_999, "{" + '"a":' * 4000, "\\" * 19_000, "'" + "\\'" * 9000]  # fmt: skip
+    alphabet = '{}[]:,"\'\\ \n\t0123456789+-*/=()AJQKcardsnumberformula\0é😀'
+    for _ in range(3000):
+        chars = list(good)
+        for _ in range(rng.randint(1, 12)):
+            at = rng.randrange(len(chars))
+            chars[at : at + rng.randint(0, 3)] = rng.choices(alphabet, k=rng.randint(0, 3)) or [" "]
+        yield "".join(chars)
+
+
+def test_no_string_gets_an_exception_or_a_wrong_reward_out_of_step():
+    env = envs.make("gp-l", verify_iter=1)
+    slowest = 0.0
+    for text in hostile_strings():
+        env.reset(options={"cards": ["A", "3", "K", "10"]})
+        start = time.process_time()
+        _, reward, terminated, truncated, info = env.step(text)
+        slowest = max(slowest, time.process_time() - start)
+        assert info["verdict"] in envs.REWARDS and terminated != truncated
+        assert reward == envs.REWARDS[info["verdict"]] + (0 if terminated else envs.BUDGET_PENALTY)
+        if info["verdict"] == "correct":  # an independent judge agrees
+            formula = envs.parse_reply(text)["formula"].split("=")[0].replace(" ", "")
+            assert exact(formula) == 24 and leaves(formula) == [1, 3, 10, 10]
+    assert slowest < 0.010
+
+
+def test_verdicts_on_generated_formulas_match_an_independent_judge():
+    rng = random.Random(1)
+    for _ in range(2000):
+        numbers = [rng.choice([1, 3, 10, 10, 2]) for _ in range(rng.choice([3, 4, 4, 4, 5]))]
+        formula = rng.choice(list(every_formula(numbers[:2]))) + rng.choice("+-*/") + "*".join(map(str, numbers[2:]))
+        try:
+            value = exact(formula)
+            expected = "wrong_numbers" if leaves(formula) != [1, 3, 10, 10] else "correct" if value == 24 else "wrong_value"
+        except ZeroDivisionError:
+            expected = "illegal"
+        assert judged(reply(formula + "=24"))[4]["verdict"] == expected, formula
+
+
+# ---- the environment
+
+
+def test_same_seed_same_episodes_and_no_global_random_state():
+    random.seed(0)
+    state = random.getstate()
+    hands = []
+    for _ in range(2):
+        env = envs.make("gp-l", "rule", seed=7)
+        hands.append([env.reset()[1]["cards"] for _ in range(20)])
+    assert hands[0] == hands[1] and random.getstate() == state
+    assert env.reset(seed=7)[1]["cards"] == hands[0][0]
+    assert envs.make("gp-l", "rule", seed=8).reset()[1]["cards"] != hands[0][0]
+
+
+def test_deals_are_solvable_and_follow_the_variant():
+    for variant, replacement in itertools.product(("id", "rule"), (False, True)):
+        env = envs.make("gp-l", variant, 3, replacement=replacement)
+        for _ in range(300):
+            _, info = env.reset()
+            assert envs.solve(tuple(sorted(info["numbers"])))
+            assert info["numbers"] == [{"A": 1, "J": 10, "Q": 10, "K": 10}.get(c) or int(c) if variant == "id" else
+                                       {"A": 1, "J": 11, "Q": 12, "K": 13}.get(c) or int(c) for c in info["cards"]]  # fmt: skip
+            if variant == "rule":
+                assert set(info["cards"]) & set("JQK")
+
+
+def test_expert_is_always_right_and_wrong_replies_are_near_misses():
+    for variant in ("id", "rule"):
+        env = envs.make("gp-l", variant, 5)
+        for _ in range(200):
+            env.reset()
+            assert env.step(env.wrong_reply())[4]["verdict"] == "wrong_value"
+            assert env.step(env.expert_reply())[1:4] == (5.0, True, False)
+
+
+def test_budget_is_exact_and_the_episode_grows_by_reply_and_feedback():
+    env = envs.make("gp-l", verify_iter=3)
+    observation, info = env.reset()
+    assert info["verdict"] is None and [m["role"] for m in observation.messages] == ["user"]
+    rewards = []
+    for k in range(3):
+        observation, reward, terminated, truncated, info = env.step(f"try {k}")
+        rewards.append(reward)
+        assert not terminated and truncated == (k == 2)
+    assert rewards == [-3, -3, -4]
+    assert [m["content"] for m in observation.messages[1::2]] == ["try 0", "try 1", "try 2"]
+    assert observation.messages[2] == {"role": "user", "content": info["feedback"]} and observation.messages[-1]["role"] == "assistant"
+    after = env.step(env.expert_reply())
+    assert after[1] == 0 and after[3] and after[0].messages == observation.messages
+
+
+def test_options_cards_and_wrong_arguments():
+    env = envs.make("gp-l")
+    _, info = env.reset(options={"cards": ["A", "3", "K", "10"]})
+    assert info["cards"] == ["A", "3", "K", "10"] and info["numbers"] == [1, 3, 10, 10]
+    for cards in (["A", "A", "A", "A"], ["A", "3"], ["A", "3", "K", "11"]):
+        with pytest.raises(ValueError):
+            env.reset(options={"cards": cards})
+    for wrong in ({"task": "chess"}, {"variant": "odd"}, {"verify_iter": 0}, {"target": 0}, {"operators": "^"}, {"prompt": "$nope"}):
+        with pytest.raises(ValueError):
+            envs.make(**({"task": "gp-l"} | wrong))
+    with pytest.raises(ValueError):
+        envs.make("gp-l", target=10**9).reset()
+
+
+def test_prompt_states_the_task_and_can_be_replaced():
+    env = envs.make("gp-l", "rule", target=30, operators="+*")
+    text = env.reset()[0].messages[0]["content"]
+    assert all(part in text for part in ("30", "+*", "J is 11, Q is 12, K is 13", ", ".join(env.cards), '"formula"'))
+    own = envs.make("gp-l", prompt="Cards $cards make $target {x}").reset(options={"cards": ["A", "3", "K", "10"]})[0]
+    assert own.messages[0]["content"] == "Cards A, 3, K, 10 make 24 {x}"
+
+
+def test_play_runs_in_lockstep_and_asks_only_running_environments():
+    environments = [envs.make("gp-l", seed=i, verify_iter=3) for i in range(4)]
+    asked = []
+
+    def respond(indices, observations):
+        asked.append(list(indices))
+        return [environments[i].expert_reply() if len(asked) > i else "?" for i in indices]
+
+    episodes = envs.play(environments, respond)
+    assert asked == [[0, 1, 2, 3], [1, 2, 3], [2, 3]]
+    assert [len(e.turns) for e in episodes] == [1, 2, 3, 3] and [e.success for e in episodes] == [True, True, True, False]
+
+
+def test_demonstrations_have_the_released_form():
+    env = envs.make("gp-l", seed=1)
+    record = envs.demonstration(env, wrong_turns=2)
+    assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * 3
+    assert envs.parse_reply(record["conversations"][-1]["value"])["formula"].endswith("=24")
+    with pytest.raises(ValueError):
+        envs.demonstration(env, wrong_turns=5)
+
+
+def test_foundation_corpus_mixes_rules_and_never_shows_the_target_form():
+    rng = random.Random(0)
+    records = [envs.foundation_record(rng) for _ in range(400)]
+    prompts = [r["conversations"][0]["value"] for r in records]
+    assert 0.25 < sum("J is 10, Q is 10, K is 10" in p for p in prompts) / 400 < 0.45
+    assert 0.35 < sum("J is 11, Q is 12, K is 13" in p for p in prompts) / 400 < 0.55
+    assert 0.15 < sum(len(r["conversations"]) > 2 for r in records) / 400 < 0.35
+    assert not any(f'"{name}"' in turn["value"] for r in records for turn in r["conversations"] for name in envs.FIELDS)

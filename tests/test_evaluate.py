@@ -1,0 +1,110 @@
+"""Evaluation: counting, pairing, the distance to the initial policy, the report."""
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import make_policy
+
+import envs
+import evaluate
+
+
+def episode(outcome, budget=3):
+    verdicts = ["wrong_value"] * (outcome - 1) + ["correct"] if outcome else ["illegal"] * budget
+    turns = [envs.Turn("", 0.0, v, "", True) for v in verdicts]
+    return envs.Episode("", [], turns, outcome > 0)
+
+
+def test_summary_counts_successes_first_replies_and_verdicts():
+    result = evaluate.summary([episode(o) for o in (1, 0, 2, 1)])
+    assert result["outcomes"] == "1021" and result["success"] == 0.75 and result["first_success"] == 0.5
+    assert result["verdicts"]["correct"] == pytest.approx(3 / 7) and result["verdicts"]["illegal"] == pytest.approx(3 / 7)
+    assert result["success_se"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4)) and result["turns"] == 7 / 4
+
+
+def test_difference_is_paired():
+    rng = random.Random(0)
+    a = "".join(rng.choice("0123") for _ in range(1000))
+    b = "".join("0" if i % 10 == 0 else x for i, x in enumerate(a))  # loses a tenth of a's hands at most
+    d = evaluate.difference([{"outcomes": a}] * 2, [{"outcomes": b}] * 2)
+    lost = [(x > "0") - (y > "0") for x, y in zip(a, b)]
+    p = sum(lost) / 1000
+    half = 1.96 * math.sqrt(p * (1 - p) / 999)
+    assert d["mean"] == pytest.approx(p) and d["interval"] == pytest.approx((p - half, p + half), abs=1e-9)
+    unpaired = 1.96 * math.sqrt(2 * 0.25 / 1000)
+    assert half < unpaired / 1.5
+    assert evaluate.verdict(d, +1) == "holds" and evaluate.verdict(d, -1) == "does not hold"
+    same = evaluate.difference([{"outcomes": a}], [{"outcomes": a}])
+    assert evaluate.verdict(same, +1) == "not significant" and same["seed_interval"] is None
+
+
+def test_seeds_that_disagree_are_not_called_a_finding():
+    d = {"interval": (0.01, 0.05), "seeds": [0.1, -0.02, 0.03]}
+    assert evaluate.verdict(d, +1).startswith("not significant")
+
+
+def test_the_interval_over_seeds_is_students_t():
+    points = [{"outcomes": "1" * k + "0" * (10 - k)} for k in (5, 6, 7)]
+    d = evaluate.difference(points, [{"outcomes": "0" * 10}] * 3)
+    assert d["seed_interval"] == pytest.approx((0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3)))
+
+
+def test_the_same_hands_for_every_checkpoint_and_none_of_training(policy):
+    hands = {}
+    for series in ("eval", "valid", "train/0/0"):
+        environments = [envs.make("gp-l", verify_iter=1) for _ in range(20)]
+        _, episodes = evaluate.evaluate(policy, environments, 1.0, 4, series)
+        hands[series] = [e.cards for e in episodes]
+        _, again = evaluate.evaluate(policy, environments, 0.0, 4, series)
+        assert [e.cards for e in again] == hands[series]
+    assert not any(a == b for x, y in (("eval", "valid"), ("eval", "train/0/0")) for a, b in zip(hands[x], hands[y]))
+
+
+def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
+    policy, other = make_policy(), make_policy()
+    with torch.no_grad():
+        other.model.get_output_embeddings().weight.mul_(0.8)
+    environments = [envs.make("gp-l", verify_iter=1) for _ in range(64)]
+    assert evaluate.evaluate(policy, environments, 1.0, 12, initial=policy)[0]["kl_to_init"] == 0
+    measured = evaluate.evaluate(policy, environments, 1.0, 12, initial=other)[0]["kl_to_init"]
+    with policy.responder(1.0, 12, policy.generator("x")) as respond:
+        envs.play(environments, respond, [f"eval/{i}" for i in range(64)])
+    exact = []
+    with torch.no_grad():
+        for stream in (respond.streams[i] for i in range(64)):
+            ids = torch.tensor([stream.ids])
+            p, q = (m.model(input_ids=ids).logits[0].log_softmax(-1) for m in (policy, other))
+            exact += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item() for t, chosen in enumerate(stream.mask) if chosen]
+    assert measured == pytest.approx(sum(exact) / len(exact), rel=0.15)
+
+
+def results_of(tmp_path, rates):
+    """A study's points with success rates by (arm, step, variant)."""
+    results, rng = evaluate.Results(tmp_path / "results.jsonl"), random.Random(0)
+    for seed in (0, 1):
+        for (arm, step, variant, series), rate in rates.items():
+            for temperature in (1.0, 0.0):
+                outcomes = "".join("1" if rng.random() < rate else "0" for _ in range(400))
+                summary = evaluate.summary([episode(int(o)) for o in outcomes])
+                results.add({"task": "gp-l", "arm": arm, "seed": seed, "step": step, "flops": step * 1e12, "variant": variant, "series": series,
+                             "temperature": temperature, **summary, "kl_to_init": 0.1, "checkpoint": "x"})  # fmt: skip
+    return results
+
+
+def test_report_states_what_the_points_say(tmp_path):
+    rates = {("init", 0, "id", "eval"): 0.5, ("init", 0, "rule", "eval"): 0.3, ("sft", 1, "id", "valid"): 0.95, ("sft", 2, "id", "valid"): 0.8}
+    for step, sft_id, sft_rule, rl in ((1, 0.9, 0.5, 0.4), (2, 0.9, 0.1, 0.6)):
+        rates |= {("sft", step, "id", "eval"): sft_id, ("sft", step, "rule", "eval"): sft_rule, ("rl", step, "id", "eval"): 0.8, ("rl", step, "rule", "eval"): rl}
+    results = results_of(tmp_path, rates)
+    claims = evaluate.write_report(results, tmp_path, {"task": "gp-l", "verify_iter": 3, "note": ""})
+    said = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
+    assert "**holds**" in said["RL ends above init under the other rule"] and "**holds**" in said["SFT ends below init under the other rule"]
+    assert [p["step"] for p in results.ends("sft", "rule", 1.0, "best")] == [1, 1]
+    assert [p["step"] for p in results.ends("sft", "rule", 1.0)] == [2, 2]
+    assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
+    curve = evaluate.curves(results)["rl"]
+    assert [p["flops"] for p in curve] == [0, 1e12, 2e12] and len(curve[1]["rule"]) == 2
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"

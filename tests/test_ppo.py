@@ -1,0 +1,260 @@
+"""PPO: the mathematics against naive references, the masks, and learning."""
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import make_policy
+
+import envs
+import ppo
+
+
+def naive_gae(rewards, values, mask, gamma, lam):
+    """By the definition, episode by episode: A_k = sum over later actions j of (product of discounts and lambdas) delta_j."""
+    advantages = [[0.0] * len(row) for row in rewards]
+    for b, row in enumerate(mask):
+        steps = [t for t, m in enumerate(row) if m]
+        reward = {t: sum(rewards[b][t : (steps + [len(row)])[k + 1]]) for k, t in enumerate(steps)}
+        discount = {t: 1.0 if k + 1 < len(steps) and steps[k + 1] == t + 1 else gamma for k, t in enumerate(steps)}
+        delta = {}
+        for k, t in enumerate(steps):
+            following = values[b][steps[k + 1]] if k + 1 < len(steps) else 0.0
+            delta[t] = reward[t] + discount[t] * following - values[b][t]
+        for k, t in enumerate(steps):
+            factor = 1.0
+            for j in steps[k:]:
+                advantages[b][t] += factor * delta[j]
+                factor *= discount[j] * lam
+    return advantages
+
+
+def random_case(seed):
+    g = torch.Generator().manual_seed(seed)
+    rewards, values = (torch.randn(5, 23, generator=g, dtype=torch.double) for _ in range(2))
+    mask = (torch.rand(5, 23, generator=g) < 0.7).double()
+    mask[0] = 0
+    mask[1] = 1
+    return rewards, values, mask
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.9, 0.95), (1.0, 1.0), (0.5, 0.0), (0.0, 0.7)])
+def test_gae_against_the_definition(gamma, lam):
+    for seed in range(5):
+        rewards, values, mask = random_case(seed)
+        advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+        expected = torch.tensor(naive_gae(rewards.tolist(), values.tolist(), mask.tolist(), gamma, lam), dtype=torch.double)
+        torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(returns, (expected + values) * mask, rtol=1e-12, atol=1e-12)
+
+
+def test_gae_by_hand_discounts_once_per_turn_and_not_per_token():
+    # prompt, reply of two tokens, feedback of two, reply of one; reward -1 after the first reply, 5 after the second
+    mask = torch.tensor([[0.0, 1, 1, 0, 0, 1, 0]])
+    rewards = torch.tensor([[0.0, 0, -1, 0, 0, 5, 0]])
+    advantages, _ = ppo.gae(rewards, torch.zeros(1, 7), mask, gamma=0.9, lam=1.0)
+    torch.testing.assert_close(advantages, torch.tensor([[0, -1 + 0.9 * 5, -1 + 0.9 * 5, 0, 0, 5.0, 0]]))
+
+
+def test_gae_does_not_leak_between_episodes_or_past_the_end():
+    rewards, values, mask = random_case(3)
+    together = ppo.gae(rewards, values, mask, 0.9, 0.95)[0]
+    for b in range(5):
+        alone = ppo.gae(rewards[b : b + 1], values[b : b + 1], mask[b : b + 1], 0.9, 0.95)[0]
+        torch.testing.assert_close(together[b : b + 1], alone)
+    padded = [torch.cat([x, 9 * torch.ones(5, 4, dtype=torch.double)], 1) for x in (values, mask)]
+    padded[1][:, 23:] = 0
+    longer = ppo.gae(torch.cat([rewards, torch.zeros(5, 4)], 1), padded[0], padded[1], 0.9, 0.95)[0]
+    torch.testing.assert_close(longer[:, :23], together)
+
+
+def test_policy_loss_against_a_loop_and_its_gradient_against_finite_differences():
+    g = torch.Generator().manual_seed(0)
+    logp, old, adv = (torch.randn(3, 6, generator=g, dtype=torch.double) * 0.5 for _ in range(3))
+    mask = (torch.rand(3, 6, generator=g) < 0.6).double()
+    total, n = 0.0, 0
+    for b in range(3):
+        for t in range(6):
+            if mask[b, t]:
+                ratio = math.exp(logp[b, t] - old[b, t])
+                total += min(ratio * adv[b, t].item(), min(max(ratio, 0.8), 1.2) * adv[b, t].item())
+                n += 1
+    assert ppo.policy_loss(logp, old, adv, mask, 0.2).item() == pytest.approx(-total / n, rel=1e-12)
+    logp.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ppo.policy_loss(x, old, adv, mask, 0.2), logp)
+
+
+def test_value_loss_against_a_loop_and_its_gradient_against_finite_differences():
+    g = torch.Generator().manual_seed(1)
+    values, old, returns = (torch.randn(3, 6, generator=g, dtype=torch.double) for _ in range(3))
+    mask = (torch.rand(3, 6, generator=g) < 0.6).double()
+    total, n = 0.0, 0
+    for b in range(3):
+        for t in range(6):
+            if mask[b, t]:
+                v, o, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
+                total += max((v - r) ** 2, (min(max(v, o - 0.3), o + 0.3) - r) ** 2)
+                n += 1
+    assert ppo.value_loss(values, old, returns, mask, 0.3).item() == pytest.approx(0.5 * total / n, rel=1e-12)
+    values.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ppo.value_loss(x, old, returns, mask, 0.3), values)
+
+
+def test_clipping_stops_the_gradient_only_where_the_ratio_left_the_range_in_the_advantages_direction():
+    logp = torch.tensor([[0.5, 0.5, -0.5, -0.5]], requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    ppo.policy_loss(logp, torch.zeros(1, 4), advantages, torch.ones(1, 4), 0.2).backward()
+    assert [bool(g) for g in logp.grad[0]] == [False, True, True, False]
+
+
+def test_kl_estimate_is_unbiased_and_never_negative():
+    g = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 6, generator=g).log_softmax(-1)
+    draws = torch.multinomial(p.exp(), 400_000, replacement=True, generator=g)
+    estimate = ppo.kl_estimate(p[draws], q[draws])
+    assert estimate.min() >= 0 and estimate.mean().item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=0.02)
+
+
+def test_per_reply_sums_each_reply_onto_its_first_token():
+    starts = torch.tensor([[0.0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]])
+    x = torch.tensor([[0.0, 1, 2, 0, 4, 0], [1, 1, 0, 0, 0, 0]])
+    assert ppo.per_reply(x, starts).tolist() == [[0, 3, 0, 0, 4, 0], [2, 0, 0, 0, 0, 0]]
+
+
+class OneRank:
+    """What `whiten` asks of a policy."""
+
+    @staticmethod
+    def sum(*numbers):
+        return [float(n) for n in numbers]
+
+
+def test_whitening_is_masked():
+    x, mask = torch.randn(4, 9) * 3 + 7, (torch.rand(4, 9) < 0.5).float()
+    white = ppo.whiten(OneRank, x, mask)
+    chosen = white[mask > 0]
+    assert abs(chosen.mean()) < 1e-5 and chosen.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+    assert not white[mask == 0].any()
+
+
+# ---- with a policy
+
+
+def small_config(**changes):
+    return ppo.PPOConfig(**({"episodes": 6, "minibatch_size": 3, "microbatch_size": 2, "epochs": 2, "max_new_tokens": 12, "lr": 1e-3} | changes))
+
+
+def played(policy, config, verify_iter=3):
+    environments = [envs.make("gp-l", verify_iter=verify_iter) for _ in range(config.episodes)]
+    return ppo.rollout(policy, environments, config, step=0)
+
+
+@pytest.mark.parametrize("kind", ["llava", "mllama"])
+@pytest.mark.parametrize("ratio", ["token", "reply"])
+def test_first_ratio_is_one_and_moves_after_a_step(kind, ratio):
+    policy, config = make_policy(kind), small_config(ratio=ratio, thought_coef=0.5)
+    streams, episodes = played(policy, config)
+    batch = ppo.collect(policy, streams, episodes, config, "formula")
+    metrics = ppo.update(policy, policy.optimizers(config.lr, 1e-3), batch, config, step=0)
+    assert metrics["first_ratio_error"] < 1e-5 < metrics["largest_ratio"] - 1
+    assert metrics["approx_kl"] > 0 and metrics["grad_norm"] > 0
+
+
+def test_batch_masks_rewards_and_old_logp_say_what_the_sampler_did(policy):
+    config = small_config(temperature=0.7)
+    streams, episodes = played(policy, config)
+    batch = ppo.collect(policy, streams, episodes, config, "formula")
+    order = sorted(range(6), key=lambda i: len(streams[i]))
+    for b, i in enumerate(order):
+        stream, n = streams[i], len(streams[i])
+        assert batch["ids"][b, :n].tolist() == stream.ids and batch["mask"][b, :n].tolist() == stream.mask
+        assert not batch["mask"][b, n:].any()
+        torch.testing.assert_close(batch["old_logp"][b, :n], torch.tensor(stream.logp), rtol=0, atol=1e-5)
+        assert batch["rewards"].sum(1)[b].item() == sum(t.reward for t in episodes[i].turns)
+        last = stream.replies[-1][1] - 1
+        assert batch["rewards"][b, last] == episodes[i].turns[-1].reward and batch["advantages"][b][batch["mask"][b] == 0].abs().sum() == 0
+
+
+def test_the_value_head_trains_the_trunk_only_if_shared():
+    for trunk, moves in (("detached", False), ("shared", True)):
+        policy = make_policy()
+        torch.nn.init.normal_(policy.value_head[-1].weight)
+        config = small_config(value_trunk=trunk, value_warmup=1, epochs=1)
+        batch = ppo.collect(policy, *played(policy, config), config, "formula")
+        before = [p.clone() for p in policy.model.parameters()]
+        head = policy.value_head[0].weight.clone()
+        ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, config, step=0)
+        assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters())) == moves
+        assert not torch.equal(head, policy.value_head[0].weight)
+
+
+def test_microbatches_do_not_change_the_gradient():
+    policies = []
+    for micro in (1, 6):
+        policy = make_policy()
+        config = small_config(microbatch_size=micro, minibatch_size=6, epochs=1, entropy_coef=0.1, kl_coef=0.1)
+        policy.keep_initial_weights()
+        batch = ppo.collect(policy, *played(policy, config), config, "formula")
+        ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, config, step=0)
+        policies.append(policy)
+    for a, b in zip(policies[0].parameters(), policies[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_kl_to_the_initial_policy_is_zero_at_first_and_restores_the_weights(policy):
+    config = small_config(kl_coef=1.0)
+    policy.keep_initial_weights()
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.mul_(1.1)
+    before = [p.clone() for p in policy.parameters()]
+    batch = ppo.collect(policy, *played(policy, config), config, "formula")
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+    assert (batch["initial_logp"] - batch["old_logp"]).abs().max() > 1e-3
+
+
+def test_thought_length_ends_at_the_answer_field(policy):
+    text = '{"cards": ["A"], "number": [1], "formula": "1=24"}'
+    ids = policy.tokenize([text])[0]
+    k = ppo.thought_length(policy, ids, "formula")
+    assert "formula" in policy.decode(ids[: k + 1]) and "formula" not in policy.decode(ids[:k])
+    assert ppo.thought_length(policy, ids[:3], "formula") == 3
+
+
+def test_a_non_finite_loss_stops_before_the_weights_change(policy):
+    config = small_config()
+    batch = ppo.collect(policy, *played(policy, config), config, "formula")
+    batch["advantages"][0] = math.nan
+    before = [p.clone() for p in policy.parameters()]
+    with pytest.raises(FloatingPointError):
+        for _ in range(config.epochs):
+            ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, small_config(minibatch_size=6, microbatch_size=6), step=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+
+
+class SayDigit:
+    """A trivial task with the environments' interface: the reply has to start with the digit of the prompt."""
+
+    fields = ("digit",)
+
+    def __init__(self):
+        self.random = random.Random(0)
+
+    def reset(self, seed=None):
+        self.random.seed(seed)
+        self.digit = self.random.choice("37")
+        return envs.Observation([{"role": "user", "content": self.digit}]), {"cards": []}
+
+    def step(self, reply):
+        right = reply.startswith(self.digit)
+        info = {"verdict": "correct" if right else "unparsed", "feedback": "", "recognized": right}
+        return envs.Observation([]), float(right), right, not right, info
+
+
+@pytest.mark.parametrize("ratio", ["token", "reply"])
+def test_ppo_learns_a_trivial_task(policy, ratio):
+    config = ppo.PPOConfig(lr=1e-2, value_lr=1e-2, episodes=64, minibatch_size=64, microbatch_size=64, epochs=2, steps=40, max_new_tokens=1,
+                           ratio=ratio)  # fmt: skip
+    environments = [SayDigit() for _ in range(64)]
+    success = [m["success"] for m in ppo.train(policy, policy.optimizers(config.lr, config.value_lr), environments, config)]
+    assert success[0] < 0.2 and max(success[-5:]) > 0.85

@@ -1,0 +1,126 @@
+"""SFT: loss, masks, records, learning."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_policy
+
+import envs
+import sft
+
+
+def records(n, wrong_turns=0):
+    env = envs.make("gp-l", seed=3)
+    return [envs.demonstration(env, wrong_turns) for _ in range(n)]
+
+
+def test_the_mask_holds_replies_and_their_end_tokens_only(policy):
+    record = records(1, wrong_turns=2)[0]
+    (stream,) = policy.streams([record])
+    replies = [turn["value"] for turn in record["conversations"][1::2]]
+    assert len(stream.replies) == 3
+    for (start, stop), text in zip(stream.replies, replies):
+        assert stream.ids[stop - 1] == policy.end_id and policy.decode(stream.ids[start : stop - 1]) == text
+    inside = {t for start, stop in stream.replies for t in range(start, stop)}
+    assert [t for t, m in enumerate(stream.mask) if m] == sorted(inside)
+
+
+def test_a_demonstration_has_the_tokens_of_the_rendered_conversation(policy):
+    record = records(1, wrong_turns=2)[0]
+    (stream,) = policy.streams([record])
+    messages = [{"role": {"human": "user", "gpt": "assistant"}[t["from"]], "content": t["value"]} for t in record["conversations"]]
+    assert stream.ids == policy.tokenize([policy.render(messages, reply_follows=False)])[0]
+
+
+def test_loss_is_the_mean_over_reply_tokens_of_the_global_batch(policy):
+    batch = records(5, wrong_turns=1)
+    total, n = 0.0, 0
+    for stream in policy.streams(batch):  # naive: whole logits, one conversation and one token at a time
+        logits = policy.model(input_ids=torch.tensor([stream.ids])).logits[0].double()
+        for t, chosen in enumerate(stream.mask):
+            if chosen:
+                total -= logits[t - 1].log_softmax(-1)[stream.ids[t]].item()
+                n += 1
+    for micro in (1, 2, 5):
+        config = sft.SFTConfig(batch_size=5, microbatch_size=micro, steps=1, lr=0.0)
+        (metrics,) = sft.train(policy, policy.optimizers(0.0), lambda step: batch, config)
+        assert metrics["loss"] == pytest.approx(total / n, rel=1e-5) and metrics["reply_tokens"] == n
+
+
+def test_accumulation_gives_the_same_step():
+    weights = []
+    for micro in (1, 4):
+        policy = make_policy()
+        config = sft.SFTConfig(batch_size=4, microbatch_size=micro, steps=2, lr=1e-3)
+        list(sft.train(policy, policy.optimizers(config.lr), lambda step: records(4), config))
+        weights.append([p.clone() for p in policy.parameters()])
+    for a, b in zip(*weights):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind, muon", [("llava", False), ("llava", True), ("llama", False), ("mllama", False)])
+def test_sft_learns_its_demonstrations(kind, muon):
+    policy = make_policy(kind)
+    chosen = records(4)
+    config = sft.SFTConfig(lr=5e-3, batch_size=4, microbatch_size=4, steps=80, muon=muon)
+    losses = [m["loss"] for m in sft.train(policy, policy.optimizers(config.lr, muon=muon), lambda step: chosen, config)]
+    assert losses[-1] < 0.05 < losses[0]
+    generator = torch.Generator().manual_seed(0)
+    streams = policy.streams(chosen)
+    with policy.rollout_weights() as model:
+        drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, generator)
+    assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in streams]
+
+
+def test_flops_are_six_n_per_trained_token_and_end_the_run(policy):
+    chosen = records(4)
+    tokens = sum(map(len, policy.streams(chosen)))
+    each = 6 * policy.parameter_count * tokens
+    config = sft.SFTConfig(batch_size=4, microbatch_size=2, flops=2.5 * each)
+    metrics = list(sft.train(policy, policy.optimizers(1e-4), lambda step: chosen, config))
+    assert [m["flops"] for m in metrics] == [each, 2 * each, 3 * each]
+
+
+def test_epochs_visit_every_record_once_in_a_new_order_and_need_no_state():
+    data = [{"i": i} for i in range(10)]
+    batch = sft.epochs(data, 4, seed=1)
+    seen = [r["i"] for step in range(5) for r in batch(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert sft.epochs(data, 4, seed=1)(3) == batch(3)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "cannot be read"),
+        ("[]", "non-empty"),
+        ('[{"conversations": []}]', "record 0"),
+        ('[{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}]', "turn 0: `from`"),
+        ('[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": 3}]}]', "turn 1: `value`"),
+        ('[{"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "`image`"),
+    ],
+)
+def test_a_bad_file_is_named_with_record_and_field(tmp_path, content, words):
+    path = tmp_path / "demos.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="demos.json") as error:
+        sft.read_records(str(path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_written_file_reads_back(tmp_path):
+    path = tmp_path / "demos.json"
+    path.write_text(json.dumps(records(3, 1)))
+    assert sft.read_records(str(path)) == records(3, 1)
+
+
+def test_a_non_finite_loss_stops_before_the_weights_change(policy):
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight[5] = math.nan
+    before = [p.clone() for p in policy.parameters()]
+    config = sft.SFTConfig(batch_size=2, microbatch_size=2, steps=1)
+    with pytest.raises(FloatingPointError):
+        list(sft.train(policy, policy.optimizers(1e-3), lambda step: records(2), config))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, policy.parameters()))

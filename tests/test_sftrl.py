@@ -1,0 +1,340 @@
+"""Policy, run folders, the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import MODELS, make_policy
+
+import envs
+import sftrl
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sampled(policy, n=6, verify_iter=3, max_new_tokens=12, temperature=1.0):
+    """Streams of a few multi-turn conversations."""
+    environments = [envs.make("gp-l", verify_iter=verify_iter) for _ in range(n)]
+    with policy.responder(temperature, max_new_tokens, policy.generator("test")) as respond:
+        envs.play(environments, respond, [f"test/{i}" for i in range(n)])
+    return [respond.streams[i] for i in range(n)]
+
+
+# ---- the tiny model
+
+
+def test_tiny_model_is_about_a_million_parameters_and_deterministic():
+    a, b = sftrl.Policy.load("tiny"), sftrl.Policy.load("tiny")
+    assert 0.8e6 < a.parameter_count < 1.3e6
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
+
+
+def test_numbers_ranks_and_operators_are_tokens_and_fixed_text_is_short(policy):
+    for text in [*envs.RANKS, *"0123456789+-*/()=", "11", "12", "13", *envs.FIELDS]:
+        quoted = f'"{text}"'
+        assert text in [policy.decode([i]) for i in policy.tokenize([quoted])[0]]
+    env = envs.make("gp-l", "rule", seed=1)
+    prompt = policy.tokenize([policy.render(env.reset()[0].messages)])[0]
+    reply = policy.tokenize([env.expert_reply()])[0]
+    assert len(prompt) <= 45 and len(reply) <= 40
+
+
+def test_text_survives_the_tokenizer(policy):
+    for text in ('{"cards": ["A"]}', "Γειά 😀\n\t\\", " 10/(3-8/3)=24 "):
+        assert policy.decode(policy.tokenize([text])[0]) == text
+
+
+# ---- scoring and sampling, on three architectures
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_log_probabilities_equal_teacher_forced_ones(kind, temperature):
+    policy = make_policy(kind, rollout_batch=4)
+    streams = sampled(policy, temperature=temperature)
+    batch = policy.collate(streams)
+    with torch.no_grad():
+        scores = policy(batch, temperature, values="detached", entropy=True)
+    sampler = torch.zeros_like(batch["mask"])
+    for b, stream in enumerate(streams):
+        sampler[b, : len(stream)] = torch.tensor(stream.logp)
+    assert sampler.min() < -0.1
+    torch.testing.assert_close(scores["logp"], sampler, rtol=0, atol=1e-5)
+    for scored in scores.values():
+        assert not scored[batch["mask"] == 0].any()
+    assert (scores["entropy"][batch["mask"] > 0] > 0).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_padded_equals_unpadded(kind):
+    policy = make_policy(kind)
+    streams = sampled(policy)
+    torch.nn.init.normal_(policy.value_head[-1].weight)
+    with torch.no_grad():
+        together = policy(policy.collate(streams), values="shared", entropy=True)
+        for b, stream in enumerate(streams):
+            alone = policy(policy.collate([stream]), values="shared", entropy=True)
+            for name in alone:
+                torch.testing.assert_close(together[name][b : b + 1, : len(stream)], alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_against_the_whole_logits(policy):
+    streams = sampled(policy, n=2)
+    batch = policy.collate(streams)
+    torch.nn.init.normal_(policy.value_head[-1].weight)
+    with torch.no_grad():
+        scores = policy(batch, 0.5, values="detached", entropy=True)
+        for b, stream in enumerate(streams):
+            out = policy.model(input_ids=torch.tensor([stream.ids]), output_hidden_states=True)
+            for t, chosen in enumerate(stream.mask):
+                if chosen:
+                    logp = (out.logits[0, t - 1] / 0.5).log_softmax(-1)
+                    assert scores["logp"][b, t].item() == pytest.approx(logp[stream.ids[t]].item(), abs=1e-4)
+                    assert scores["entropy"][b, t].item() == pytest.approx(-(logp.exp() * logp).sum().item(), abs=1e-4)
+                    value = policy.value_head(out.hidden_states[-1][0, t - 1])
+                    assert scores["value"][b, t].item() == pytest.approx(value.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_equals_the_librarys_greedy(kind):
+    policy = make_policy(kind)
+    prompts = [s.ids[: s.replies[0][0]] for s in sampled(policy)]
+    with policy.rollout_weights() as model:
+        drawn = policy.sample(model, prompts, 10, 0.0, torch.Generator())
+    for prompt, (ids, _) in zip(prompts, drawn):
+        expected = policy.model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=10,
+                                         eos_token_id=policy.end_id, pad_token_id=policy.pad_id)  # fmt: skip
+        assert ids == expected[0, len(prompt) :].tolist()
+
+
+def test_sampling_draws_from_the_distribution_it_reports(policy):
+    prompt = policy.tokenize([policy.render([{"role": "user", "content": "7"}])])[0]
+    generator = torch.Generator().manual_seed(0)
+    with policy.rollout_weights() as model:
+        drawn = [reply[0] for _ in range(8) for reply in policy.sample(model, [prompt] * 500, 1, 0.5, generator)]
+    with torch.no_grad():
+        p = (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(-1)
+    counts = torch.bincount(torch.tensor([ids[0] for ids in drawn]), minlength=len(p))
+    common = p > 0.01
+    assert common.sum() >= 5
+    z = (counts[common] - 4000 * p[common]) / (4000 * p[common] * (1 - p[common])).sqrt()
+    assert z.abs().max() < 4.5
+
+
+def test_rows_that_finish_leave_the_batch_and_no_end_token_is_forged(policy):
+    with torch.no_grad():  # an end token that is likely, so rows finish at all lengths
+        head = policy.model.get_output_embeddings().weight
+        head[policy.end_id] = head.mean(0) + 0.02 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+        policy.model.model.language_model.norm.weight.mul_(0.3)
+    streams = sampled(policy, n=40, verify_iter=1, max_new_tokens=400)
+    lengths = {len(s) for s in streams}
+    assert len(lengths) > 5
+    for stream in streams:
+        reply = stream.ids[stream.replies[0][0] :]
+        assert policy.end_id not in reply[:-1] and (reply[-1] == policy.end_id or len(reply) == 400)
+    batch = policy.collate(streams)
+    with torch.no_grad():
+        scored = policy(batch)["logp"]
+    for b, stream in enumerate(streams):
+        torch.testing.assert_close(scored[b, : len(stream)], torch.tensor(stream.logp), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_streams_grow_without_being_tokenized_again(kind):
+    policy = make_policy(kind)
+    stream = sftrl.Stream([], [])
+    stream.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
+    odd = policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0]  # the tokenizer itself would write one token
+    assert policy.tokenize(["cards"])[0] != odd
+    stream.reply(odd + [policy.end_id])
+    policy.extend(stream, "Again.")
+    closed = list(stream.ids)
+    assert closed[stream.replies[0][0] :][: len(odd)] == odd
+    text = policy.tokenizer.decode(closed)
+    assert text == policy.render([{"role": "user", "content": "go"}, {"role": "assistant", "content": "cards"}, {"role": "user", "content": "Again."}])
+    cut = sftrl.Stream([], [])
+    cut.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
+    cut.reply(odd)
+    policy.extend(cut, "Again.")
+    assert cut.ids == closed and sum(cut.mask) == len(odd)  # the missing end token joined as context, without loss
+
+
+def test_flops_count_processed_tokens(policy):
+    policy.flops = 0.0
+    streams = sampled(policy, n=3, verify_iter=1, max_new_tokens=5)
+    prompts, total = sum(s.replies[0][0] for s in streams), sum(map(len, streams))
+    # the last token of each reply is drawn, but never fed to the model
+    assert policy.flops == 2 * policy.parameter_count * (total - 3) and total > prompts
+    policy.flops = 0.0
+    policy(policy.collate(streams))
+    assert policy.flops == 6 * policy.parameter_count * total
+
+
+def test_bf16_rollout_is_close_to_fp32(policy):
+    policy.rollout_dtype = torch.bfloat16
+    streams = sampled(policy)
+    batch = policy.collate(streams)
+    with torch.no_grad():
+        scored = policy(batch)["logp"]
+    for b, stream in enumerate(streams):
+        assert (scored[b, : len(stream)] - torch.tensor(stream.logp)).abs().max() < 0.2
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
+# ---- saving and loading
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_save_and_load_round_trip_through_auto_classes(kind, tmp_path):
+    policy = make_policy(kind)
+    torch.nn.init.normal_(policy.value_head[-1].weight)
+    policy.save(tmp_path)
+    again = sftrl.Policy.load(str(tmp_path), rollout_dtype=torch.float32)
+    assert type(again.model) is type(policy.model)
+    batch = policy.collate(sampled(policy))
+    with torch.no_grad():
+        a, b = policy(batch, values="shared"), again(batch, values="shared")
+    assert torch.equal(a["logp"], b["logp"]) and torch.equal(a["value"], b["value"])
+    assert again.render([{"role": "user", "content": "x"}]) == policy.render([{"role": "user", "content": "x"}])
+    auto = transformers.AutoModelForCausalLM if kind == "llama" else transformers.AutoModelForImageTextToText
+    loaded = auto.from_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), policy.model.parameters()))
+    transformers.AutoProcessor.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_without_chat_template_is_refused():
+    model, tokenizer = MODELS["llama"]()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        sftrl.Policy(model, tokenizer)
+
+
+# ---- the command line
+
+
+def cli(*args, check=0, env=None):
+    command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    assert done.returncode == check, done.stderr
+    return done
+
+
+TINY_PPO = ("--steps", 6, "--episodes", 8, "--minibatch-size", 4, "--max-new-tokens", 8, "--epochs", 1, "--lr", 1e-3)
+
+
+def test_training_stages_and_evaluation_end_to_end(tmp_path):
+    cli("sft", "--out", tmp_path / "sft", "--steps", 3, "--batch-size", 4, "--checkpoints", 2, "--wrong-turns", 1)
+    assert sorted(p.name for p in (tmp_path / "sft").iterdir()) == ["checkpoint-1", "checkpoint-3", "config.json", "metrics.jsonl", "resume.pt", "samples.jsonl"]
+    model = tmp_path / "sft/checkpoint-3"
+    cli("ppo", "--out", tmp_path / "ppo", "--model", model, *TINY_PPO)
+    lines = sftrl.read_lines(tmp_path / "ppo/metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    logged = {"return", "success", "reward/unparsed", "approx_kl", "clip_fraction", "explained_variance", "entropy", "value_loss", "grad_norm",
+              "reply_length", "rollout_tokens_per_s", "update_tokens_per_s", "flops"}  # fmt: skip
+    assert logged <= lines[0].keys() and lines[0]["first_ratio_error"] < 1e-5
+    assert len(sftrl.read_lines(tmp_path / "ppo/samples.jsonl")) == 6
+    config = json.loads((tmp_path / "ppo/config.json").read_text())
+    assert config["settings"]["episodes"] == 8 and config["versions"]["torch"] == torch.__version__
+    out = cli("evaluate", "--model", tmp_path / "ppo/checkpoint-6", "--episodes", 4, "--max-new-tokens", 8, "--variant", "rule").stdout
+    assert "verifier: [" in out and json.loads(out[out.index("\n{") :])["episodes"] == 4
+
+
+def test_a_killed_run_goes_on_to_bit_identical_weights(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    cli("ppo", "--out", whole, *TINY_PPO, "--checkpoints", 3)
+    command = [sys.executable, str(ROOT / "sftrl.py"), "ppo", "--out", str(broken), *map(str, TINY_PPO), "--checkpoints", "3"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (broken / "resume.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "checkpoint-6").exists()
+    with open(broken / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "half a li')
+    cli("ppo", "--out", broken, *TINY_PPO, "--checkpoints", 3)
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (broken / "checkpoint-6" / name).read_bytes() == (whole / "checkpoint-6" / name).read_bytes()
+    lines = [sftrl.read_lines(folder / "metrics.jsonl") for folder in (whole, broken)]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
+    assert [line["return"] for line in lines[0]] == [line["return"] for line in lines[1]]
+    changed = cli("ppo", "--out", broken, *TINY_PPO, "--checkpoints", 3, "--clip", 0.3, check=2)
+    assert "other settings (clip)" in changed.stderr
+
+
+def test_study_end_to_end_in_miniature_and_again(tmp_path):
+    args = ("study", "--out", tmp_path, "--seeds", 2, "--scale", 0.002, "--hands", 6)
+    out = cli(*args).stdout
+    assert "| claim of the paper |" in out
+    lines = sftrl.read_lines(tmp_path / "results.jsonl")
+    assert {(p["arm"], p["variant"], p["temperature"]) for p in lines} >= {(a, v, t) for a in ("init", "sft", "rl") for v in ("id", "rule") for t in (0.0, 1.0)}
+    keys = {"task", "arm", "seed", "step", "flops", "variant", "episodes", "success", "kl_to_init", "checkpoint"}
+    assert all(keys <= p.keys() for p in lines if p["temperature"])
+    assert all((tmp_path / p["checkpoint"] / "config.json").exists() for p in lines)
+    assert next(p for p in lines if p["arm"] == "init" and p["temperature"])["kl_to_init"] < 1e-2
+    report = (tmp_path / "report.md").read_text()
+    assert "holds" in report or "not significant" in report
+    before = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "report.md").unlink()
+    start = time.time()
+    cli(*args)
+    assert (tmp_path / "results.jsonl").read_text() == before and (tmp_path / "report.md").read_text() == report and time.time() - start < 60
+
+
+def test_data_writes_what_sft_reads(tmp_path):
+    path = tmp_path / "demos.json"
+    cli("data", "--out", path, "--episodes", 6, "--wrong-turns", 1)
+    assert len(json.loads(path.read_text())) == 6
+    cli("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4)
+
+
+def test_play_shows_prompt_expert_and_verdict():
+    out = cli("play", "--cards", "A 3 K 10", "--reply", "hello").stdout
+    assert "A, 3, K, 10" in out and '"formula": "10+10+3+1=24"' in out and "[unparsed -3]" in out
+    assert "verifier: [" in cli("play", "--model", "tiny", "--max-new-tokens", 5).stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("study", "--task", "chess"), "chess"),
+        (("study", "--seeds", "0"), "--seeds"),
+        (("ppo", "--out", "x", "--nope"), "--nope"),
+        (("ppo",), "--out"),
+        (("nothing",), "nothing"),
+        (("ppo", "--out", "x", "--task", "chess"), "unknown task"),
+        (("ppo", "--out", "x", "--variant", "odd"), "unknown variant"),
+        (("ppo", "--out", "x", "--ratio", "odd"), "--ratio"),
+        (("ppo", "--out", "x", "--lr", "fast"), "--lr"),
+        (("ppo", "--out", "x", "--model", "missing"), "missing"),
+        (("sft", "--out", "x", "--demos", "missing.json"), "missing.json"),
+        (("sft", "--out", "x", "--wrong-turns", "9"), "--wrong-turns"),
+        (("evaluate", "--model", "tiny", "--prompt", "missing.txt"), "missing.txt"),
+        (("play", "--cards", "A A A A"), "cannot make"),
+        (("play", "--save", "x.png"), "no picture"),
+        (("data", "--out", "/nonexistent/x.json"), "/nonexistent"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_status_2(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = sftrl.main(args)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and words in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
+
+
+def test_every_option_has_a_help_text():
+    parser = sftrl.build_parser()
+    (commands,) = [a for a in parser._actions if a.dest == "command"]
+    assert set(commands.choices) == {"study", "sft", "ppo", "evaluate", "play", "data"}
+    for command in commands.choices.values():
+        assert all(action.help for action in command._actions)
+        command.format_help()
