@@ -26,7 +26,7 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series.
 
     Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
-    the k3 estimate of KL(policy || initial), in nats per token. `outcomes` holds one digit per hand: the number of the reply that
+    the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes. `outcomes` holds one digit per hand: the number of the reply that
     solved it, 0 if none did (a tenth reply and later ones count as 9).
     """
     own = range(len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world)
@@ -35,7 +35,7 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
         episodes = envs.play([environments[i] for i in own], respond, seeds)
     result = {}
     if initial is not None:
-        total, tokens = policy.sum(*kl_sums(policy, initial, [respond.streams[i] for i in range(len(own))]))
+        total, tokens = policy.sum(*kl_sums(policy, initial, [respond.streams[i] for i in range(min(len(own), 128))]))
         result["kl_to_init"] = total / tokens
     episodes = policy.gather(episodes)
     return summary(episodes) | result, episodes
