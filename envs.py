@@ -506,6 +506,11 @@ class Episode:
     turns: list[Turn] = field(default_factory=list)
     success: bool = False
 
+    def transcript(self) -> dict:
+        """The episode to read, as samples.jsonl keeps it."""
+        turns = [{"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback} for t in self.turns]
+        return {"prompt": self.prompt, "success": self.success, "turns": turns}
+
 
 def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], list[Observation]], list[str]],
          seeds: Sequence[int] | None = None) -> list[Episode]:  # fmt: skip
@@ -550,7 +555,7 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool =
 def imperfect_demonstration(env: GeneralPoints) -> dict:
     """A demonstration as text in the wild has them: a quarter of them revisions after one, two or four wrong tries, and one last answer
     in five wrong. A model that learned from these is unsure and knows how to try again: post-training has something to sharpen."""
-    wrong_turns = env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0]
+    wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     return demonstration(env, wrong_turns, wrong_answer=env.random.random() < 0.2)
 
 

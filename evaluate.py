@@ -95,9 +95,11 @@ class Results:
         self.path = path
         self.points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def add(self, point: dict) -> None:
-        """Appends a point; the file is replaced whole, so a reader never sees half a line."""
+    def add(self, point: dict, write: bool = True) -> None:
+        """Appends a point; the file is replaced whole, so a reader never sees half a line. Under torchrun one rank writes."""
         self.points.append(point)
+        if not write:
+            return
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(p) + "\n" for p in self.points))
         aside.replace(self.path)

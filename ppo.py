@@ -311,10 +311,4 @@ def train(policy, optimizers: list[torch.optim.Optimizer], environments: Sequenc
         yield {"step": step, "flops": flops, "progress": max(step / config.steps, flops / config.flops), "lr": factor * config.lr,
                **episode_metrics(policy, streams, episodes, batch, config), **losses,
                "rollout_tokens_per_s": generated / (rolled - clock), "update_tokens_per_s": trained / (updated - scored),
-               "seconds": updated - clock, "transcript": transcript(episodes[0])}  # fmt: skip
-
-
-def transcript(episode: envs.Episode) -> dict:
-    """An episode to read, as samples.jsonl keeps it."""
-    return {"prompt": episode.prompt, "success": episode.success,
-            "turns": [{"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback} for t in episode.turns]}  # fmt: skip
+               "seconds": updated - clock, "transcript": episodes[0].transcript()}  # fmt: skip

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
@@ -207,6 +208,8 @@ class Policy(nn.Module):
         self.parameter_count = sum(p.numel() for p in model.parameters())
         self.flops = 0.0
         self._sampler: nn.Module | None = None
+        self._content_as_parts = False
+        self._content_as_parts = self._MARK not in self.render([{"role": "user", "content": self._MARK}])
         end = self.tokenizer.eos_token_id
         self.end_ids = {end} | set(_as_list(getattr(model.generation_config, "eos_token_id", None)))
         self.end_id = self._end_of_turn() or end
@@ -226,11 +229,11 @@ class Policy(nn.Module):
             try:
                 config = transformers.AutoConfig.from_pretrained(name)
                 processor = transformers.AutoProcessor.from_pretrained(name)
-                auto = transformers.AutoModelForImageTextToText
-                if type(config) not in auto._model_mapping.keys():
-                    auto = transformers.AutoModelForCausalLM  # a text-only model
+                # For a vision-language model the causal class would silently drop the vision tower.
+                visual = hasattr(config, "vision_config")
+                auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
                 model = auto.from_pretrained(name, dtype=torch.float32)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
                 raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         policy = cls(model.to(device or best_device()), processor, **options).to(device or best_device())
         head = Path(name) / "value_head.safetensors"
@@ -265,6 +268,8 @@ class Policy(nn.Module):
 
     def render(self, messages: list[dict], reply_follows: bool = True) -> str:
         """The conversation as text by the model's own chat template."""
+        if self._content_as_parts:  # templates of some vision-language models read nothing else
+            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
         return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
 
@@ -331,7 +336,8 @@ class Policy(nn.Module):
         """
         ids, mask = batch["ids"], batch["mask"].bool()
         # Padding stands on the right, where no real token can see it, so causal attention needs no padding mask.
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda and not self.sharded):
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         self.flops += (6 if torch.is_grad_enabled() else 2) * self.parameter_count * int(batch["length"].sum())
         hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
         logits = self.model.get_output_embeddings()(hidden).float() / temperature
@@ -377,7 +383,7 @@ class Policy(nn.Module):
                 module.set_reshard_after_forward(module is not self, recurse=False)
 
     def _copy_for_rollout(self) -> nn.Module:
-        if self._sampler is None:  # kept out of the module tree: it is no part of the policy's state
+        if self._sampler is None:  # kept out of the module tree: the copy is no part of the policy's state
             object.__setattr__(self, "_sampler", copy.deepcopy(self.model))
             for p in self._sampler.parameters():
                 p.data = p.data.to(self.rollout_dtype)  # buffers such as RoPE frequencies stay in fp32
@@ -694,7 +700,7 @@ def run_stage(run: Run, optimizers: list[torch.optim.Optimizer], train, show: Se
     """
     step, flops = run.resume(optimizers)
     name = "/".join(run.folder.parts[-2:])
-    bar = tqdm(total=100, desc=name, disable=run.policy.rank > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}")
+    bar = tqdm(total=100, desc=name, disable=run.policy.rank > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
     reached = max([line["progress"] for line in read_lines(run.folder / "metrics.jsonl")], default=0.0)
     for metrics in train(step, flops):
         step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
@@ -809,6 +815,7 @@ def run_study(args: argparse.Namespace) -> None:
     if args.task not in STUDIES:
         raise ValueError(f"there is no study of task {args.task!r}: choose from {', '.join(STUDIES)}")
     study, out = STUDIES[args.task].scaled(args.scale), Path(args.out)
+    study.init.lr, study.sft.lr, study.rl.lr = args.init_lr or study.init.lr, args.sft_lr or study.sft.lr, args.rl_lr or study.rl.lr
     say = print if int(os.environ.get("RANK", 0)) == 0 else lambda *_: None
     results = evaluate.Results(out / "results.jsonl")
     out.mkdir(parents=True, exist_ok=True)
@@ -833,6 +840,7 @@ def run_study(args: argparse.Namespace) -> None:
 
 
 def policy_rank() -> int:
+    """This process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -870,20 +878,22 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
     SFT's best checkpoint its ID success on hands of its own."""
     reference = load_policy(args, init)
     arms = [("base", Path(base)), ("init", Path(init))] + [(arm, path) for arm in ("sft", "rl") for path in checkpoints(folder / arm)]
-    done = {(p["arm"], p["seed"], p["step"], p["series"], p["variant"], p["temperature"]) for p in results.points}
 
     def point(arm: str, path: Path, series: str, variants: Sequence[str], temperature: float) -> None:
         owner = -1 if arm == "base" else seed
         line = next((x for x in read_lines(path.parent / "metrics.jsonl") if f"checkpoint-{x['step']}" == path.name), {"step": 0, "flops": 0.0})
-        missing = [v for v in variants if (arm, owner, line["step"], series, v, temperature) not in done]
+        place = {"arm": arm, "seed": owner, "step": line["step"], "series": series, "temperature": temperature}
+        missing = [v for v in variants if not results.find(**place, variant=v)]
         policy = load_policy(args, str(path)) if missing else None
         for variant in missing:
             environments = [envs.make(args.task, variant, verify_iter=study.verify_iter) for _ in range(args.hands)]
-            result, _ = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
-                                          initial=reference if temperature else None)  # fmt: skip
-            if policy_rank() == 0:
-                results.add({"task": args.task, "arm": arm, "seed": owner, "step": line["step"], "flops": line["flops"], "variant": variant,
-                             "series": series, "temperature": temperature, **result, "checkpoint": os.path.relpath(path, args.out)})  # fmt: skip
+            result, episodes = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
+                                                 initial=reference if temperature else None)  # fmt: skip
+            results.add({"task": args.task, **place, "flops": line["flops"], "variant": variant, **result,
+                         "checkpoint": os.path.relpath(path, args.out)}, write=policy.rank == 0)  # fmt: skip
+            if policy.rank == 0:
+                with open(Path(args.out) / "transcripts.jsonl", "a") as file:
+                    file.writelines(json.dumps(place | {"variant": variant} | e.transcript()) + "\n" for e in episodes[:2])
 
     for arm, path in tqdm(arms, desc=f"{folder.name}/evaluation", disable=policy_rank() > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"):
         point(arm, path, "eval", ("id", "rule"), 1.0)
@@ -941,6 +951,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
+    """An argument that must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -958,10 +969,12 @@ def add_config(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def config_from(args: argparse.Namespace, config: type):
+    """The config of a class whose fields `add_config` made options."""
     return config(**{f.name: getattr(args, f.name) for f in fields(config) if f.name in OPTION_HELP})
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
     parser = Parser(prog="sftrl", description="SFT and PPO side by side: which one learns the rule? Every command explains itself with --help.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -989,6 +1002,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="tiny", help="tiny, a folder or a Hub id; other models are their own base (default: %(default)s)")
     sub.add_argument("--hands", type=positive, default=1024, help="evaluation hands per point (default: %(default)s)")
     sub.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
+    for stage in ("init", "sft", "rl"):
+        sub.add_argument(f"--{stage}-lr", type=float, help=f"learning rate of the {stage} stage (default: the tiny model's, by the search)")
     sub.add_argument("--search", action="store_true", help="only search the learning rates, on ID success and a seed of its own")
 
     for name, run, config, text in (("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
@@ -1039,11 +1054,13 @@ def environment_of(args: argparse.Namespace):
 
 
 def environment_settings(args: argparse.Namespace) -> dict:
+    """What config.json says of a run's task."""
     names = ("task", "model", "variant", "verify_iter", "target", "n_cards", "operators", "replacement", "prompt")
     return {name: getattr(args, name) for name in names}
 
 
 def command_sft(args: argparse.Namespace) -> None:
+    """`sftrl sft`."""
     config = config_from(args, sft.SFTConfig)
     if args.demos:
         batches = sft.epochs(sft.read_records(args.demos), config.batch_size, args.seed)
@@ -1057,6 +1074,7 @@ def command_sft(args: argparse.Namespace) -> None:
 
 
 def command_ppo(args: argparse.Namespace) -> None:
+    """`sftrl ppo`."""
     config = config_from(args, ppo.PPOConfig)
     environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
@@ -1064,6 +1082,7 @@ def command_ppo(args: argparse.Namespace) -> None:
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
+    """`sftrl evaluate`."""
     environments = [environment_of(args) for _ in range(args.episodes)]
     policy = load_policy(args, args.model)
     result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens)
@@ -1074,38 +1093,41 @@ def command_evaluate(args: argparse.Namespace) -> None:
 
 
 def print_transcript(episode: envs.Episode) -> None:
+    """One episode as a conversation."""
     print(f"--- {'solved' if episode.success else 'not solved'}\nuser: {episode.prompt}")
     for turn in episode.turns:
         print(f"model: {turn.reply}\nverifier: [{turn.verdict} {turn.reward:+g}] {turn.feedback}")
 
 
 def command_play(args: argparse.Namespace) -> None:
+    """`sftrl play`."""
     env = environment_of(args)
     observation, info = env.reset(options={"cards": args.cards.replace(",", " ").split()} if args.cards else None)
     if args.save:
         if observation.image is None:
             raise ValueError(f"task {args.task!r} has no picture to save")
         observation.image.save(args.save)
+    print(f"user: {observation.messages[0]['content']}")
+
+    def judge(reply: str) -> bool:
+        """Steps, prints, and says whether the episode goes on."""
+        nonlocal observation
+        observation, reward, terminated, truncated, info = env.step(reply)
+        print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {info['feedback']}")
+        return not (terminated or truncated)
+
     if args.model:
         policy = load_policy(args, args.model)
         with policy.responder(args.temperature, args.max_new_tokens, policy.generator(f"play/{args.seed}")) as respond:
-            replies = iter(lambda: respond([0], [observation])[0], None)
-            print(f"user: {observation.messages[0]['content']}")
-            for reply in replies:
-                observation, reward, terminated, truncated, info = env.step(reply)
-                print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {info['feedback']}")
-                if terminated or truncated:
-                    break
-        return
-    print(f"user: {observation.messages[0]['content']}\nexpert: {env.expert_reply()}")
-    for reply in args.reply:
-        _, reward, terminated, truncated, info = env.step(reply)
-        print(f"reply: {reply}\nverifier: [{info['verdict']} {reward:+g}] {info['feedback']}")
-        if terminated or truncated:
-            break
+            while judge(respond([0], [observation])[0]):
+                pass
+    else:
+        print(f"expert: {env.expert_reply()}")
+        all(judge(reply) for reply in args.reply)
 
 
 def command_data(args: argparse.Namespace) -> None:
+    """`sftrl data`."""
     env = environment_of(args)
     if not 0 <= args.wrong_turns < args.verify_iter:
         raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
