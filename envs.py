@@ -11,6 +11,7 @@ whole reply and answers in words, and both join the prompt of the next turn, unt
 have been judged. Numbers are exact integers and fractions throughout, model text is never evaluated as code.
 """
 
+import inspect
 import json
 import random
 import re
@@ -33,7 +34,7 @@ FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
 # Paper, appendix: one verdict per reply. A reply that cannot be read counts like any other illegal equation.
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0, "misread": -1.5, "unparsed": -3.0}
 BUDGET_PENALTY = -1.0  # added to the last verdict's reward when the verification budget is used up without success
-MAX_REPLY, MAX_FORMULA = 20_000, 200  # characters; longer text is not an answer to this task, and judging stays fast
+MAX_REPLY, MAX_FORMULA, MAX_BRACKETS = 20_000, 200, 20  # characters, characters, pairs: more is no answer, and judging stays fast
 
 PROMPT = string.Template(
     "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. Cards: $cards. "
@@ -163,7 +164,7 @@ def evaluate_formula(formula: str) -> tuple[Fraction, Fraction | None, list[int]
         if match[1]:
             tokens.append(match[1])
     if at != len(formula):
-        raise Illegal(f"it holds the character {formula[at]!r}")
+        raise Illegal("it holds something else than numbers, operators and brackets")
     if tokens.count("=") > 1:
         raise Illegal("it holds more than one equals sign")
     equals = tokens.index("=") if "=" in tokens else len(tokens)
@@ -185,6 +186,8 @@ def _value(tokens: list[str]) -> tuple[Fraction, list[int]]:
         token = peek()
         at += 1
         if token == "(":
+            if tokens[:at].count("(") > MAX_BRACKETS:
+                raise Illegal("it has too many brackets")
             value = total()
             if peek() != ")":
                 raise Illegal("its brackets do not match")
@@ -221,72 +224,82 @@ def _value(tokens: list[str]) -> tuple[Fraction, list[int]]:
 
 
 _REPLY_TOKEN = re.compile(r"""\s*(?:("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|([{}\[\]:,])|([^\s{}\[\]:,"']+))""", re.DOTALL)
-_MAX_DEPTH, _MAX_OBJECTS = 8, 8
 
 
 def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] | None:
-    """The first object in `reply` that has all `required` keys, or None.
+    """The last object in `reply` that has all `required` keys, or None: what stands before it is thought.
 
-    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing commas. Text before and
-    after the object is allowed. Values are strings, integers, lists and objects.
+    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing commas. Values are strings,
+    integers, None, lists and objects.
     """
     if len(reply) > MAX_REPLY:
         return None
-    start = -1
-    for _ in range(_MAX_OBJECTS):
-        start = reply.find("{", start + 1)
-        if start < 0:
-            return None
+    reader, found, start = _Reader(reply), None, reply.find("{")
+    while start >= 0:
+        end = start + 1
         try:
-            value = _read_value(reply, start, 0)[0]
+            value, end = reader.value(start)
+            if isinstance(value, dict) and all(key in value for key in required):
+                found = value
+        except OverflowError:
+            break
         except ValueError:
-            continue
-        if isinstance(value, dict) and all(key in value for key in required):
-            return value
-    return None
+            pass
+        start = reply.find("{", end)
+    return found
 
 
-def _read_token(text: str, at: int) -> tuple[str, Any, int]:
-    """Kind ("word", "value" or the punctuation itself), value, and the position after the token."""
-    match = _REPLY_TOKEN.match(text, at)
-    if not match:
-        raise ValueError("end of text or an open quote")
-    quoted, mark, word = match.groups()
-    if mark:
-        return mark, mark, match.end()
-    if quoted is None:
-        known = {"null": None, "None": None}
-        return "value", int(word) if re.fullmatch("-?[0-9]{1,6}", word) else known.get(word, word), match.end()
-    try:
-        return "value", json.loads(quoted if quoted[0] == '"' else '"' + quoted[1:-1].replace('"', '\\"') + '"'), match.end()
-    except ValueError:  # an escape that JSON does not know: the characters as they stand
-        return "value", quoted[1:-1], match.end()
+class _Reader:
+    """A recursive-descent reader of JSON-like text. Its effort is bounded, whatever the text and however often it starts anew."""
 
+    MAX_DEPTH = 8
 
-def _read_value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    kind, value, at = _read_token(text, at)
-    if kind == "value":
-        return value, at
-    if kind not in "[{" or depth == _MAX_DEPTH:
-        raise ValueError("not a value")
-    close, items = {"[": "]", "{": "}"}[kind], []
-    while True:
-        after, _, end = _read_token(text, at)
-        if after == close:
-            return (dict(items) if kind == "{" else items), end
-        item, at = _read_value(text, at, depth + 1)
-        if kind == "{":
-            colon, _, at = _read_token(text, at)
-            if colon != ":" or not isinstance(item, str):
-                raise ValueError("a key and a colon are missing")
-            value, at = _read_value(text, at, depth + 1)
-            item = (item, value)
-        items.append(item)
-        after, _, end = _read_token(text, at)
-        if after == ",":
-            at = end
-        elif after != close:
-            raise ValueError("a comma is missing")
+    def __init__(self, text: str):
+        self.text, self.effort = text, 60_000  # 20 a token and 1 a character; a reply in form takes about 1,000
+
+    def token(self, at: int) -> tuple[str, Any, int]:
+        """Kind ("value" or the punctuation itself), value, and the position after the token."""
+        match = _REPLY_TOKEN.match(self.text, at)
+        self.effort -= 20 + (match.end() if match else len(self.text)) - at
+        if self.effort < 0:
+            raise OverflowError("too much to read")
+        if not match:
+            raise ValueError("end of text or an open quote")
+        quoted, mark, word = match.groups()
+        if mark:
+            return mark, mark, match.end()
+        if quoted is None:
+            return "value", int(word) if re.fullmatch("-?[0-9]{1,6}", word) else None if word in ("null", "None") else word, match.end()
+        try:
+            return "value", json.loads(quoted if quoted[0] == '"' else '"' + quoted[1:-1].replace('"', '\\"') + '"'), match.end()
+        except ValueError:  # an escape that JSON does not know: the characters as they stand
+            return "value", quoted[1:-1], match.end()
+
+    def value(self, at: int, depth: int = 0) -> tuple[Any, int]:
+        """The value that starts at `at`, and the position after it."""
+        kind, value, at = self.token(at)
+        if kind == "value":
+            return value, at
+        if kind not in "[{" or depth == self.MAX_DEPTH:
+            raise ValueError("not a value")
+        close, items = {"[": "]", "{": "}"}[kind], []
+        after, _, end = self.token(at)
+        while after != close:
+            item, at = self.value(at, depth + 1)
+            if kind == "{":
+                colon, _, at = self.token(at)
+                if colon != ":" or not isinstance(item, str):
+                    raise ValueError("a key and a colon are missing")
+                value, at = self.value(at, depth + 1)
+                item = (item, value)
+            items.append(item)
+            after, _, end = self.token(at)
+            if after == ",":
+                at = end
+                after, _, end = self.token(at)
+            elif after != close:
+                raise ValueError("a comma is missing")
+        return (dict(items) if kind == "{" else items), end
 
 
 class Verdict(NamedTuple):
@@ -316,7 +329,7 @@ def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int,
     have = Counter(numbers)
     if value == target and right not in (None, target):
         return Verdict("illegal", "The formula is not a legal equation: its two sides differ. Try again.", True)
-    for count in (Counter(str(n) for n in stated), Counter(str(n) for n in used)):
+    for count in (Counter(str(n).strip() for n in stated), Counter(str(n) for n in used)):
         extra = count - Counter({str(n): k for n, k in have.items()})
         if extra:
             return Verdict("wrong_numbers", f"There is no {_short(next(iter(extra)))} to use. Try again.", True)
@@ -328,8 +341,8 @@ def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int,
 
 
 def _short(text: str) -> str:
-    """At most 20 characters of something that a model wrote, so that feedback stays short."""
-    return text if len(text) <= 20 else text[:20] + "..."
+    """A number that a model wrote, if it is one and short; the verifier repeats nothing else of what it was told."""
+    return text if re.fullmatch("-?[0-9]{1,10}(/[0-9]{1,10})?", text) else "such number"
 
 
 # ----------------------------------------------------------------------------------------------------------- the environment
@@ -363,9 +376,12 @@ class GeneralPoints:
                  prompt: str | None = None, fields: Sequence[str] = FIELDS):  # fmt: skip
         if variant not in FACE_RULES:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(FACE_RULES)}")
-        if verify_iter < 1 or not 1 <= n_cards <= 6 or target < 1:
-            raise ValueError("verify_iter and target must be at least 1, and n_cards from 1 to 6")
-        if not operators or set(operators) - set(OPERATORS):
+        numbers = (verify_iter, target, n_cards, *(faces or FACE_RULES[variant]).values())
+        if not all(isinstance(n, int) and n >= 1 for n in numbers) or n_cards > 6:
+            raise ValueError("verify_iter, target and what faces count must be integers from 1, and n_cards from 1 to 6")
+        if len(set(fields)) != len(FIELDS):
+            raise ValueError(f"fields must be {len(FIELDS)} different names, not {fields!r}")
+        if not isinstance(operators, str) or not operators or set(operators) - set(OPERATORS):
             raise ValueError(f"operators must be some of {OPERATORS}, not {operators!r}")
         self.variant, self.verify_iter, self.n_cards, self.target = variant, verify_iter, n_cards, target
         self.operators = "".join(op for op in OPERATORS if op in operators)
@@ -390,14 +406,16 @@ class GeneralPoints:
             **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)})  # fmt: skip
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
-        """Deals a new solvable hand, or `options["cards"]`. A seed restarts the generator; None goes on with it."""
+        """Deals a new solvable hand, or `options["cards"]`, whatever the variant. A seed restarts the generator; None goes on with it."""
         if seed is not None:
             self.random.seed(seed)
         dealt = (options or {}).get("cards")
         if dealt is not None:
-            cards = [str(card).strip().upper() for card in dealt]
+            cards = [str(card).strip().upper() for card in dealt] if isinstance(dealt, (list, tuple)) else []
             if len(cards) != self.n_cards or any(card not in RANKS for card in cards):
-                raise ValueError(f"cards must be {self.n_cards} of {' '.join(RANKS)}")
+                raise ValueError(f"cards must be a list of {self.n_cards} of {' '.join(RANKS)}")
+            if max(Counter(cards).values()) > len(SUITS) and not self.replacement:
+                raise ValueError(f"a deck has no more than {len(SUITS)} cards of a rank")
             if not self._solutions(cards):
                 raise ValueError(f"the hand {' '.join(cards)} cannot make {self.target}")
         else:
@@ -439,7 +457,7 @@ class GeneralPoints:
         return self._observation(), reward, *self.done, self._info()
 
     def _observation(self) -> Observation:
-        return Observation(list(self.messages))
+        return Observation([dict(message) for message in self.messages])
 
     def _info(self) -> dict:
         verdict, feedback, recognized = self.verdict or (None, None, None)
@@ -452,6 +470,8 @@ class GeneralPoints:
 
     def expert_reply(self) -> str:
         """A reply that the verifier accepts now: the canonical solution."""
+        if not self.cards:
+            raise RuntimeError("call reset() before expert_reply()")
         return self.reply(f"{self._solutions(self.cards)[0]}={self.target}")
 
     def wrong_reply(self) -> str:
@@ -478,8 +498,11 @@ TASKS = {"gp-l": GeneralPoints}
 
 def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int = 5, **options) -> GeneralPoints:
     """An environment of `task`, one of TASKS; `options` go to its class. Raises ValueError for an unknown task or option."""
-    if task not in TASKS:
+    if task not in list(TASKS):
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+    known = list(inspect.signature(TASKS[task]).parameters)
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"task {task!r} has no option {unknown[0]!r}: choose from {', '.join(known)}")
     return TASKS[task](variant, seed, verify_iter, **options)
 
 

@@ -1,7 +1,8 @@
 """Evaluation: success under one variant, the distance to the initial policy, and the study's report and figures.
 
-Every checkpoint is asked the same hands (seeds "eval/0", "eval/1", ...; training uses "train/...", the choice of a checkpoint
-"valid/..."), so the difference between two checkpoints is a paired one.
+Every checkpoint is asked the same deals (seeds "eval/0", "eval/1", ...), so the difference between two checkpoints is a paired one. Training
+deals and those for choices ("valid/...") have other seeds. There are only 1,820 sets of four ranks, so under the training rule most sets
+were seen in training; what is held out is the other rule.
 """
 
 import json
@@ -26,9 +27,11 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series.
 
     Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
-    the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes. `outcomes` holds one digit per hand: the number of the reply that
+    the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes of each rank. `outcomes` holds one digit per hand: the number of the reply that
     solved it, 0 if none did (a tenth reply and later ones count as 9).
     """
+    if len(environments) < policy.world:
+        raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
     own = range(len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world)
     seeds = [f"{series}/{i}" for i in own]
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
@@ -72,7 +75,7 @@ def difference(a: Sequence[dict], b: Sequence[dict]) -> dict:
     """Paired difference of success a - b, points of the same seeds on the same hands.
 
     `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first; it speaks of these seeds'
-    checkpoints and unseen hands. `seed_interval`: Student's t over the seeds' differences; it speaks of unseen seeds, and is wide.
+    checkpoints and other deals. `seed_interval`: Student's t over the seeds' differences; it speaks of other seeds after the same base.
     """
     rows = [[(x > "0") - (y > "0") for x, y in zip(p["outcomes"], q["outcomes"], strict=True)] for p, q in zip(a, b, strict=True)]
     hands = [mean(column) for column in zip(*rows)]
@@ -80,7 +83,7 @@ def difference(a: Sequence[dict], b: Sequence[dict]) -> dict:
     middle, half = mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
     out = {"mean": middle, "interval": (middle - half, middle + half), "seeds": seeds, "seed_interval": None}
     if len(seeds) > 1:
-        half = _T95.get(len(seeds) - 1, 1.96) * stdev(seeds) / math.sqrt(len(seeds))
+        half = _T95.get(len(seeds) - 1, 2.262) * stdev(seeds) / math.sqrt(len(seeds))
         out["seed_interval"] = (middle - half, middle + half)
     return out
 
@@ -104,6 +107,12 @@ class Results:
         aside.write_text("".join(json.dumps(p) + "\n" for p in self.points))
         aside.replace(self.path)
 
+    def of(self, seeds: Sequence[int], episodes: int) -> "Results":
+        """The points of some seeds (and of the base, whose seed is -1) that were measured on so many hands."""
+        chosen = Results(self.path)
+        chosen.points = [p for p in self.points if p["episodes"] == episodes and p["seed"] in (-1, *seeds)]
+        return chosen
+
     def find(self, **wanted) -> list[dict]:
         """Points whose fields equal the wanted ones, in the order of seed and step."""
         found = [p for p in self.points if all(p.get(k) == v for k, v in wanted.items())]
@@ -123,19 +132,19 @@ class Results:
         return points
 
 
-# What the paper found, as (claim, variant, temperature, arm, its checkpoint, compared with, expected sign, the paper's numbers).
+# What the paper found, as (claim, variant, temperature, arm at its end, compared with, expected sign, the paper's numbers).
 CLAIMS = [
-    ("RL ends above init under the other rule", "rule", 1.0, "rl", "last", "init", +1, "11.5 -> 15.0 (GP-L, temperature .2)"),
-    ("SFT ends below init under the other rule", "rule", 1.0, "sft", "last", "init", -1, "11.5 -> 3.4"),
-    ("RL ends above SFT under the other rule", "rule", 1.0, "rl", "last", "sft", +1, "15.0 against 3.4"),
-    ("RL ends above init under the other rule, greedy", "rule", 0.0, "rl", "last", "init", +1, "not given"),
-    ("SFT ends below init under the other rule, greedy", "rule", 0.0, "sft", "last", "init", -1, "not given"),
-    ("RL ends above SFT under the other rule, greedy", "rule", 0.0, "rl", "last", "sft", +1, "not given"),
-    ("RL ends above init in distribution", "id", 1.0, "rl", "last", "init", +1, "rises (its figure 5)"),
-    ("SFT ends above init in distribution", "id", 1.0, "sft", "last", "init", +1, "rises (its figure 5)"),
-    ("RL ends above init in distribution, greedy", "id", 0.0, "rl", "last", "init", +1, "not given"),
-    ("SFT ends above init in distribution, greedy", "id", 0.0, "sft", "last", "init", +1, "not given"),
-    ("RL ends above SFT's best checkpoint under the other rule", "rule", 1.0, "rl", "last", "sft best", +1, "not given"),
+    ("RL ends above init under the other rule", "rule", 1.0, "rl", "init", +1, "11.5 -> 15.0 (GP-L, temperature .2)"),
+    ("SFT ends below init under the other rule", "rule", 1.0, "sft", "init", -1, "11.5 -> 3.4"),
+    ("RL ends above SFT under the other rule", "rule", 1.0, "rl", "sft", +1, "15.0 against 3.4"),
+    ("RL ends above init under the other rule, greedy", "rule", 0.0, "rl", "init", +1, "not given"),
+    ("SFT ends below init under the other rule, greedy", "rule", 0.0, "sft", "init", -1, "not given"),
+    ("RL ends above SFT under the other rule, greedy", "rule", 0.0, "rl", "sft", +1, "not given"),
+    ("RL ends above init in distribution", "id", 1.0, "rl", "init", +1, "rises (its figure 5)"),
+    ("SFT ends above init in distribution", "id", 1.0, "sft", "init", +1, "rises (its figure 5)"),
+    ("RL ends above init in distribution, greedy", "id", 0.0, "rl", "init", +1, "not given"),
+    ("SFT ends above init in distribution, greedy", "id", 0.0, "sft", "init", +1, "not given"),
+    ("RL ends above SFT's best checkpoint under the other rule", "rule", 1.0, "rl", "sft best", +1, "not given"),
 ]
 
 
@@ -144,9 +153,9 @@ def verdict(d: dict, sign: int) -> str:
     low, high = d["interval"]
     if low <= 0 <= high:
         return "not significant"
-    if (low > 0) != (sign > 0):
-        return "does not hold"
-    return "holds" if all(s * sign > 0 for s in d["seeds"]) else "not significant (seeds disagree)"
+    if any(s * d["mean"] <= 0 for s in d["seeds"]):
+        return "not significant (seeds disagree)"
+    return "holds" if d["mean"] * sign > 0 else "does not hold"
 
 
 def _percent(x: float) -> str:
@@ -163,7 +172,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in ("id", "rule") for t in (1.0, 0.0)}
     claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for text, variant, temperature, arm, _, other, sign, paper in CLAIMS:
+    for text, variant, temperature, arm, other, sign, paper in CLAIMS:
         a, b = last[arm, variant, temperature], last[other, variant, temperature]
         d = difference(a, b)
         claims.append(f"| {text} | {_percent(mean(p['success'] for p in b))} -> {_percent(mean(p['success'] for p in a))} | "
@@ -176,7 +185,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
              f"within {settings['verify_iter']} replies. ID: J, Q, K count 10, as in training. Other rule: 11, 12, 13, and every hand holds a face card.", "",
              "## Claims", "", *claims, "",
              "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
-             "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of seeds not run.", "",
+             "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
              "## Checkpoints", "", "Means over seeds. KL is KL(policy || init) in nats per reply token on the policy's own replies.", "",
              "| checkpoint | decoding | ID: success | first reply | other rule: success | first reply | other rule: replies with wrong numbers | KL ID | KL other rule |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -191,7 +200,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
             wrong = _percent(mean(p["verdicts"]["wrong_numbers"] for p in row[1]))
             shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(name, name)
             lines.append(f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} | {' | '.join(kls)} |")
-    lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation hands that no other number uses. "
+    lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
               + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.", "",
               "## Curves", "", "Success at temperature 1, mean over seeds [lowest, highest].", "",
               "| arm | compute, 10^12 FLOP | ID | other rule |", "|---|---|---|---|"]  # fmt: skip

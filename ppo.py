@@ -43,7 +43,7 @@ class PPOConfig:
     gamma: float = 0.9  # discount from one turn to the next; inside a reply it is 1
     lam: float = 0.95
     clip: float = 0.2
-    value_clip: float = 1.0  # in units of the return, which spans about -16 to 5
+    value_clip: float = 1.0  # in units of the return, which spans about -13 to 5
     value_coef: float = 0.5
     entropy_coef: float = 0.0
     kl_coef: float = 0.0  # weight of KL(policy || initial policy) in the loss; 0 keeps no copy of the initial weights
@@ -51,7 +51,7 @@ class PPOConfig:
     ratio: str = "token"  # or "reply": one ratio, value and advantage per reply
     thought_coef: float = 1.0  # with ratio "reply": weight of the log-probabilities before the answer field (paper: 0.5)
     value_trunk: str = "detached"  # or "shared": the value loss trains the language model too
-    value_warmup: int = 0  # first updates that train the value head alone
+    value_warmup: int = 0  # first updates that train the value head alone, on the detached trunk
     temperature: float = 1.0
     max_new_tokens: int = 128
     betas: tuple[float, float] = (0.9, 0.98)
@@ -79,9 +79,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = pending = torch.zeros(batch, dtype=values.dtype, device=values.device)
     adjacent = torch.zeros(batch, dtype=torch.bool, device=values.device)  # is t + 1 a policy token?
+    inside, between = values.new_tensor(1.0), values.new_tensor(gamma)
     for t in reversed(range(length)):
         chosen = mask[:, t] > 0
-        discount = torch.where(adjacent, 1.0, gamma)
+        discount = torch.where(adjacent, inside, between)
         delta = rewards[:, t] + pending + discount * next_value - values[:, t]
         advantage = delta + discount * lam * next_advantage
         advantages[:, t] = torch.where(chosen, advantage, 0.0)
@@ -165,7 +166,11 @@ def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConf
         batch["actions"] = batch["mask"]
     # One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever precision sampled the tokens.
     scores = score(policy, batch, config, values=True)
-    batch["old_logp"], batch["old_values"] = scores["logp"], scores["value"] * batch["actions"]
+    sampled = torch.zeros_like(batch["mask"])
+    for b, (stream, _) in enumerate(pairs):
+        sampled[b, : len(stream)] = torch.tensor(stream.logp)
+    batch["sampler_gap"] = (sampled - scores["logp"]).abs()
+    batch["old_logp"], batch["old_values"] = action_logp(scores["logp"], batch), scores["value"] * batch["actions"]
     if config.kl_coef:
         with policy.initial_weights():
             batch["initial_logp"] = score(policy, batch, config)["logp"]
@@ -192,12 +197,11 @@ def rows_of(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def score(policy, batch: dict[str, Tensor], config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
-    """logp (per token or, with ratio "reply", weighted and summed per reply) and values of a whole batch, by microbatches."""
+    """logp per token and values of a whole batch, by microbatches."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         part = rows_of(batch, rows)
         scores = policy(part, config.temperature, values=config.value_trunk if values else None)
-        scores["logp"] = action_logp(scores["logp"], part)
         for name, flat in scores.items():
             out[name][rows, : flat.shape[1]] = flat
     return out
@@ -227,6 +231,7 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Ten
     """
     sums: Counter[str] = Counter()
     largest, norms, first_ratio = 1.0, [], None
+    warming = step < config.value_warmup
     shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(max(1, config.minibatch_size // policy.world)):
@@ -236,19 +241,22 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Ten
             minibatch_loss = 0.0
             for k, micro in enumerate(microbatches):
                 part = rows_of(batch, micro)
-                scores = policy(part, config.temperature, values=config.value_trunk, entropy=True)
+                scores = policy(part, config.temperature, values="detached" if warming else config.value_trunk, entropy=True)
                 logp, act = action_logp(scores["logp"], part), part["actions"]
                 share = act.sum() / actions  # makes the mean over this microbatch its part of the mean over the global minibatch
                 pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
                 vf = value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip) * share
                 entropy = scores["entropy"].sum() / tokens
                 loss = config.value_coef * vf
-                if step >= config.value_warmup:
+                if not warming:
                     loss = loss + pg - config.entropy_coef * entropy
+                    if config.kl_coef:
+                        # The gradient of half the squared log-ratio is that of KL(policy || initial); that of k3 is the reverse KL's.
+                        squared = ((scores["logp"] - part["initial_logp"]) ** 2).sum() / tokens
+                        loss = loss + config.kl_coef * 0.5 * squared
                 if config.kl_coef:
-                    kl = masked_mean(kl_estimate(logp, part["initial_logp"]), act) * share
-                    loss = loss + config.kl_coef * kl
-                    sums["kl_to_init"] += kl.item()
+                    with torch.no_grad():
+                        sums["kl_to_init"] += ((kl_estimate(scores["logp"], part["initial_logp"]) * part["mask"]).sum() / tokens).item()
                 policy.backward(loss, last=k == len(microbatches) - 1)
                 minibatch_loss += loss.item()
                 with torch.no_grad():
@@ -277,14 +285,15 @@ def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: 
     for turn in turns:
         rewards[turn.verdict] += turn.reward
     error, act = batch["returns"] - batch["old_values"], batch["actions"]
-    n, replies, solved, first, ret, tokens, actions, e1, e2, r1, r2, *by_verdict = policy.sum(
+    n, replies, solved, first, ret, tokens, actions, gap, e1, e2, r1, r2, *by_verdict = policy.sum(
         len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and len(e.turns) == 1 for e in episodes), discounted,
-        sum(sum(stream.mask) for stream in streams), act.sum(), (error * act).sum(), (error**2 * act).sum(),
+        sum(sum(stream.mask) for stream in streams), act.sum(), batch["sampler_gap"].sum(), (error * act).sum(), (error**2 * act).sum(),
         (batch["returns"] * act).sum(), (batch["returns"] ** 2 * act).sum(),
         *(counts[v] for v in verdicts), *(rewards[v] for v in verdicts))  # fmt: skip
     variance = r2 / actions - (r1 / actions) ** 2
     return {
         "return": ret / n, "success": solved / n, "first_success": first / n, "turns": replies / n, "reply_length": tokens / replies,
+        "sampler_gap": gap / tokens,
         "explained_variance": 1 - (e2 / actions - (e1 / actions) ** 2) / variance if variance > 0 else 0.0,
         **{f"share/{v}": c / replies for v, c in zip(verdicts, by_verdict)},
         **{f"reward/{v}": r / n for v, r in zip(verdicts, by_verdict[len(verdicts) :])},

@@ -19,7 +19,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -207,6 +206,9 @@ class Policy(nn.Module):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         self.flops = 0.0
+        transforms = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        if any(getattr(model.config.get_text_config(), name, None) not in (None, 1.0) for name in transforms):
+            raise ValueError(f"{type(model).__name__} transforms its logits after the output head, which `forward` does not do")
         self._sampler: nn.Module | None = None
         self._content_as_parts = False
         self._content_as_parts = self._MARK not in self.render([{"role": "user", "content": self._MARK}])
@@ -615,31 +617,42 @@ def git_revision() -> str | None:
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt (see README, "A run folder")."""
+    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt (see README, "A run folder").
 
-    def __init__(self, folder: Path, settings: dict, policy: Policy):
-        self.folder, self.policy = folder, policy
-        settings = {k: None if v == math.inf else v for k, v in json.loads(json.dumps(settings)).items()}
+    Raises ValueError if the folder holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder = folder
+        settings = plain(settings)
         config = folder / "config.json"
         if config.exists() and (old := json.loads(config.read_text())["settings"]) != settings:
             changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
             raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove it")
-        if policy.rank == 0 and not config.exists():
+        if policy_rank() == 0 and not config.exists():
             folder.mkdir(parents=True, exist_ok=True)
             versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-            write_whole(config, json.dumps({"settings": settings, "versions": versions, "git": git_revision(), "world": policy.world}, indent=1))
+            write_whole(config, json.dumps({"settings": settings, "versions": versions, "git": git_revision()}, indent=1))
 
-    def resume(self, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        lines = read_lines(self.folder / "metrics.jsonl")
+        return bool(lines) and lines[-1]["progress"] >= 1 and (self.folder / f"checkpoint-{lines[-1]['step']}").exists()
+
+    def resume(self, policy: Policy, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
         """Loads the newest resume state, if there is one: the step and the FLOPs it stands at. Later lines of the logs are dropped."""
         path = self.folder / "resume.pt"
         step, flops = 0, 0.0
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             # Not strict: parameters that never had a gradient (the vision tower in a text task) have no optimizer state.
-            set_state_dict(self.policy, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            set_state_dict(policy, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                            options=StateDictOptions(full_state_dict=True, strict=False))  # fmt: skip
             step, flops = state["step"], state["flops"]
-        if self.policy.rank == 0:
+        if policy.rank == 0:
+            for path in checkpoints(self.folder):
+                if step_of(path) > step:
+                    shutil.rmtree(path)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 kept = [json.dumps(line) + "\n" for line in read_lines(self.folder / name) if line["step"] <= step]
                 write_whole(self.folder / name, "".join(kept))
@@ -647,7 +660,7 @@ class Run:
 
     def log(self, metrics: dict) -> None:
         """Appends one line of metrics; a transcript among them goes to samples.jsonl."""
-        if self.policy.rank == 0:
+        if policy_rank() == 0:
             sample = metrics.pop("transcript", None)
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -655,24 +668,29 @@ class Run:
                 with open(self.folder / "samples.jsonl", "a") as file:
                     file.write(json.dumps({"step": metrics["step"]} | sample) + "\n")
 
-    def save_checkpoint(self, step: int) -> None:
+    def save_checkpoint(self, policy: Policy, step: int) -> None:
         """Writes checkpoint-<step>/ aside and moves it into place."""
         aside, final = self.folder / "checkpoint.tmp", self.folder / f"checkpoint-{step}"
-        if self.policy.rank == 0:
+        if policy.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-        self.policy.save(aside)
-        if self.policy.rank == 0:
+        policy.save(aside)
+        if policy.rank == 0:
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
 
-    def save_state(self, optimizers: list[torch.optim.Optimizer], step: int, flops: float) -> None:
+    def save_state(self, policy: Policy, optimizers: list[torch.optim.Optimizer], step: int, flops: float) -> None:
         """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step)."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optim = get_state_dict(self.policy, optimizers, options=options)
-        if self.policy.rank == 0:
+        model, optim = get_state_dict(policy, optimizers, options=options)
+        if policy.rank == 0:
             torch.save({"model": model, "optimizer": optim, "step": step, "flops": flops}, self.folder / "resume.tmp")
             os.replace(self.folder / "resume.tmp", self.folder / "resume.pt")
+
+
+def plain(settings: dict) -> dict:
+    """Settings as strict JSON holds them: tuples as lists, no limit as null."""
+    return json.loads(json.dumps(settings), parse_constant=lambda _: None)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -681,27 +699,26 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.split("-")[1])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return sorted(folder.glob("checkpoint-*"), key=step_of)
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run folder's training came to its end."""
-    lines = read_lines(folder / "metrics.jsonl")
-    return bool(lines) and lines[-1]["progress"] >= 1 and (folder / f"checkpoint-{lines[-1]['step']}").exists()
-
-
-def run_stage(run: Run, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], count: int = 1, save_every: int = 50) -> None:
+def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], count: int, save_every: int) -> None:
     """Trains in a run folder, from where it stands to its end.
 
     `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are kept, at progress (k / count)^2: denser
     early, where out-of-distribution success moves fastest. `show` names the metrics on the progress bar.
     """
-    step, flops = run.resume(optimizers)
+    step, flops = run.resume(policy, optimizers)
     name = "/".join(run.folder.parts[-2:])
-    bar = tqdm(total=100, desc=name, disable=run.policy.rank > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
-    reached = max([line["progress"] for line in read_lines(run.folder / "metrics.jsonl")], default=0.0)
+    bar = tqdm(total=100, desc=name, disable=policy.rank > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
+    reached = max((line["progress"] for line in read_lines(run.folder / "metrics.jsonl") if line["step"] <= step), default=0.0)
     for metrics in train(step, flops):
         step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
         due = any(reached < (k / count) ** 2 <= progress for k in range(1, count + 1))
@@ -710,34 +727,43 @@ def run_stage(run: Run, optimizers: list[torch.optim.Optimizer], train, show: Se
         bar.update(100 * min(progress, 1) - bar.n)
         run.log(metrics)
         if due:
-            run.save_checkpoint(step)
+            run.save_checkpoint(policy, step)
         if due or step % save_every == 0:
-            run.save_state(optimizers, step, flops)
+            run.save_state(policy, optimizers, step, flops)
     bar.close()
 
 
 SFT_SHOW, PPO_SHOW = ("loss", "lr"), ("success", "return", "approx_kl", "explained_variance")
 
 
-def run_sft(policy: Policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, count: int = 1) -> None:
-    """One SFT run in its folder. `batch_of(step)` returns a step's records; `settings` describe them in config.json."""
+def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, count: int = 1) -> None:
+    """One SFT run in its folder, unless it is finished. `make_policy()` loads the model, `batch_of(step)` returns a step's records;
+    `settings` say in config.json which model and records these are."""
+    run = Run(folder, settings | asdict(config))
+    if run.finished():
+        return
+    policy = make_policy()
     if config.batch_size % policy.world:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
-    run = Run(folder, settings | asdict(config), policy)
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
-    run_stage(run, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, count)
+    run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, count, 50)
 
 
-def run_ppo(policy: Policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, count: int = 1) -> None:
-    """One PPO run in its folder. `make_env()` returns a training environment."""
-    if config.episodes % policy.world:
-        raise ValueError(f"--episodes {config.episodes} cannot be shared by {policy.world} ranks")
-    run = Run(folder, settings | asdict(config), policy)
+def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, count: int = 1) -> None:
+    """One PPO run in its folder, unless it is finished. `make_env()` returns a training environment."""
+    if config.temperature <= 0:
+        raise ValueError("--temperature must be above 0: a greedy policy has no log-probabilities to train")
+    run = Run(folder, settings | asdict(config))
+    if run.finished():
+        return
+    policy = make_policy()
+    if config.episodes % policy.world or config.minibatch_size % policy.world:
+        raise ValueError(f"--episodes {config.episodes} and --minibatch-size {config.minibatch_size} cannot be shared by {policy.world} ranks")
     if config.kl_coef:
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, config.betas, config.eps, config.weight_decay)
     environments = [make_env() for _ in range(config.episodes // policy.world)]
-    run_stage(run, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5)
+    run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5)
 
 
 def fresh_batches(env, demonstrate, batch_size: int, label: str):
@@ -814,29 +840,34 @@ def run_study(args: argparse.Namespace) -> None:
     """All stages for all seeds, each from where it stands; then the report."""
     if args.task not in STUDIES:
         raise ValueError(f"there is no study of task {args.task!r}: choose from {', '.join(STUDIES)}")
+    if args.hands < 2:
+        raise ValueError("--hands must be at least 2, for an interval")
     study, out = STUDIES[args.task].scaled(args.scale), Path(args.out)
-    study.init.lr, study.sft.lr, study.rl.lr = args.init_lr or study.init.lr, args.sft_lr or study.sft.lr, args.rl_lr or study.rl.lr
-    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda *_: None
-    results = evaluate.Results(out / "results.jsonl")
+    given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
+    for stage, lr in given.items():
+        getattr(study, stage).lr = lr
     out.mkdir(parents=True, exist_ok=True)
+    results = evaluate.Results(out / "results.jsonl")
     base = args.model
     if args.model == "tiny":
-        if not finished(out / "base"):
-            torch.manual_seed(0)
-            run_sft(load_policy(args, "tiny"), out / "base", foundation_batches(study.base.batch_size), study.base, {"stage": "base"})
+        torch.manual_seed(0)
+        run_sft(lambda: load_policy(args, "tiny"), out / "base", foundation_batches(study.base.batch_size), study.base, {"stage": "base"})
         base = str(checkpoints(out / "base")[-1])
     if args.search:
         return search_rates(args, study, base, out)
-    settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "note": RATE_NOTE,
-                "study": json.loads(json.dumps(asdict(study), default=str))}  # fmt: skip
+    chosen = "The learning rates were chosen by `sftrl study --search` on ID success alone; the README gives the table."
+    settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "study": plain(asdict(study)),
+                "note": f"Learning rates given on the command line: {given}." if given or args.model != "tiny" else chosen}  # fmt: skip
     for seed in range(args.seeds):
         folder = out / f"seed-{seed}"
         init = train_init(args, study, base, folder, seed)
         for arm in ("sft", "rl"):
             train_arm(args, study, arm, init, folder / arm, seed)
         measure(args, study, results, folder, base, init, seed)
-        claims = evaluate.write_report(results, out, settings) if policy_rank() == 0 else []
-    say("\n".join(["", *claims, "", f"report: {out / 'report.md'}"]))
+        if policy_rank() == 0:
+            claims = evaluate.write_report(results.of(range(seed + 1), args.hands), out, settings)
+    if policy_rank() == 0:
+        print("\n".join(["", *claims, "", f"report: {out / 'report.md'}"]))
 
 
 def policy_rank() -> int:
@@ -851,26 +882,23 @@ def id_environment(args: argparse.Namespace, study: Study):
 
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
     """The shared start of both arms: a short SFT on imperfect ID demonstrations in the target form. Returns its checkpoint."""
-    if not finished(folder / "init"):
-        batches = fresh_batches(id_environment(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
-        run_sft(load_policy(args, base), folder / "init", batches, study.init, {"stage": "init", "model": base, "seed": seed})
+    batches = fresh_batches(id_environment(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
+    settings = {"stage": "init", "model": base, "seed": seed, "verify_iter": study.verify_iter}
+    run_sft(lambda: load_policy(args, base), folder / "init", batches, study.init, settings)
     return str(checkpoints(folder / "init")[-1])
 
 
 def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, lr: float | None = None) -> None:
     """One arm from the init, at the study's compute."""
-    if finished(folder):
-        return
-    torch.manual_seed(seed)
     config = copy.deepcopy(getattr(study, arm))
-    config.lr, config.flops = lr or config.lr, study.flops
-    settings = {"stage": arm, "model": init, "seed": seed}
+    config.lr = lr or config.lr
+    settings = {"stage": arm, "model": init, "seed": seed, "verify_iter": study.verify_iter, "rollout_batch": args.rollout_batch}
     if arm == "sft":
         batches = fresh_batches(id_environment(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
-        run_sft(load_policy(args, init), folder, batches, config, settings, study.count)
+        run_sft(lambda: load_policy(args, init), folder, batches, config, settings, study.count)
     else:
         config.seed = seed
-        run_ppo(load_policy(args, init), folder, id_environment(args, study), config, settings, study.count)
+        run_ppo(lambda: load_policy(args, init), folder, id_environment(args, study), config, settings, study.count)
 
 
 def measure(args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int) -> None:
@@ -883,7 +911,7 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
         owner = -1 if arm == "base" else seed
         line = next((x for x in read_lines(path.parent / "metrics.jsonl") if f"checkpoint-{x['step']}" == path.name), {"step": 0, "flops": 0.0})
         place = {"arm": arm, "seed": owner, "step": line["step"], "series": series, "temperature": temperature}
-        missing = [v for v in variants if not results.find(**place, variant=v)]
+        missing = [v for v in variants if not results.find(**place, variant=v, episodes=args.hands)]
         policy = load_policy(args, str(path)) if missing else None
         for variant in missing:
             environments = [envs.make(args.task, variant, verify_iter=study.verify_iter) for _ in range(args.hands)]
@@ -901,30 +929,33 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
             point(arm, path, "valid", ("id",), 1.0)
     for arm in ("init", "sft", "rl"):
         point(arm, [path for name, path in arms if name == arm][-1], "eval", ("id", "rule"), 0.0)
-    valid = results.find(arm="sft", seed=seed, series="valid")
+    valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
     point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "eval", ("id", "rule"), 0.0)
 
 
 def search_rates(args, study: Study, base: str, out: Path) -> None:
-    """Tries `study.grid` for both arms on a seed of its own, by ID success on validation hands; prints and writes search.md."""
+    """Tries `study.grid` for both arms on a seed of its own, by ID success on validation deals; prints and writes search.md. The rule:
+    the highest success; of rates within one standard error of it, the lowest."""
     folder = out / "search"
     init = train_init(args, study, base, folder, SEARCH_SEED)
     lines = ["| arm | learning rate | ID success, validation hands, temperature 1 |", "|---|---|---|"]
     for arm in ("sft", "rl"):
+        tried = []
         for lr in study.grid:
             train_arm(args, study, arm, init, folder / f"{arm}-{lr:g}", SEARCH_SEED, lr)
             environments = [envs.make(args.task, "id", verify_iter=study.verify_iter) for _ in range(args.hands)]
             result, _ = evaluate.evaluate(load_policy(args, str(checkpoints(folder / f"{arm}-{lr:g}")[-1])), environments, 1.0,
                                           study.max_new_tokens, "valid")  # fmt: skip
+            tried.append((lr, result["success"], result["success_se"]))
             lines.append(f"| {arm} | {lr:g} | {100 * result['success']:.1f} ± {100 * result['success_se']:.1f} |")
+        _, best, error = max(tried, key=lambda t: t[1])
+        lines.append(f"| {arm} | **chosen: {min(lr for lr, success, _ in tried if success >= best - error):g}** | |")
     if policy_rank() == 0:
         write_whole(out / "search.md", "\n".join(lines) + "\n")
         print("\n".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------------- the command line
-
-RATE_NOTE = "The learning rates were chosen by `sftrl study --search` on ID success alone; the README gives the table."
 
 OPTION_HELP = {
     "lr": "peak learning rate", "value_lr": "learning rate of the value head", "batch_size": "demonstrations per step, all ranks",
@@ -1055,7 +1086,7 @@ def environment_of(args: argparse.Namespace):
 
 def environment_settings(args: argparse.Namespace) -> dict:
     """What config.json says of a run's task."""
-    names = ("task", "model", "variant", "verify_iter", "target", "n_cards", "operators", "replacement", "prompt")
+    names = ("task", "model", "variant", "verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "rollout_batch")
     return {name: getattr(args, name) for name in names}
 
 
@@ -1070,7 +1101,7 @@ def command_sft(args: argparse.Namespace) -> None:
         batches = fresh_batches(environment_of(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
     torch.manual_seed(args.seed)
     settings = environment_settings(args) | {"demos": args.demos, "wrong_turns": args.wrong_turns, "seed": args.seed}
-    run_sft(load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints)
+    run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints)
 
 
 def command_ppo(args: argparse.Namespace) -> None:
@@ -1078,7 +1109,7 @@ def command_ppo(args: argparse.Namespace) -> None:
     config = config_from(args, ppo.PPOConfig)
     environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
-    run_ppo(load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), args.checkpoints)
+    run_ppo(lambda: load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), args.checkpoints)
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
@@ -1136,6 +1167,12 @@ def command_data(args: argparse.Namespace) -> None:
     print(f"{len(records)} demonstrations in {args.out}")
 
 
+def complain(message: str) -> None:
+    """One line on stderr, from rank 0."""
+    if policy_rank() == 0:
+        print(f"sftrl: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for Ctrl-C."""
     args = build_parser().parse_args(argv)
@@ -1153,13 +1190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         return 0
     except (ValueError, OSError) as error:
-        print(f"sftrl: error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except FloatingPointError as error:
-        print(f"sftrl: stopped: {error} is not finite; the last checkpoint is kept", file=sys.stderr)
+        complain(f"stopped, for a number is not finite: {error}; the last checkpoint is kept")
         return 1
     except KeyboardInterrupt:
-        print("sftrl: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        complain("interrupted; the same command goes on from the last saved state")
         return 130
     finally:
         if distributed:

@@ -154,7 +154,9 @@ def reply(formula, cards=("A", "3", "K", "10"), number=(1, 3, 10, 10)):
         ("-10+10+3+1=24", "illegal", "number"),
         ("10/(10-10)*3=24", "illegal", "zero"),
         ("10**1+10+3=24", "illegal", "number"),
-        ("__import__('os')", "illegal", "character"),
+        ("__import__('os')", "illegal", "something else"),
+        ("(" * 30 + "10+10+3+1" + ")" * 30, "illegal", "too many"),
+        ("10+10+3+<|end|>", "illegal", "something else"),
         ("10+10+3+1=24=24", "illegal", "equals"),
         ("", "illegal", "number"),
         ("1" * 10_000, "illegal", "long"),
@@ -195,6 +197,8 @@ def test_the_number_field_follows_the_rule_in_force():
         """{\n "cards": ['A', '3', 'K', '10'],\n "number": [1, 3, 10, 10],\n "formula": "10+10+3+1=24",\n}""",
         """{'cards': [A, 3, K, 10], 'number': [1, 3, 10, 10,], 'formula': '10+10+3+1=24'}""",
         """Here {is} my answer: ```json\n{"cards": ["a", 3, "k ", "10"], "number": ["1", 3, 10, 10], "formula": "10+10+3+1=24", "x": {"y": []}}``` ok?""",
+        r"""\frac{1}{2} {x} {y} {z} {\text{so}} {"cards": [...], "number": [...], "formula": "an equation"} means
+        {"cards": ["A", "3", "K", "10"], "number": [" 1", 3, 10, 10], "formula": "10+10+3+1=24"} {done}""",
     ],
 )
 def test_strict_json_and_the_released_form_are_read(text):
@@ -209,6 +213,8 @@ def hostile_strings():
                 reply("(" * 100 + "10+10+3+1" + ")" * 90), reply("٣+10+10+1"), reply("1e3"), reply("10+10+3+1=" + "9" * 150),
                 reply("/".join(["9"] * 99)), good[:-1], good + good, good.replace('"', "“"), '{"cards": [[[[[[[[[[1]]]]]]]]]]}',
                 reply("10+10+3+1=24", cards=["A" * 10_000]), reply("10+10+3+1=24", number=[10**400, -5, 1.5, None]),
+                "{a:" * 7 + "[" + "1," * 9980, "{a:" * 7 + "[" + r'"\x",' * 3900, "{cards:[" + "1," * 9980 + "],number:[1],formula:a}",
+                "{'" * 9000, "{" * 19_000, '{"' + "a" * 19_000, reply("10+10+3+1=24", number=["\ud800", "<|end|>", 10, 10]),
                 '"' * 19_999, "{" + '"a":' * 4000, "\\" * 19_000, "'" + "\\'" * 9000]  # fmt: skip
     alphabet = '{}[]:,"\'\\ \n\t0123456789+-*/=()AJQKcardsnumberformula\0é😀'
     for _ in range(3000):
@@ -228,6 +234,7 @@ def test_no_string_gets_an_exception_or_a_wrong_reward_out_of_step():
         _, reward, terminated, truncated, info = env.step(text)
         slowest = max(slowest, time.process_time() - start)
         assert info["verdict"] in envs.REWARDS and terminated != truncated
+        assert info["feedback"].isascii() and "<" not in info["feedback"] and len(info["feedback"]) < 120
         assert reward == envs.REWARDS[info["verdict"]] + (0 if terminated else envs.BUDGET_PENALTY)
         if info["verdict"] == "correct":  # an independent judge agrees
             formula = envs.parse_reply(text)["formula"].split("=")[0].replace(" ", "")
@@ -297,6 +304,9 @@ def test_budget_is_exact_and_the_episode_grows_by_reply_and_feedback():
     assert [m["content"] for m in observation.messages[1::2]] == ["try 0", "try 1", "try 2"]
     assert observation.messages[2] == {"role": "user", "content": info["feedback"]} and observation.messages[-1]["role"] == "assistant"
     after = env.step(env.expert_reply())
+    after[0].messages[0]["content"] = "changed by the caller"
+    assert env.step("x")[0].messages == observation.messages
+    after = env.step("x")
     assert after[1] == 0 and after[3] and after[0].messages == observation.messages
 
 
@@ -304,10 +314,11 @@ def test_options_cards_and_wrong_arguments():
     env = envs.make("gp-l")
     _, info = env.reset(options={"cards": ["A", "3", "K", "10"]})
     assert info["cards"] == ["A", "3", "K", "10"] and info["numbers"] == [1, 3, 10, 10]
-    for cards in (["A", "A", "A", "A"], ["A", "3"], ["A", "3", "K", "11"]):
+    for cards in (["A", "A", "A", "A"], ["A", "3"], ["A", "3", "K", "11"], 5):
         with pytest.raises(ValueError):
             env.reset(options={"cards": cards})
-    for wrong in ({"task": "chess"}, {"variant": "odd"}, {"verify_iter": 0}, {"target": 0}, {"operators": "^"}, {"prompt": "$nope"}):
+    for wrong in ({"task": "chess"}, {"variant": "odd"}, {"verify_iter": 0}, {"target": 0}, {"operators": "^"}, {"prompt": "$nope"}, {"odd": 1},
+                  {"target": 24.0}, {"verify_iter": "5"}, {"operators": 5}, {"fields": ("a", "a", "b")}, {"faces": {"J": 0, "Q": 1, "K": 1}}):  # fmt: skip
         with pytest.raises(ValueError):
             envs.make(**({"task": "gp-l"} | wrong))
     with pytest.raises(ValueError):

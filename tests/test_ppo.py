@@ -9,6 +9,7 @@ from conftest import make_policy
 
 import envs
 import ppo
+import sft
 
 
 def naive_gae(rewards, values, mask, gamma, lam):
@@ -180,13 +181,32 @@ def test_the_value_head_trains_the_trunk_only_if_shared():
     for trunk, moves in (("detached", False), ("shared", True)):
         policy = make_policy()
         torch.nn.init.normal_(policy.value_head[-1].weight)
-        config = small_config(value_trunk=trunk, value_warmup=1, epochs=1)
+        config = small_config(value_trunk=trunk, epochs=1)
         batch = ppo.collect(policy, *played(policy, config), config, "formula")
+        batch["advantages"].zero_()  # leaves the value loss alone
         before = [p.clone() for p in policy.model.parameters()]
         head = policy.value_head[0].weight.clone()
         ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, config, step=0)
         assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters())) == moves
         assert not torch.equal(head, policy.value_head[0].weight)
+
+
+def test_the_value_warm_up_leaves_the_language_model_alone(policy):
+    config = small_config(value_trunk="shared", value_warmup=1, kl_coef=1.0, entropy_coef=0.1)
+    policy.keep_initial_weights()
+    batch = ppo.collect(policy, *played(policy, config), config, "formula")
+    before, head = [p.clone() for p in policy.model.parameters()], policy.value_head[-1].weight.clone()
+    ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, config, step=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters())) and not torch.equal(head, policy.value_head[-1].weight)
+
+
+def test_the_kl_terms_gradient_is_that_of_the_exact_kl():
+    g = torch.Generator().manual_seed(0)
+    logits, q = torch.randn(5, generator=g, dtype=torch.double, requires_grad=True), torch.randn(5, generator=g, dtype=torch.double).log_softmax(-1)
+    p = logits.log_softmax(-1)
+    exact = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)[0]
+    in_expectation = torch.autograd.grad((p.detach().exp() * 0.5 * (p - q) ** 2).sum(), logits)[0]
+    torch.testing.assert_close(in_expectation, exact)
 
 
 def test_microbatches_do_not_change_the_gradient():
@@ -253,8 +273,11 @@ class SayDigit:
 
 @pytest.mark.parametrize("ratio", ["token", "reply"])
 def test_ppo_learns_a_trivial_task(policy, ratio):
-    config = ppo.PPOConfig(lr=1e-2, value_lr=1e-2, episodes=64, minibatch_size=64, microbatch_size=64, epochs=2, steps=40, max_new_tokens=1,
+    rng = random.Random(0)  # first the form: a digit, whatever the prompt says
+    turns = [[{"from": "human", "value": rng.choice("37")}, {"from": "gpt", "value": rng.choice("37")}] for _ in range(64)]
+    list(sft.train(policy, policy.optimizers(3e-3), lambda step: [{"conversations": t} for t in turns], sft.SFTConfig(lr=3e-3, steps=15)))
+    config = ppo.PPOConfig(lr=1e-3, value_lr=1e-2, episodes=64, minibatch_size=64, microbatch_size=64, epochs=2, steps=30, max_new_tokens=1,
                            ratio=ratio)  # fmt: skip
     environments = [SayDigit() for _ in range(64)]
     success = [m["success"] for m in ppo.train(policy, policy.optimizers(config.lr, config.value_lr), environments, config)]
-    assert success[0] < 0.2 and max(success[-5:]) > 0.85
+    assert success[0] < 0.75 and max(success[-5:]) > 0.95

@@ -64,7 +64,7 @@ def test_accumulation_gives_the_same_step():
 def test_sft_learns_its_demonstrations(kind, muon):
     policy = make_policy(kind)
     chosen = records(4)
-    config = sft.SFTConfig(lr=5e-3, batch_size=4, microbatch_size=4, steps=80, muon=muon)
+    config = sft.SFTConfig(lr=5e-3, batch_size=4, microbatch_size=4, steps=160, muon=muon)
     losses = [m["loss"] for m in sft.train(policy, policy.optimizers(config.lr, muon=muon), lambda step: chosen, config)]
     assert losses[-1] < 0.05 < losses[0]
     generator = torch.Generator().manual_seed(0)
