@@ -819,12 +819,12 @@ class Study:
 
 STUDIES = {
     "gp-l": Study(
-        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=1000, warmup=0.05, muon=True),
+        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=600, warmup=0.05, muon=True),
         init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=16, steps=100),
-        sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=16, steps=10**9),
-        rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=512, minibatch_size=128, microbatch_size=16, epochs=2, steps=10**9,
+        sft=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=16, steps=10**9),
+        rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=512, minibatch_size=64, microbatch_size=16, epochs=1, steps=10**9,
                          max_new_tokens=48),
-        flops=1.6e13,
+        flops=2e13,
     )
 }  # fmt: skip
 SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
