@@ -245,7 +245,7 @@ def draw(results: Results, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     folder.mkdir(exist_ok=True)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     titles = {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13"}
     looks = {"sft": ("tab:orange", "o", "SFT"), "rl": ("tab:blue", "s", "RL (PPO)")}
     for axis, variant in zip(axes, titles):
@@ -256,10 +256,10 @@ def draw(results: Results, folder: Path) -> None:
             axis.fill_between(x, [100 * min(p[variant]) for p in points], [100 * max(p[variant]) for p in points], color=color, alpha=0.2, lw=0)
         start = mean(p["success"] for p in results.ends("init", variant, 1.0))
         axis.axhline(100 * start, color="gray", lw=1, ls="--", label="SFT init")
-        axis.set(title=titles[variant], xlabel="compute after init, 10$^{12}$ FLOP", ylim=(0, 100))
+        axis.set(title=titles[variant], xlabel="compute after init, 10$^{12}$ FLOP", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("success within budget, %")
-    axes[1].legend(frameon=False)
+    axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)

@@ -875,6 +875,12 @@ def policy_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def place_in(args: argparse.Namespace, model: str) -> str:
+    """A checkpoint of the study by its place in the study's folder, which may move; any other model by its name."""
+    path = Path(model)
+    return str(path.relative_to(args.out)) if path.is_relative_to(args.out) else model
+
+
 def id_environment(args: argparse.Namespace, study: Study):
     """A maker of training environments: variant "id"."""
     return lambda: envs.make(args.task, "id", verify_iter=study.verify_iter)
@@ -883,7 +889,7 @@ def id_environment(args: argparse.Namespace, study: Study):
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
     """The shared start of both arms: a short SFT on imperfect ID demonstrations in the target form. Returns its checkpoint."""
     batches = fresh_batches(id_environment(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
-    settings = {"stage": "init", "model": base, "seed": seed, "verify_iter": study.verify_iter}
+    settings = {"stage": "init", "model": place_in(args, base), "seed": seed, "verify_iter": study.verify_iter}
     run_sft(lambda: load_policy(args, base), folder / "init", batches, study.init, settings)
     return str(checkpoints(folder / "init")[-1])
 
@@ -892,7 +898,7 @@ def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, 
     """One arm from the init, at the study's compute."""
     config = copy.deepcopy(getattr(study, arm))
     config.lr = lr or config.lr
-    settings = {"stage": arm, "model": init, "seed": seed, "verify_iter": study.verify_iter, "rollout_batch": args.rollout_batch}
+    settings = {"stage": arm, "model": place_in(args, init), "seed": seed, "verify_iter": study.verify_iter, "rollout_batch": args.rollout_batch}
     if arm == "sft":
         batches = fresh_batches(id_environment(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
         run_sft(lambda: load_policy(args, init), folder, batches, config, settings, study.count)
@@ -918,7 +924,7 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
             result, episodes = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
                                                  initial=reference if temperature else None)  # fmt: skip
             results.add({"task": args.task, **place, "flops": line["flops"], "variant": variant, **result,
-                         "checkpoint": os.path.relpath(path, args.out)}, write=policy.rank == 0)  # fmt: skip
+                         "checkpoint": place_in(args, str(path))}, write=policy.rank == 0)  # fmt: skip
             if policy.rank == 0:
                 with open(Path(args.out) / "transcripts.jsonl", "a") as file:
                     file.writelines(json.dumps(place | {"variant": variant} | e.transcript()) + "\n" for e in episodes[:2])
