@@ -855,7 +855,7 @@ def run_study(args: argparse.Namespace) -> None:
         base = str(checkpoints(out / "base")[-1])
     if args.search:
         return search_rates(args, study, base, out)
-    chosen = "The learning rates were chosen by `sftrl study --search` on ID success alone; the README gives the table."
+    chosen = "How the learning rates were chosen: README, \"The learning rates\"."
     settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "study": plain(asdict(study)),
                 "note": f"Learning rates given on the command line: {given}." if given or args.model != "tiny" else chosen}  # fmt: skip
     for seed in range(args.seeds):
