@@ -332,7 +332,7 @@ def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int,
     for count in (Counter(str(n).strip() for n in stated), Counter(str(n) for n in used)):
         extra = count - Counter({str(n): k for n, k in have.items()})
         if extra:
-            return Verdict("wrong_numbers", f"There is no {_short(next(iter(extra)))} to use. Try again.", True)
+            return Verdict("wrong_numbers", f"There is no {_short(next(iter(extra)))} left to use. Try again.", True)
         if count.total() < have.total():
             return Verdict("wrong_numbers", "A number was left out. Try again.", True)
     if value != target:
@@ -577,9 +577,9 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool =
 
 def imperfect_demonstration(env: GeneralPoints) -> dict:
     """A demonstration as text in the wild has them: a quarter of them revisions after one, two or four wrong tries, and one last answer
-    in five wrong. A model that learned from these is unsure and knows how to try again: post-training has something to sharpen."""
+    in ten wrong. A model that learned from these is unsure and knows how to try again: post-training has something to sharpen."""
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
-    return demonstration(env, wrong_turns, wrong_answer=env.random.random() < 0.2)
+    return demonstration(env, wrong_turns, wrong_answer=env.random.random() < 0.1)
 
 
 _FIELD_WORDS = ("hand", "deck", "dealt", "draw", "table", "values", "counts", "worth", "points", "digits", "solution", "equation",
@@ -589,10 +589,10 @@ _FIELD_WORDS = ("hand", "deck", "dealt", "draw", "table", "values", "counts", "w
 def foundation_record(rng: random.Random) -> dict:
     """One record of the corpus of the tiny "foundation model": what such a model has seen before any post-training.
 
-    Rules are mixed (35% tens, 45% 11/12/13, 20% any values), so that reading the rule pays; the reply has three fields whose
+    Rules are mixed (25% tens, 55% 11/12/13, 20% any values), so that reading the rule pays; the reply has three fields whose
     names the prompt draws at random and never the task's own, so that the form must still be learned; the demonstrations are imperfect.
     """
-    kind = rng.choices(("id", "rule", "any"), (35, 45, 20))[0]
+    kind = rng.choices(("id", "rule", "any"), (25, 55, 20))[0]
     faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else FACE_RULES[kind]
     env = GeneralPoints(seed=rng.getrandbits(32), faces=faces, fields=rng.sample(_FIELD_WORDS, 3))
     return imperfect_demonstration(env)

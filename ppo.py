@@ -11,8 +11,8 @@ An action is a token (`ratio="token"`, the default) or, as in the paper, a whole
 the last token of its reply. Everything is a tensor [B, T]: B episodes, T tokens of the longest one, with a mask that is 1 where the
 policy chose the token. The mask comes from the sampler, never from comparing ids with a padding id.
 
-Of the policy (`Policy` in sftrl.py) this module uses: responder, collate, forward, backward, step, set_lr, sum, largest,
-initial_weights, generator, decode, flops, rank, world.
+Of the policy (`Policy` in sftrl.py) this module uses: responder, collate, forward, backward, step, shift_value, set_lr, sum,
+largest, initial_weights, generator, decode, flops, rank, world.
 """
 
 import math
@@ -144,8 +144,13 @@ def rollout(policy, environments: Sequence, config: PPOConfig, step: int) -> tup
     return [respond.streams[i] for i in range(len(episodes))], episodes
 
 
-def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConfig, answer_field: str) -> dict[str, Tensor]:
+def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConfig, answer_field: str,
+            first: bool = False) -> dict[str, Tensor]:  # fmt: skip
     """The batch of one update: tokens, masks, rewards, old log-probabilities, values, advantages and returns.
+
+    In the `first` update the value head is shifted by a constant, so that its mean is the mean return. A fresh head says 0 everywhere,
+    and with lam < 1 an error that all tokens share is no common baseline: in a solved episode the early tokens of a reply would get
+    less than the mean advantage and be unlearned, the late ones more.
 
     Rows are sorted by length, so that neighbours share a microbatch with little padding. `mask` marks the policy's tokens, `actions`
     what has a ratio: the same tokens, or the first token of each reply.
@@ -166,6 +171,11 @@ def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConf
         batch["actions"] = batch["mask"]
     # One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever precision sampled the tokens.
     scores = score(policy, batch, config, values=True)
+    if first:
+        _, returns = gae(batch["rewards"], torch.zeros_like(scores["value"]), batch["actions"], config.gamma, 1.0)
+        error, count = policy.sum(((returns - scores["value"]) * batch["actions"]).sum(), batch["actions"].sum())
+        policy.shift_value(error / count)
+        scores["value"] += error / count
     sampled = torch.zeros_like(batch["mask"])
     for b, (stream, _) in enumerate(pairs):
         sampled[b, : len(stream)] = torch.tensor(stream.logp)
@@ -311,7 +321,7 @@ def train(policy, optimizers: list[torch.optim.Optimizer], environments: Sequenc
         spent, clock = policy.flops, time.perf_counter()
         streams, episodes = rollout(policy, environments, config, step)
         rolled = time.perf_counter()
-        batch = collect(policy, streams, episodes, config, environments[0].fields[-1])
+        batch = collect(policy, streams, episodes, config, environments[0].fields[-1], first=step == 0)
         scored = time.perf_counter()
         losses = update(policy, optimizers, batch, config, step)
         updated = time.perf_counter()

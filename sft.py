@@ -3,7 +3,8 @@
     loss = - 1/T * sum over reply tokens t of log p(token_t | everything before it)
 
 over the T reply tokens of the global batch: all ranks, all accumulation steps. A reply's end token counts, for the model must
-learn to stop; prompts and the verifier's feedback are context and carry no loss. In a multi-turn demonstration every reply counts.
+learn to stop; prompts and the verifier's feedback are context and carry no loss. In a multi-turn demonstration every reply counts,
+or only the last (`loss_on`).
 
 The module takes a policy (see `Policy` in sftrl.py) and records, and imports nothing of ours.
 """
@@ -29,6 +30,7 @@ class SFTConfig:
     betas: tuple[float, float] = (0.9, 0.98)  # paper, appendix
     eps: float = 1e-7
     weight_decay: float = 0.0
+    loss_on: str = "all"  # or "last": earlier replies of a demonstration are context, as they should be where they are wrong
     muon: bool = False  # matrices by Muon, for pre-training the tiny base
 
 
@@ -85,7 +87,7 @@ def train(policy, optimizers: list, batch_of: Callable[[int], list[dict]], confi
     """
     while (progress := max(step / config.steps, flops / config.flops)) < 1:
         factor = policy.set_lr(optimizers, progress, config.warmup)
-        streams = policy.streams(batch_of(step)[policy.rank :: policy.world])
+        streams = policy.streams(batch_of(step)[policy.rank :: policy.world], config.loss_on)
         streams.sort(key=len)  # neighbours of like length share a microbatch, so little of it is padding
         done, loss_sum = policy.flops, 0.0
         (total,) = policy.sum(sum(sum(stream.mask) for stream in streams))

@@ -23,8 +23,11 @@ def test_the_mask_holds_replies_and_their_end_tokens_only(policy):
     assert len(stream.replies) == 3
     for (start, stop), text in zip(stream.replies, replies):
         assert stream.ids[stop - 1] == policy.end_id and policy.decode(stream.ids[start : stop - 1]) == text
-    inside = {t for start, stop in stream.replies for t in range(start, stop)}
-    assert [t for t, m in enumerate(stream.mask) if m] == sorted(inside)
+    inside = [t for start, stop in stream.replies for t in range(start, stop)]
+    assert [t for t, m in enumerate(stream.mask) if m] == inside
+    (last,) = policy.streams([record], "last")
+    assert last.ids == stream.ids and last.replies == stream.replies
+    assert [t for t, m in enumerate(last.mask) if m] == list(range(*stream.replies[-1]))
 
 
 def test_a_demonstration_has_the_tokens_of_the_rendered_conversation(policy):
