@@ -1,8 +1,10 @@
 """How much of the bare model's speed is left: `python tests/benchmark.py`. Prints ratios; each is measured side by side in one run.
 
-    rollout    tokens/s of envs.play with the policy, against a bare cached decode loop of the same model, batch and lengths
-    update     tokens/s of ppo.update, against bare forward + backward on the same conversations in the same microbatches
-    iteration  time of rollout and update alone, over that of a whole PPO iteration (scoring, advantages and logging included)
+    rollout    a bare cached decode loop of the same model, batches and lengths, over envs.play with the policy
+    update     bare forward + backward on the same conversations in the same microbatches, over ppo.update
+    iteration  the sum of both bare loops, over a whole PPO iteration (scoring, advantages and logging included)
+
+Ratios of time, 1 is the bare model's speed; for episodes of one reply, and of up to three as in the study.
 """
 
 import argparse
@@ -23,13 +25,19 @@ import sftrl  # noqa: E402
 
 
 @torch.no_grad()
-def bare_decode(model, prompts: torch.Tensor, steps: int) -> float:
-    """Seconds of the shortest loop that samples `steps` tokens for equally long prompts."""
-    start, cache, ids = time.perf_counter(), transformers.DynamicCache(), prompts
-    for _ in range(steps):
-        hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        p = model.get_output_embeddings()(hidden).float().softmax(-1)
-        ids = torch.multinomial(p, 1)
+def bare_rollout(policy, model, streams) -> float:
+    """Seconds of the shortest loop that samples as many tokens after the same prompts, turn by turn, cut to one length per batch."""
+    start = time.perf_counter()
+    for turn in range(max(len(s.replies) for s in streams)):
+        rows = sorted((s for s in streams if len(s.replies) > turn), key=lambda s: s.replies[turn][0])
+        for i in range(0, len(rows), policy.rollout_batch):
+            chunk = rows[i : i + policy.rollout_batch]
+            width = chunk[0].replies[turn][0]
+            ids, cache = torch.tensor([s.ids[:width] for s in chunk], device=model.device), transformers.DynamicCache()
+            for _ in range(round(statistics.mean(stop - first for first, stop in (s.replies[turn] for s in chunk)))):
+                hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+                p = model.get_output_embeddings()(hidden).float().softmax(-1)
+                ids = torch.multinomial(p, 1)
     return time.perf_counter() - start
 
 
@@ -56,44 +64,34 @@ def main() -> None:
     study = sftrl.STUDIES["gp-l"]
     config = study.rl
     config.episodes = args.episodes
-    environments = [envs.make("gp-l", verify_iter=study.verify_iter) for _ in range(args.episodes)]
     optimizers = policy.optimizers(0.0, 0.0)
     micro = config.microbatch_size
-    rollout_ratio, update_ratio, iteration_ratio, padding = [], [], [], []
-    for repeat in range(args.repeats + 1):  # the first one warms up
-        # One turn, so that both loops decode the same batch: prompts and replies of like length.
-        single = [envs.make("gp-l", verify_iter=1) for _ in range(min(args.episodes, policy.rollout_batch))]
-        start = time.perf_counter()
-        streams, _ = ppo.rollout(policy, single, config, repeat)
-        seconds = time.perf_counter() - start
-        generated = sum(sum(s.mask) for s in streams)
-        width = min(s.replies[0][0] for s in streams)
-        prompts = torch.tensor([s.ids[:width] for s in streams], device=policy.model.device)
-        steps = round(generated / len(streams))
-        with policy.rollout_weights() as model:
-            bare = bare_decode(model, prompts, steps)
-        rollout = (generated / seconds) / (len(streams) * steps / bare)
-
-        start = time.perf_counter()
-        streams, episodes = ppo.rollout(policy, environments, config, repeat)
-        rolled = time.perf_counter() - start
-        batch = ppo.collect(policy, streams, episodes, config, "formula")
-        before = time.perf_counter()
-        ppo.update(policy, optimizers, batch, config, 0)
-        updated = time.perf_counter() - before
-        whole = time.perf_counter() - start
-        order = torch.randperm(len(streams)).split(config.minibatch_size)
-        bare = sum(bare_update(policy, sorted((streams[i] for i in rows), key=len), micro) for rows in order) * config.epochs
-        parts = [int(batch["length"][rows].max()) * len(rows) for rows in torch.arange(len(streams)).split(micro)]
-        if repeat:
-            rollout_ratio.append(rollout)
-            update_ratio.append(bare / updated)
-            iteration_ratio.append((rolled + updated) / whole)
-            padding.append(1 - int(batch["length"].sum()) / sum(parts))
-            print(f"rollout {sum(sum(s.mask) for s in streams) / rolled:.0f} tokens/s, update {config.epochs * int(batch['length'].sum()) / updated:.0f} tokens/s")
-    for name, values in (("rollout / bare decode loop", rollout_ratio), ("update / bare forward + backward", update_ratio),
-                         ("(rollout + update) / whole iteration", iteration_ratio), ("share of padding", padding)):  # fmt: skip
-        print(f"{name}: {statistics.median(values):.2f} (from {min(values):.2f} to {max(values):.2f})")
+    for verify_iter in (1, study.verify_iter):
+        environments = [envs.make("gp-l", verify_iter=verify_iter) for _ in range(args.episodes)]
+        ratios: dict[str, list[float]] = {"rollout": [], "update": [], "iteration": [], "share of padding": []}
+        for repeat in range(args.repeats + 1):  # the first one warms up
+            start = time.perf_counter()
+            streams, episodes = ppo.rollout(policy, environments, config, repeat)
+            rolled = time.perf_counter()
+            batch = ppo.collect(policy, streams, episodes, config, "formula")
+            scored = time.perf_counter()
+            ppo.update(policy, optimizers, batch, config, 0)
+            updated = time.perf_counter()
+            with policy.rollout_weights() as model:
+                bare_rolled = bare_rollout(policy, model, streams)
+            order = torch.randperm(len(streams)).split(config.minibatch_size)
+            bare_updated = sum(bare_update(policy, sorted((streams[i] for i in rows), key=len), micro) for rows in order) * config.epochs
+            parts = [int(batch["length"][rows].max()) * len(rows) for rows in torch.arange(len(streams)).split(micro)]
+            if repeat:
+                ratios["rollout"].append(bare_rolled / (rolled - start))
+                ratios["update"].append(bare_updated / (updated - scored))
+                ratios["iteration"].append((bare_rolled + bare_updated) / (updated - start))
+                ratios["share of padding"].append(1 - int(batch["length"].sum()) / sum(parts))
+        print(f"up to {verify_iter} replies per episode, {len(streams)} episodes, last time {sum(len(e.turns) for e in episodes)} replies:")
+        for name, values in ratios.items():
+            print(f"    {name}: {statistics.median(values):.2f} (from {min(values):.2f} to {max(values):.2f})")
+        print(f"    generated {sum(sum(s.mask) for s in streams) / (rolled - start):.0f} tokens/s, "
+              f"trained {config.epochs * int(batch['length'].sum()) / (updated - scored):.0f} tokens/s")  # fmt: skip
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB; {policy.parameter_count} parameters, "
           f"{torch.get_num_threads()} threads, sampling in {policy.rollout_dtype}")  # fmt: skip
 

@@ -54,7 +54,7 @@ def worker(out: Path) -> None:
         episodes.append(envs.Episode("", [], [envs.Turn(t["value"], -1.0 - k + 6.0 * (t is turns[-1]), "correct", "", True) for t in turns], True))
     policy.keep_initial_weights()
     optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
-    batch = ppo.collect(policy, streams, episodes, config, "formula")
+    batch = ppo.collect(policy, streams, episodes, config, "formula", first=True)
     metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(policy, streams, episodes, batch, config)
     policy.save(out / "ppo")
 

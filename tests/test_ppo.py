@@ -177,6 +177,24 @@ def test_batch_masks_rewards_and_old_logp_say_what_the_sampler_did(policy):
         assert batch["rewards"][b, last] == episodes[i].turns[-1].reward and batch["advantages"][b][batch["mask"][b] == 0].abs().sum() == 0
 
 
+def test_the_first_update_shifts_the_values_to_the_mean_return():
+    policy, config = make_policy(), small_config(lam=0.95)
+    streams, episodes = played(policy, config)
+    torch.nn.init.normal_(policy.value_head[-1].weight)
+    before = ppo.collect(policy, streams, episodes, config, "formula")
+    after = ppo.collect(policy, streams, episodes, config, "formula", first=True)
+    again = ppo.collect(policy, streams, episodes, config, "formula")
+    # the mean return by hand: every token of a reply is followed by the rewards of its turn and, discounted, of the later ones
+    total, count = 0.0, 0
+    for stream, episode in zip(streams, episodes):
+        for k, (start, stop) in enumerate(stream.replies):
+            total += (stop - start) * sum(turn.reward * config.gamma**j for j, turn in enumerate(episode.turns[k:]))
+            count += stop - start
+    shift = total / count - before["old_values"].sum().item() / count
+    torch.testing.assert_close(after["old_values"], before["old_values"] + shift * before["mask"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(again["old_values"], after["old_values"], rtol=0, atol=1e-4)
+
+
 def test_the_value_head_trains_the_trunk_only_if_shared():
     for trunk, moves in (("detached", False), ("shared", True)):
         policy = make_policy()
