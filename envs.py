@@ -589,10 +589,10 @@ _FIELD_WORDS = ("hand", "deck", "dealt", "draw", "table", "values", "counts", "w
 def foundation_record(rng: random.Random) -> dict:
     """One record of the corpus of the tiny "foundation model": what such a model has seen before any post-training.
 
-    Rules are mixed (25% tens, 55% 11/12/13, 20% any values), so that reading the rule pays; the reply has three fields whose
+    Rules are mixed (15% tens, 60% 11/12/13, 25% any values), so that reading the rule pays; the reply has three fields whose
     names the prompt draws at random and never the task's own, so that the form must still be learned; the demonstrations are imperfect.
     """
-    kind = rng.choices(("id", "rule", "any"), (25, 55, 20))[0]
+    kind = rng.choices(("id", "rule", "any"), (15, 60, 25))[0]
     faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else FACE_RULES[kind]
     env = GeneralPoints(seed=rng.getrandbits(32), faces=faces, fields=rng.sample(_FIELD_WORDS, 3))
     return imperfect_demonstration(env)

@@ -828,8 +828,8 @@ class Study:
 
 STUDIES = {
     "gp-l": Study(
-        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=700, warmup=0.05, loss_on="last", muon=True),
-        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=80, loss_on="last"),
+        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True),
+        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=30, loss_on="last"),
         sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=16, steps=10**9),
         rl=ppo.PPOConfig(lr=2e-4, value_lr=3e-3, episodes=512, minibatch_size=64, microbatch_size=16, epochs=1, steps=10**9,
                          warmup=0.1, max_new_tokens=48),
