@@ -576,8 +576,8 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool =
 
 
 def imperfect_demonstration(env: GeneralPoints) -> dict:
-    """A demonstration as text in the wild has them: a quarter of them revisions after one, two or four wrong tries, and one last answer
-    in ten wrong. A model that learned from these is unsure and knows how to try again: post-training has something to sharpen."""
+    """A demonstration as text in the wild has them: a quarter of them revisions after one, two or four wrong tries (as the budget
+    allows), and one last answer in ten wrong. A model that learned from these is unsure and knows how to try again: post-training has something to sharpen."""
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     return demonstration(env, wrong_turns, wrong_answer=env.random.random() < 0.1)
 

@@ -27,8 +27,8 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series.
 
     Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
-    the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes of each rank. `outcomes` holds one digit per hand: the number of the reply that
-    solved it, 0 if none did (a tenth reply and later ones count as 9).
+    the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes of each rank. `outcomes` holds one digit per
+    hand: the number of the reply that solved it, 0 if none did (a tenth reply and later ones count as 9).
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")

@@ -1,6 +1,6 @@
 """PPO for a language model in a conversation with a verifier: hand-written, to be read from top to bottom.
 
-One update, in the order of this file:
+One update:
 
     rollout     N episodes are played; a reply is a run of sampled tokens, the verifier's words stand between two replies
     score       log-probabilities and values of the sampled tokens, by the same forward pass that training uses
@@ -117,7 +117,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(p || q) from samples of p: q/p - 1 - log(q/p), never negative. logp of p, other_logp of q."""
+    """The k3 estimate of KL(p || q) in nats from samples of p: q/p - 1 - log(q/p), never negative (Schulman 2020, "Approximating KL
+    divergence"). logp of p, other_logp of q, of any shape."""
     log_ratio = other_logp - logp
     return torch.exp(log_ratio) - 1 - log_ratio
 
@@ -148,9 +149,9 @@ def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConf
             first: bool = False) -> dict[str, Tensor]:  # fmt: skip
     """The batch of one update: tokens, masks, rewards, old log-probabilities, values, advantages and returns.
 
-    In the `first` update the value head is shifted by a constant, so that its mean is the mean return. A fresh head says 0 everywhere,
-    and with lam < 1 an error that all tokens share is no common baseline: in a solved episode the early tokens of a reply would get
-    less than the mean advantage and be unlearned, the late ones more.
+    `answer_field` is the name of the field where a reply's thought ends. In the `first` update the value head is shifted by a constant,
+    so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an error that all tokens share does not cancel.
+    Along a solved reply the advantage would grow as lam^k R towards its end, and its early tokens could fall below the mean and be unlearned.
 
     Rows are sorted by length, so that neighbours share a microbatch with little padding. `mask` marks the policy's tokens, `actions`
     what has a ratio: the same tokens, or the first token of each reply.
@@ -200,30 +201,30 @@ def thought_length(policy, ids: list[int], answer_field: str) -> int:
 
 
 def rows_of(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some rows of a batch, cut to the longest of them."""
+    """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
     width = int(batch["length"][rows].max())
     return {k: v[rows, :width] if v.dim() > 1 else v[rows] for k, v in batch.items()}
 
 
 @torch.no_grad()
 def score(policy, batch: dict[str, Tensor], config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
-    """logp per token and values of a whole batch, by microbatches."""
+    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both [B, T]."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         part = rows_of(batch, rows)
         scores = policy(part, config.temperature, values=config.value_trunk if values else None)
-        for name, flat in scores.items():
-            out[name][rows, : flat.shape[1]] = flat
+        for name, scored in scores.items():
+            out[name][rows, : scored.shape[1]] = scored
     return out
 
 
 def action_logp(logp: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probability of each action: of the token, or the weighted sum over the reply."""
+    """Log-probability of each action [B, T]: of the token, or the weighted sum over the reply, on its first token."""
     return per_reply(logp * batch["weights"], batch["actions"]) if "weights" in batch else logp
 
 
 def whiten(policy, x: Tensor, mask: Tensor) -> Tensor:
-    """x with mean 0 and standard deviation 1 over the mask of all ranks; 0 elsewhere."""
+    """x [B, T] with mean 0 and standard deviation 1 over the mask of all ranks; 0 elsewhere."""
     total, first, second = policy.sum(mask.sum(), (x * mask).sum(), (x * x * mask).sum())
     mean = first / total
     variance = max(second / total - mean * mean, 0.0)
@@ -236,8 +237,8 @@ def whiten(policy, x: Tensor, mask: Tensor) -> Tensor:
 def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Tensor], config: PPOConfig, step: int) -> dict[str, float]:
     """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is logged.
 
-    Losses are normalised by the number of actions in the global minibatch. Every rank has the same number of episodes, hence of
-    minibatches and microbatches. Raises FloatingPointError on a non-finite loss or gradient.
+    Policy and value loss are normalised by the number of actions in the global minibatch, entropy and KL by that of tokens. Every rank
+    has the same number of episodes, hence of minibatches and microbatches. Raises FloatingPointError on a non-finite loss or gradient.
     """
     sums: Counter[str] = Counter()
     largest, norms, first_ratio = 1.0, [], None
@@ -295,16 +296,16 @@ def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: 
     for turn in turns:
         rewards[turn.verdict] += turn.reward
     error, act = batch["returns"] - batch["old_values"], batch["actions"]
-    n, replies, solved, first, ret, tokens, actions, gap, e1, e2, r1, r2, *by_verdict = policy.sum(
+    n, replies, solved, first, ret, tokens, actions, gap, error1, error2, return1, return2, *by_verdict = policy.sum(
         len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and len(e.turns) == 1 for e in episodes), discounted,
         sum(sum(stream.mask) for stream in streams), act.sum(), batch["sampler_gap"].sum(), (error * act).sum(), (error**2 * act).sum(),
         (batch["returns"] * act).sum(), (batch["returns"] ** 2 * act).sum(),
         *(counts[v] for v in verdicts), *(rewards[v] for v in verdicts))  # fmt: skip
-    variance = r2 / actions - (r1 / actions) ** 2
+    variance = return2 / actions - (return1 / actions) ** 2
     return {
         "return": ret / n, "success": solved / n, "first_success": first / n, "turns": replies / n, "reply_length": tokens / replies,
         "sampler_gap": gap / tokens,
-        "explained_variance": 1 - (e2 / actions - (e1 / actions) ** 2) / variance if variance > 0 else 0.0,
+        "explained_variance": 1 - (error2 / actions - (error1 / actions) ** 2) / variance if variance > 0 else 0.0,
         **{f"share/{v}": c / replies for v, c in zip(verdicts, by_verdict)},
         **{f"reward/{v}": r / n for v, r in zip(verdicts, by_verdict[len(verdicts) :])},
     }  # fmt: skip

@@ -105,8 +105,9 @@ def build_tiny(seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
 
 @dataclass
 class Stream:
-    """One conversation as the model sees it. `mask` is 1 on the tokens of replies, end tokens included, and 0 on prompts and
-    feedback; `replies` holds the [start, stop) of every reply; `logp` the log-probabilities of a sampled conversation's tokens."""
+    """One conversation as the model sees it. `mask` is 1 on the tokens that are trained: those of replies, end tokens included (in
+    demonstrations perhaps of the last reply alone), never those of prompts and feedback; `replies` holds the [start, stop) of every
+    reply; `logp` the log-probabilities of a sampled conversation's tokens."""
 
     ids: list[int]
     mask: list[int]
@@ -240,7 +241,10 @@ class Policy(nn.Module):
         policy = cls(model.to(device or best_device()), processor, **options).to(device or best_device())
         head = Path(name) / "value_head.safetensors"
         if head.exists():
-            policy.value_head.load_state_dict(load_file(head))
+            try:
+                policy.value_head.load_state_dict(load_file(head))
+            except (RuntimeError, SafetensorError) as error:
+                raise ValueError(f"{head} does not fit this model: {' '.join(str(error).split())[:200]}") from None
         return policy
 
     def shard(self, param_dtype: torch.dtype = torch.float32) -> "Policy":
@@ -310,7 +314,7 @@ class Policy(nn.Module):
         for record, prompt in zip(records, prompts):
             stream = Stream([], [])
             stream.context(prompt)
-            for j, turn in enumerate(record["conversations"][1:], 1):
+            for turn in record["conversations"][1:]:
                 if turn["from"] == "human":
                     self.extend(stream, turn["value"])
                 else:
@@ -632,16 +636,10 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: dict):
-        self.folder = folder
-        settings = plain(settings)
-        config = folder / "config.json"
-        if config.exists() and (old := json.loads(config.read_text())["settings"]) != settings:
-            changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+        self.folder, self.settings, self.config = folder, plain(settings), folder / "config.json"
+        if self.config.exists() and (old := json.loads(self.config.read_text())["settings"]) != self.settings:
+            changed = sorted(k for k in old.keys() | self.settings.keys() if old.get(k) != self.settings.get(k))
             raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove it")
-        if policy_rank() == 0 and not config.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-            write_whole(config, json.dumps({"settings": settings, "versions": versions, "git": git_revision()}, indent=1))
 
     def finished(self) -> bool:
         """Whether training came to its end."""
@@ -649,14 +647,24 @@ class Run:
         return bool(lines) and lines[-1]["progress"] >= 1 and (self.folder / f"checkpoint-{lines[-1]['step']}").exists()
 
     def resume(self, policy: Policy, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
-        """Loads the newest resume state, if there is one: the step and the FLOPs it stands at. Later lines of the logs are dropped."""
+        """Writes config.json if the run is new. Loads the newest resume state, if there is one, and returns the step and the FLOPs it
+        stands at; later lines of the logs are dropped."""
+        if policy.rank == 0 and not self.config.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+            write_whole(self.config, json.dumps({"settings": self.settings, "versions": versions, "git": git_revision()}, indent=1))
         path = self.folder / "resume.pt"
         step, flops = 0, 0.0
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            # Not strict: parameters that never had a gradient (the vision tower in a text task) have no optimizer state.
+            # Not strict: parameters that had no gradient yet (the vision tower in a text task) have no optimizer state. torch makes one
+            # up for them, as if they had taken a step.
             set_state_dict(policy, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                            options=StateDictOptions(full_state_dict=True, strict=False))  # fmt: skip
+            for name, parameter in policy.named_parameters():
+                if name not in state["optimizer"]["state"]:
+                    for optimizer in optimizers:
+                        optimizer.state.pop(parameter, None)
             step, flops = state["step"], state["flops"]
         if policy.rank == 0:
             for path in checkpoints(self.folder):
@@ -760,8 +768,6 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
 
 def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, count: int = 1) -> None:
     """One PPO run in its folder, unless it is finished. `make_env()` returns a training environment."""
-    if config.temperature <= 0:
-        raise ValueError("--temperature must be above 0: a greedy policy has no log-probabilities to train")
     run = Run(folder, settings | asdict(config))
     if run.finished():
         return
@@ -973,7 +979,7 @@ def search_rates(args, study: Study, base: str, out: Path) -> None:
 
 OPTION_HELP = {
     "lr": "peak learning rate", "value_lr": "learning rate of the value head", "batch_size": "demonstrations per step, all ranks",
-    "loss_on": "which replies of a multi-turn demonstration carry loss", "microbatch_size": "conversations per forward pass and rank",
+    "loss_on": "the loss counts all replies of a multi-turn demonstration or the last one alone", "microbatch_size": "conversations per forward pass and rank",
     "steps": "optimizer steps (sft) or updates (ppo)",
     "flops": "end the run at this compute, in FLOPs: 6 N per trained, 2 N per generated or scored token",
     "warmup": "share of the run with rising learning rate", "max_grad_norm": "clip the global gradient norm at this",
@@ -996,12 +1002,31 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"sftrl: error: {message}\n")
 
 
-def positive(text: str) -> int:
-    """An argument that must be at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def number(kind: type, least: float = -math.inf, above: float = -math.inf, most: float = math.inf):
+    """A reader of arguments that are numbers of a kind within limits."""
+    limits = (("at least", least), ("above", above), ("at most", most))
+
+    def read(text: str):
+        value = kind(text)
+        if not (least <= value <= most and value > above):
+            raise argparse.ArgumentTypeError(f"{text} is not " + " and ".join(f"{word} {x}" for word, x in limits if math.isfinite(x)))
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it in its messages
+    return read
+
+
+positive, size = number(float, above=0), number(int, least=1)
+seed_number = number(int, least=0, most=2**32 - 1)
+
+
+READERS = (
+    dict.fromkeys(("batch_size", "microbatch_size", "minibatch_size", "steps", "episodes", "epochs", "max_new_tokens"), size)
+    | dict.fromkeys(("lr", "flops", "max_grad_norm", "clip", "value_clip", "temperature"), positive)
+    | dict.fromkeys(("value_lr", "value_coef", "entropy_coef", "kl_coef", "thought_coef"), number(float, least=0))
+    | dict.fromkeys(("warmup", "gamma", "lam"), number(float, least=0, most=1))
+    | {"seed": seed_number, "value_warmup": number(int, least=0)}
+)
 
 
 def add_config(parser: argparse.ArgumentParser, config: type) -> None:
@@ -1009,8 +1034,7 @@ def add_config(parser: argparse.ArgumentParser, config: type) -> None:
     group = parser.add_argument_group("training")
     for f in fields(config):
         if f.name in OPTION_HELP:
-            kind = float if f.type is float or f.type == "float" else positive if f.name.endswith(("size", "steps", "episodes", "epochs", "tokens")) else type(f.default)
-            group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, choices=CHOICES.get(f.name),
+            group.add_argument("--" + f.name.replace("_", "-"), type=READERS.get(f.name, type(f.default)), default=f.default, choices=CHOICES.get(f.name),
                                help=f"{OPTION_HELP[f.name]} (default: %(default)s)")  # fmt: skip
 
 
@@ -1028,28 +1052,28 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--task", default="gp-l", metavar="NAME", help=f"the task: {', '.join(envs.TASKS)} (default: %(default)s)")
-        sub.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores (default: %(default)s)")
-        sub.add_argument("--rollout-batch", type=positive, default=256, help="conversations decoded together (default: %(default)s)")
+        sub.add_argument("--threads", type=number(int, least=0), default=0, help="CPU threads; 0 takes all cores (default: %(default)s)")
+        sub.add_argument("--rollout-batch", type=size, default=256, help="conversations decoded together (default: %(default)s)")
         return sub
 
     def hand(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("environment")
         group.add_argument("--variant", default="id", metavar="NAME", help="id: J, Q, K are 10; rule: 11, 12, 13 (default: %(default)s)")
-        group.add_argument("--verify-iter", type=positive, default=5, help="replies judged per episode (default: %(default)s)")
-        group.add_argument("--target", type=positive, default=24, help="the number to make (default: %(default)s)")
-        group.add_argument("--n-cards", type=positive, default=4, help="cards per hand (default: %(default)s)")
+        group.add_argument("--verify-iter", type=size, default=5, help="replies judged per episode (default: %(default)s)")
+        group.add_argument("--target", type=size, default=24, help="the number to make (default: %(default)s)")
+        group.add_argument("--n-cards", type=size, default=4, help="cards per hand (default: %(default)s)")
         group.add_argument("--operators", default="+-*/", help="operators allowed (default: %(default)s)")
         group.add_argument("--replacement", action="store_true", help="deal with replacement, as the paper's released code does")
         group.add_argument("--prompt", metavar="FILE", help="a prompt template of your own; placeholders as in envs.PROMPT")
 
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
-    sub.add_argument("--seeds", type=positive, default=3, help="number of seeds after the base (default: %(default)s)")
+    sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
     sub.add_argument("--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)")
     sub.add_argument("--model", default="tiny", help="tiny, a folder or a Hub id; other models are their own base (default: %(default)s)")
-    sub.add_argument("--hands", type=positive, default=1024, help="evaluation hands per point (default: %(default)s)")
-    sub.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
+    sub.add_argument("--hands", type=size, default=1024, help="evaluation hands per point (default: %(default)s)")
+    sub.add_argument("--scale", type=positive, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
     for stage in ("init", "sft", "rl"):
-        sub.add_argument(f"--{stage}-lr", type=float, help=f"learning rate of the {stage} stage (default: the tiny model's, by the search)")
+        sub.add_argument(f"--{stage}-lr", type=positive, help=f"learning rate of the {stage} stage (default: the tiny model's)")
     sub.add_argument("--search", action="store_true", help="only search the learning rates, on ID success and a seed of its own")
 
     for name, run, config, text in (("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
@@ -1057,20 +1081,20 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("--model", default="tiny", help="tiny, a folder or a Hub id (default: %(default)s)")
         sub.add_argument("--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on")
-        sub.add_argument("--checkpoints", type=positive, default=4, help="checkpoints kept, denser early (default: %(default)s)")
+        sub.add_argument("--checkpoints", type=size, default=4, help="checkpoints kept, denser early (default: %(default)s)")
         hand(sub)
         add_config(sub, config)
         if name == "sft":
             sub.add_argument("--demos", metavar="FILE", help="demonstrations in the released JSON format, in place of the expert's")
             sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
-            sub.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+            sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
 
     sub = command("evaluate", command_evaluate, "Success of one checkpoint, with standard errors and sample transcripts.")
     sub.add_argument("--model", required=True, help="tiny, a folder or a Hub id")
-    sub.add_argument("--episodes", type=positive, default=234, help="hands (default: %(default)s, as in the paper)")
-    sub.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0 is greedy (default: %(default)s)")
-    sub.add_argument("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: %(default)s)")
-    sub.add_argument("--transcripts", type=int, default=2, help="episodes to print (default: %(default)s)")
+    sub.add_argument("--episodes", type=size, default=234, help="hands (default: %(default)s, as in the paper)")
+    sub.add_argument("--temperature", type=number(float, least=0), default=1.0, help="sampling temperature; 0 is greedy (default: %(default)s)")
+    sub.add_argument("--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)")
+    sub.add_argument("--transcripts", type=number(int, least=0), default=2, help="episodes to print (default: %(default)s)")
     hand(sub)
 
     sub = command("play", command_play, "One episode for the eye: prompt, expert reply, and the verdict on a reply.")
@@ -1078,16 +1102,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", help="let this model play the episode")
     sub.add_argument("--cards", metavar="RANKS", help='deal this hand, for example "A 3 K 10"')
     sub.add_argument("--save", metavar="FILE", help="write the picture of a visual task")
-    sub.add_argument("--temperature", type=float, default=1.0, help="the model's sampling temperature (default: %(default)s)")
-    sub.add_argument("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: %(default)s)")
-    sub.add_argument("--seed", type=int, default=0, help="which episode (default: %(default)s)")
+    sub.add_argument("--temperature", type=number(float, least=0), default=1.0, help="the model's sampling temperature (default: %(default)s)")
+    sub.add_argument("--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)")
+    sub.add_argument("--seed", type=seed_number, default=0, help="which episode (default: %(default)s)")
     hand(sub)
 
     sub = command("data", command_data, "Writes expert demonstrations in the released SFT format.")
     sub.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
-    sub.add_argument("--episodes", type=positive, default=1000, help="demonstrations (default: %(default)s)")
+    sub.add_argument("--episodes", type=size, default=1000, help="demonstrations (default: %(default)s)")
     sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
-    sub.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
     hand(sub)
     return parser
 

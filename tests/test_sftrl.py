@@ -226,7 +226,7 @@ def cli(*args, check=0, env=None):
     return done
 
 
-TINY_PPO = ("--steps", 6, "--episodes", 8, "--minibatch-size", 4, "--max-new-tokens", 8, "--epochs", 1, "--lr", 1e-3)
+TINY_PPO = ("--steps", 6, "--episodes", 8, "--minibatch-size", 4, "--max-new-tokens", 8, "--epochs", 1, "--lr", 1e-3, "--value-warmup", 2)
 
 
 def test_training_stages_and_evaluation_end_to_end(tmp_path):
@@ -312,6 +312,15 @@ def test_play_shows_prompt_expert_and_verdict():
         (("ppo", "--out", "x", "--variant", "odd"), "unknown variant"),
         (("ppo", "--out", "x", "--ratio", "odd"), "--ratio"),
         (("ppo", "--out", "x", "--lr", "fast"), "--lr"),
+        (("ppo", "--out", "x", "--lr", "nan"), "--lr"),
+        (("ppo", "--out", "x", "--temperature", "0"), "--temperature"),
+        (("ppo", "--out", "x", "--gamma", "1.1"), "--gamma"),
+        (("ppo", "--out", "x", "--seed", "99999999999999999999"), "--seed"),
+        (("sft", "--out", "x", "--flops", "0"), "--flops"),
+        (("study", "--scale", "-1"), "--scale"),
+        (("study", "--rl-lr", "0"), "--rl-lr"),
+        (("play", "--threads", "-1"), "--threads"),
+        (("evaluate", "--model", "tiny", "--temperature", "-1"), "--temperature"),
         (("ppo", "--out", "x", "--model", "missing"), "missing"),
         (("sft", "--out", "x", "--demos", "missing.json"), "missing.json"),
         (("sft", "--out", "x", "--wrong-turns", "9"), "--wrong-turns"),
@@ -329,6 +338,7 @@ def test_a_wrong_value_is_one_line_and_status_2(args, words, tmp_path, monkeypat
         status = stop.code
     error = capsys.readouterr().err
     assert status == 2 and words in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()  # or a corrected command would be refused
 
 
 def test_every_option_has_a_help_text():
