@@ -1,4 +1,4 @@
-"""Environments: GeneralPoints, its prompt, its solver, its verifier, and how an episode is played.
+"""Environments: GeneralPoints, its prompt, its pictures, its solver, its verifier, and how an episode is played.
 
 This is the ground floor. It knows chat messages and strings, and no model:
 
@@ -11,6 +11,7 @@ whole reply and answers in words, and both join the prompt of the next turn, unt
 have been judged. Numbers are exact integers and fractions throughout, model text is never evaluated as code.
 """
 
+import copy
 import inspect
 import json
 import random
@@ -24,8 +25,11 @@ from functools import lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from PIL import Image, ImageDraw, ImageFont
+
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = ("spades", "clubs", "hearts", "diamonds")
+COLORS = {"black": SUITS[:2], "red": SUITS[2:], "mixed": SUITS}
 OPERATORS = "+-*/"
 FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
     "id": {"J": 10, "Q": 10, "K": 10},
@@ -345,15 +349,149 @@ def _short(text: str) -> str:
     return text if re.fullmatch("-?[0-9]{1,10}(/[0-9]{1,10})?", text) else "such number"
 
 
+# ------------------------------------------------------------------------------------------------------------- the pictures
+
+TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
+INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (200, 24, 32), "diamonds": (200, 24, 32)}
+# Rows of the marks on a number card, from 0 (top) to 6, in the two outer columns and in the middle one.
+PIPS = {"2": ((), (0, 6)), "3": ((), (0, 3, 6)), "4": ((0, 6), ()), "5": ((0, 6), (3,)), "6": ((0, 3, 6), ()), "7": ((0, 3, 6), (1.5,)),
+        "8": ((0, 3, 6), (1.5, 4.5)), "9": ((0, 2, 4, 6), (3,)), "10": ((0, 2, 4, 6), (1, 5))}  # fmt: skip
+
+
+class _Pen:
+    """Draws shapes given in units of `size` pixels around the point (x, y)."""
+
+    def __init__(self, picture: Image.Image, x: float, y: float, size: float):
+        self.draw, self.x, self.y, self.size = ImageDraw.Draw(picture), x, y, size
+
+    def _at(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
+        return [(self.x + a * self.size, self.y + b * self.size) for a, b in points]
+
+    def disc(self, a: float, b: float, r: float, color: tuple) -> None:
+        self.draw.ellipse([c for point in self._at((a - r, b - r), (a + r, b + r)) for c in point], fill=color)
+
+    def polygon(self, color: tuple, *points: tuple[float, float]) -> None:
+        self.draw.polygon(self._at(*points), fill=color)
+
+    def line(self, color: tuple, width: float, *points: tuple[float, float]) -> None:
+        self.draw.line(self._at(*points), fill=color, width=max(1, round(width * self.size)))
+
+
+def _suit(pen: _Pen, suit: str) -> None:
+    """A suit mark one unit high."""
+    ink = INK[suit]
+    if suit == "diamonds":
+        return pen.polygon(ink, (0, -0.5), (0.36, 0), (0, 0.5), (-0.36, 0))
+    if suit == "hearts":
+        pen.disc(-0.22, -0.2, 0.25, ink), pen.disc(0.22, -0.2, 0.25, ink)
+        return pen.polygon(ink, (-0.44, -0.08), (0, -0.2), (0.44, -0.08), (0, 0.5))
+    if suit == "spades":
+        pen.disc(-0.22, 0.12, 0.24, ink), pen.disc(0.22, 0.12, 0.24, ink)
+        pen.polygon(ink, (0, -0.5), (0.44, 0.04), (0, 0.2), (-0.44, 0.04))
+    else:
+        pen.disc(0, -0.26, 0.22, ink), pen.disc(-0.26, 0.08, 0.22, ink), pen.disc(0.26, 0.08, 0.22, ink), pen.disc(0, 0, 0.12, ink)
+    pen.polygon(ink, (0, -0.1), (0.2, 0.5), (-0.2, 0.5))
+
+
+def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
+    """A head and shoulders. The hat tells the ranks apart: a feathered cap, a crown with balls, a crown with a cross over a beard."""
+    pen.polygon(ink, (-0.42, 0.6), (0.42, 0.6), (0.26, 0.24), (-0.26, 0.24))
+    if rank == "Q":
+        pen.disc(0, 0.06, 0.3, ink)
+    pen.disc(0, 0.02, 0.22, SKIN)
+    if rank == "J":
+        pen.polygon(ink, (-0.3, -0.1), (0.3, -0.1), (0.18, -0.3), (-0.24, -0.26))
+        pen.line(GOLD, 0.07, (0.18, -0.2), (0.42, -0.56))
+    elif rank == "Q":
+        pen.polygon(GOLD, (-0.26, -0.12), (-0.34, -0.42), (-0.12, -0.26), (0, -0.46), (0.12, -0.26), (0.34, -0.42), (0.26, -0.12))
+        for a, b in ((-0.34, -0.44), (0, -0.48), (0.34, -0.44)):
+            pen.disc(a, b, 0.06, ink)
+    else:
+        pen.polygon(ink, (-0.2, 0.1), (0.2, 0.1), (0, 0.46))
+        pen.polygon(GOLD, (-0.28, -0.12), (-0.28, -0.36), (0.28, -0.36), (0.28, -0.12))
+        pen.line(GOLD, 0.08, (0, -0.64), (0, -0.36))
+        pen.line(GOLD, 0.08, (-0.12, -0.52), (0.12, -0.52))
+
+
+def _mark(rank: str, suit: str, size: float) -> Image.Image:
+    """What stands in a card's corner: the rank, `size` pixels high as a font counts, and the suit below it."""
+    font, weight = ImageFont.load_default(size), size * 0.035
+    left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
+    glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
+    ImageDraw.Draw(glyph).text((-left, -top), rank, font=font, fill=INK[suit], stroke_width=weight, stroke_fill=INK[suit])
+    if rank == "10":
+        glyph = glyph.resize((round(0.72 * glyph.width), glyph.height))
+    mark = Image.new("RGBA", (max(glyph.width, round(0.6 * size)), glyph.height + round(0.65 * size)))
+    mark.paste(glyph, (0, 0), glyph)
+    _suit(_Pen(mark, glyph.width / 2, glyph.height + 0.36 * size, 0.55 * size), suit)
+    return mark
+
+
+@lru_cache(maxsize=512)
+def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
+    """One card as RGBA, `height` pixels high and 5/7 as wide, transparent outside its rounded corners.
+
+    Rank and suit stand in two corners, the second pair upside down; `font_size` is the rank's share of the height. In the middle: the
+    marks that the rank counts, a framed figure for J, Q, K, and one large mark for the ace and where large letters leave no room.
+    """
+    h = 4 * height  # drawn four times as large and scaled down: smooth edges
+    w = round(h * 5 / 7)
+    card, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
+    mark = _mark(rank, suit, font_size * h)
+    card.paste(mark, (gap, gap), mark)
+    if rank in PIPS and font_size <= 0.22:
+        outer, middle = PIPS[rank]
+        half = Image.new("RGBA", (w, h))
+        for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
+            # Marks below the middle stand on their heads: they are drawn mirrored and turned with their corner.
+            sign, picture = (1, card) if row <= 3 else (-1, half)
+            _suit(_Pen(picture, w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5)), 0.14 * h), suit)
+        card.alpha_composite(half.rotate(180))
+    elif rank in "JQK":
+        ImageDraw.Draw(card).rectangle([0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h], outline=ink, width=max(1, h // 120))
+        _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
+    else:
+        _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
+    corner = Image.new("RGBA", (w, h))
+    corner.paste(mark, (gap, gap), mark)
+    card.alpha_composite(corner.rotate(180))
+    paper = Image.new("RGBA", (w, h))
+    ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, outline=(90, 90, 90), width=max(1, h // 150))
+    paper.alpha_composite(card)
+    return paper.resize((round(w / 4), height), Image.LANCZOS)
+
+
+def draw_hand(ranks: Sequence[str], suits: Sequence[str], size: tuple[int, int], jitter: float, font_size: float,
+              rng: random.Random) -> Image.Image:  # fmt: skip
+    """Cards side by side on a green table, `size` = (width, height) in pixels. `jitter` from 0 to 1 moves, turns (at most 12 degrees)
+    and scales (at most 10%) each card at random; every card stays in its own part of the table."""
+    picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
+    tall = min(0.94 * size[1], 0.94 * slot * 7 / 5) * (1 - 0.25 * jitter)
+    for i, (rank, suit) in enumerate(zip(ranks, suits, strict=True)):
+        grow, turn, right, down = (jitter * rng.uniform(-1, 1) for _ in range(4))
+        card = draw_card(rank, suit, max(8, round(tall * (1 + 0.1 * grow))), font_size)
+        if turn:
+            card = card.rotate(12 * turn, Image.BICUBIC, expand=True)
+        place = (round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right)), round((size[1] - card.height) / 2 * (1 + 0.8 * down)))
+        picture.paste(card, place, card)
+    return picture
+
+
 # ----------------------------------------------------------------------------------------------------------- the environment
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model is given: the whole episode so far as chat messages, and the picture (None in text-only tasks)."""
+    """What the model is given: the whole episode so far as chat messages, and the picture (None in text-only tasks). With a picture
+    the first message's content is a list of parts, and the part of type "image" marks its place."""
 
     messages: list[dict[str, Any]]
-    image: Any = None
+    image: Image.Image | None = None
+
+
+def text_of(content: str | list[dict]) -> str:
+    """A message's content as text, `<image>` at the place of a picture, as the released data writes it."""
+    return content if isinstance(content, str) else "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
 
 
 class GeneralPoints:
@@ -371,12 +509,16 @@ class GeneralPoints:
     Raises ValueError for a wrong argument.
     """
 
+    rules = FACE_RULES  # what J, Q and K count, by variant
+    suits: tuple[str, ...] = SUITS  # in the deck
+    image: Image.Image | None = None  # of the hand, in visual tasks
+
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 5, *, n_cards: int = 4, target: int = 24,
                  operators: str = OPERATORS, faces: dict[str, int] | None = None, replacement: bool = False,
                  prompt: str | None = None, fields: Sequence[str] = FIELDS):  # fmt: skip
-        if variant not in FACE_RULES:
-            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(FACE_RULES)}")
-        numbers = (verify_iter, target, n_cards, *(faces or FACE_RULES[variant]).values())
+        if variant not in self.rules:
+            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
+        numbers = (verify_iter, target, n_cards, *(faces or self.rules[variant]).values())
         if not all(isinstance(n, int) and n >= 1 for n in numbers) or n_cards > 6:
             raise ValueError("verify_iter, target and what faces count must be integers from 1, and n_cards from 1 to 6")
         if len(set(fields)) != len(FIELDS):
@@ -385,7 +527,7 @@ class GeneralPoints:
             raise ValueError(f"operators must be some of {OPERATORS}, not {operators!r}")
         self.variant, self.verify_iter, self.n_cards, self.target = variant, verify_iter, n_cards, target
         self.operators = "".join(op for op in OPERATORS if op in operators)
-        self.faces = dict(faces or FACE_RULES[variant])
+        self.faces = dict(faces or self.rules[variant])
         self.replacement, self.fields = replacement, tuple(fields)
         self.template = PROMPT if prompt is None else string.Template(prompt)
         self.random = random.Random(seed)
@@ -401,9 +543,17 @@ class GeneralPoints:
 
     def _prompt(self, cards: Sequence[str]) -> str:
         return self.template.substitute(
-            target=self.target, operators=self.operators, cards=", ".join(cards),
+            target=self.target, operators=self.operators, cards=self._stated(cards),
             rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
             **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)})  # fmt: skip
+
+    def _stated(self, cards: Sequence[str]) -> str:
+        """What the prompt says of the cards."""
+        return ", ".join(cards)
+
+    def _first_message(self) -> str | list[dict]:
+        """The content of the message that opens the episode."""
+        return self._prompt(self.cards)
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
         """Deals a new solvable hand, or `options["cards"]`, whatever the variant. A seed restarts the generator; None goes on with it."""
@@ -422,7 +572,7 @@ class GeneralPoints:
             cards = self._deal()
         self.cards, self.numbers = cards, [self.value_of(card) for card in cards]
         self.judged, self.done = 0, (False, False)
-        self.messages: list[dict[str, Any]] = [{"role": "user", "content": self._prompt(cards)}]
+        self.messages: list[dict[str, Any]] = [{"role": "user", "content": self._first_message()}]
         self.verdict: Verdict | None = None
         return self._observation(), self._info()
 
@@ -430,7 +580,7 @@ class GeneralPoints:
         return solve(tuple(sorted(self.value_of(card) for card in cards)), self.target, self.operators)
 
     def _deal(self) -> list[str]:
-        deck = [rank for rank in RANKS for _ in SUITS]
+        deck = [rank for rank in RANKS for _ in self.suits]
         for _ in range(100_000):
             cards = self.random.choices(deck, k=self.n_cards) if self.replacement else self.random.sample(deck, self.n_cards)
             if (self.variant != "rule" or any(card in "JQK" for card in cards)) and self._solutions(cards):
@@ -457,7 +607,7 @@ class GeneralPoints:
         return self._observation(), reward, *self.done, self._info()
 
     def _observation(self) -> Observation:
-        return Observation([dict(message) for message in self.messages])
+        return Observation(copy.deepcopy(self.messages), self.image)
 
     def _info(self) -> dict:
         verdict, feedback, recognized = self.verdict or (None, None, None)
@@ -493,14 +643,54 @@ class GeneralPoints:
         raise ValueError(f"no wrong formula was found for the hand {' '.join(self.cards)}")
 
 
-TASKS = {"gp-l": GeneralPoints}
+class GeneralPointsVL(GeneralPoints):
+    """GeneralPoints with the cards in a picture (paper, section 3.1): the reply's `cards` field must name what is seen.
+
+    Args, beside those of GeneralPoints:
+        variant: also "visual": the training rule and the other colour, red.
+        color: of the suits in the deck: black, red or mixed; None takes the variant's, black but for "visual".
+        size: (width, height) of the picture in pixels.
+        jitter: from 0 (cards in line) to 1, see `draw_hand`.
+        font_size: of the ranks, as a share of the card's height.
+    """
+
+    rules = FACE_RULES | {"visual": FACE_RULES["id"]}
+
+    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 5, *, color: str | None = None,
+                 size: tuple[int, int] = (1200, 480), jitter: float = 0.3, font_size: float = 0.17, **options):  # fmt: skip
+        color = color or ("red" if variant == "visual" else "black")
+        if color not in COLORS:
+            raise ValueError(f"unknown color {color!r}: choose from {', '.join(COLORS)}")
+        if not (len(size) == 2 and all(isinstance(n, int) and 32 <= n <= 4096 for n in size)):
+            raise ValueError("size must be two integers from 32 to 4096")
+        if not (0 <= jitter <= 1 and 0.05 <= font_size <= 0.5):
+            raise ValueError("jitter must lie between 0 and 1, font_size between .05 and .5")
+        self.suits, self.size, self.jitter, self.font_size = COLORS[color], tuple(size), jitter, font_size
+        super().__init__(variant, seed, verify_iter, **options)
+
+    def _stated(self, cards: Sequence[str]) -> str:
+        return "in the picture, from left to right"
+
+    def _first_message(self) -> list[dict]:
+        """Picture and prompt. Cards of one rank get different suits as long as the deck has them."""
+        left: dict[str, list[str]] = {}
+        suits = []
+        for card in self.cards:
+            if not left.get(card):
+                left[card] = self.random.sample(self.suits, len(self.suits))
+            suits.append(left[card].pop())
+        self.image = draw_hand(self.cards, suits, self.size, self.jitter, self.font_size, self.random)
+        return [{"type": "image"}, {"type": "text", "text": self._prompt(self.cards)}]
+
+
+TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL}
 
 
 def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int = 5, **options) -> GeneralPoints:
     """An environment of `task`, one of TASKS; `options` go to its class. Raises ValueError for an unknown task or option."""
     if task not in list(TASKS):
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
-    known = list(inspect.signature(TASKS[task]).parameters)
+    known = [name for cls in TASKS[task].__mro__[:-1] for name, p in inspect.signature(cls).parameters.items() if p.kind != p.VAR_KEYWORD]
     if unknown := sorted(options.keys() - set(known)):
         raise ValueError(f"task {task!r} has no option {unknown[0]!r}: choose from {', '.join(known)}")
     return TASKS[task](variant, seed, verify_iter, **options)
@@ -544,7 +734,7 @@ def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], li
     """
     starts = [env.reset(seeds[i] if seeds is not None else None) for i, env in enumerate(environments)]
     observations = [observation for observation, _ in starts]
-    episodes = [Episode(o.messages[0]["content"], info["cards"]) for o, info in starts]
+    episodes = [Episode(text_of(o.messages[0]["content"]), info["cards"]) for o, info in starts]
     running = list(range(len(environments)))
     while running:
         replies = respond(running, [observations[i] for i in running])
@@ -562,7 +752,7 @@ def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], li
 def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool = False) -> dict:
     """One SFT record in the released format: `wrong_turns` wrong replies with the verifier's feedback, then the expert's.
 
-    With `wrong_answer` the last reply is wrong too. Raises ValueError if the budget ends before the expert is heard.
+    With `wrong_answer` the last reply is wrong too; a visual task adds the picture as "image". Raises ValueError if the budget ends before the expert is heard.
     """
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
@@ -572,7 +762,8 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool =
     env.step(env.wrong_reply() if wrong_answer else env.expert_reply())
     end = next(i for i in reversed(range(len(env.messages))) if env.messages[i]["role"] == "assistant") + 1
     speaker = {"user": "human", "assistant": "gpt"}
-    return {"conversations": [{"from": speaker[m["role"]], "value": m["content"]} for m in env.messages[:end]]}
+    image = {"image": env.image} if env.image else {}
+    return image | {"conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in env.messages[:end]]}
 
 
 def imperfect_demonstration(env: GeneralPoints) -> dict:

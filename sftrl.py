@@ -308,6 +308,8 @@ class Policy(nn.Module):
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
         """Demonstrations in the released format as token streams, built turn by turn exactly as `Responder` builds them. `loss_on`:
         "all" replies, or the "last", whose forerunners then have mask 0."""
+        if any(r.get("image") for r in records):
+            raise ValueError("demonstrations with pictures cannot be trained on yet: choose a text task")
         prompts = self.tokenize([self.render([{"role": "user", "content": r["conversations"][0]["value"]}]) for r in records])
         replies = self.tokenize([turn["value"] for r in records for turn in r["conversations"][1::2]])
         streams, at = [], 0
@@ -597,6 +599,8 @@ class Responder:
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
         policy = self.policy
+        if any(o.image for o in observations):
+            raise ValueError("pictures can be drawn and judged, but no model reads them yet: choose a text task")
         new = [(i, o) for i, o in zip(indices, observations) if i not in self.streams]
         for i, o in zip(indices, observations):
             if i in self.streams:
@@ -1058,12 +1062,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     def hand(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("environment")
-        group.add_argument("--variant", default="id", metavar="NAME", help="id: J, Q, K are 10; rule: 11, 12, 13 (default: %(default)s)")
+        group.add_argument("--variant", default="id", metavar="NAME", help="id: J, Q, K are 10; rule: 11, 12, 13; visual: red suits (default: %(default)s)")
         group.add_argument("--verify-iter", type=size, default=5, help="replies judged per episode (default: %(default)s)")
         group.add_argument("--target", type=size, default=24, help="the number to make (default: %(default)s)")
         group.add_argument("--n-cards", type=size, default=4, help="cards per hand (default: %(default)s)")
         group.add_argument("--operators", default="+-*/", help="operators allowed (default: %(default)s)")
         group.add_argument("--replacement", action="store_true", help="deal with replacement, as the paper's released code does")
+        group.add_argument("--color", help="gp-vl: suits in the deck, black, red or mixed (default: black; red with --variant visual)")
+        group.add_argument("--size", type=size, nargs=2, metavar=("WIDTH", "HEIGHT"), help="gp-vl: pixels of the picture (default: 1200 480)")
+        group.add_argument("--jitter", type=float, help="gp-vl: disorder of the cards, from 0 to 1 (default: 0.3)")
+        group.add_argument("--font-size", type=float, help="gp-vl: the ranks' share of a card's height (default: 0.17)")
         group.add_argument("--prompt", metavar="FILE", help="a prompt template of your own; placeholders as in envs.PROMPT")
 
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
@@ -1116,16 +1124,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+PICTURE_OPTIONS = ("color", "size", "jitter", "font_size")  # given for the visual tasks alone
+
+
 def environment_of(args: argparse.Namespace):
     """The environment that a command's options describe."""
     prompt = Path(args.prompt).read_text(encoding="utf8") if args.prompt else None
+    pictures = {name: value for name in PICTURE_OPTIONS if (value := getattr(args, name)) is not None}
     return envs.make(args.task, args.variant, getattr(args, "seed", 0), args.verify_iter, target=args.target, n_cards=args.n_cards,
-                     operators=args.operators, replacement=args.replacement, prompt=prompt)  # fmt: skip
+                     operators=args.operators, replacement=args.replacement, prompt=prompt, **pictures)  # fmt: skip
 
 
 def environment_settings(args: argparse.Namespace) -> dict:
     """What config.json says of a run's task."""
-    names = ("task", "model", "variant", "verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "rollout_batch")
+    names = ("task", "model", "variant", "verify_iter", "target", "n_cards", "operators", "replacement", "prompt", *PICTURE_OPTIONS, "rollout_batch")
     return {name: getattr(args, name) for name in names}
 
 
@@ -1177,7 +1189,7 @@ def command_play(args: argparse.Namespace) -> None:
         if observation.image is None:
             raise ValueError(f"task {args.task!r} has no picture to save")
         observation.image.save(args.save)
-    print(f"user: {observation.messages[0]['content']}")
+    print(f"user: {envs.text_of(observation.messages[0]['content'])}")
 
     def judge(reply: str) -> bool:
         """Steps, prints, and says whether the episode goes on."""
@@ -1202,6 +1214,12 @@ def command_data(args: argparse.Namespace) -> None:
     if not 0 <= args.wrong_turns < args.verify_iter:
         raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes)]
+    pictures = Path(args.out).with_suffix("")
+    for i, record in enumerate(records):
+        if "image" in record:
+            pictures.mkdir(parents=True, exist_ok=True)
+            record["image"].save(pictures / f"{i}.png")
+            record["image"] = f"{pictures.name}/{i}.png"
     write_whole(Path(args.out), json.dumps(records, indent=1))
     print(f"{len(records)} demonstrations in {args.out}")
 

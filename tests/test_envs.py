@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 import pytest
+from PIL import ImageChops
 
 import envs
 
@@ -359,7 +360,65 @@ def test_foundation_corpus_mixes_rules_and_never_shows_the_target_form():
     rng = random.Random(0)
     records = [envs.foundation_record(rng) for _ in range(400)]
     prompts = [r["conversations"][0]["value"] for r in records]
-    assert 0.25 < sum("J is 10, Q is 10, K is 10" in p for p in prompts) / 400 < 0.45
-    assert 0.35 < sum("J is 11, Q is 12, K is 13" in p for p in prompts) / 400 < 0.55
+    assert 0.08 < sum("J is 10, Q is 10, K is 10" in p for p in prompts) / 400 < 0.22
+    assert 0.5 < sum("J is 11, Q is 12, K is 13" in p for p in prompts) / 400 < 0.7
     assert 0.15 < sum(len(r["conversations"]) > 2 for r in records) / 400 < 0.35
     assert not any(f'"{name}"' in turn["value"] for r in records for turn in r["conversations"] for name in envs.FIELDS)
+
+
+# ---- pictures
+
+
+def reddish(picture):
+    """Number of pixels that are clearly red."""
+    return sum(count for count, (r, g, b) in picture.getcolors(picture.width * picture.height) if r > 150 and g < 90 and b < 90)
+
+
+def test_pictures_are_a_function_of_the_seed_and_show_the_variants_suits():
+    first, again, other = (envs.make("gp-vl", seed=s).reset()[0].image for s in (1, 1, 2))
+    assert first.size == (1200, 480) and first.tobytes() == again.tobytes() != other.tobytes()
+    hands = {v: envs.make("gp-vl", v, seed=5).reset() for v in ("id", "visual")}
+    assert hands["id"][1]["cards"] == hands["visual"][1]["cards"] and hands["id"][1]["numbers"] == hands["visual"][1]["numbers"]
+    assert reddish(hands["id"][0].image) == 0 < reddish(hands["visual"][0].image)
+    straight = [envs.make("gp-vl", seed=s, jitter=0).reset(options={"cards": ["A", "3", "K", "10"]})[0].image for s in range(8)]
+    assert 1 < len({picture.tobytes() for picture in straight}) <= 16  # the suits alone differ: two colours of black for each card
+
+
+@pytest.mark.parametrize("size, font_size", [((1200, 480), 0.17), ((128, 64), 0.36)])
+def test_every_rank_looks_unlike_every_other_at_any_size(size, font_size):
+    for suit in ("clubs", "hearts"):
+        pictures = [envs.draw_hand([rank] * 4, [suit] * 4, size, 0, font_size, random.Random(0)).convert("L") for rank in envs.RANKS]
+        for i, a in enumerate(pictures):
+            for b in pictures[:i]:
+                assert sum(ImageChops.difference(a, b).histogram()[40:]) >= size[0] * size[1] / 250
+
+
+def test_jitter_keeps_every_card_in_its_part_of_the_table():
+    rng = random.Random(0)
+    for _ in range(50):
+        picture = envs.draw_hand(["8"] * 4, ["spades"] * 4, (400, 160), 1.0, 0.17, rng)
+        for x in (0, 399):
+            assert all(picture.getpixel((x, y)) == envs.TABLE for y in range(160))
+        assert all(picture.getpixel((x, y)) == envs.TABLE for x in range(400) for y in (0, 159))
+
+
+def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
+    env = envs.make("gp-vl", "rule", seed=3)
+    observation, info = env.reset(options={"cards": ["A", "J", "Q", "A"]})
+    parts = observation.messages[0]["content"]
+    assert [part["type"] for part in parts] == ["image", "text"] and "J is 11, Q is 12, K is 13" in parts[1]["text"]
+    assert "A, J" not in parts[1]["text"] and info["numbers"] == [1, 11, 12, 1]
+    wrong = env.expert_reply().replace('"Q"', '"K"')
+    observation, reward, *_, info = env.step(wrong)
+    assert info["verdict"] == "misread" and reward == -1.5 and not info["recognized"] and not any(c in info["feedback"] for c in "JQK")
+    parts.clear()
+    assert env.step(env.expert_reply())[1] == 5 and env.step("x")[0].messages[0]["content"]
+    (episode,) = envs.play([env], lambda indices, observations: [env.expert_reply()])
+    assert episode.success and episode.prompt.startswith("<image>Make 24")
+    record = envs.demonstration(env)
+    assert record["image"] is env.image and record["conversations"][0]["value"].startswith("<image>")
+    for wrong in ({"color": "blue"}, {"size": (9, 9)}, {"jitter": 2}, {"font_size": 3}, {"variant": "odd"}, {"odd": 1}):
+        with pytest.raises(ValueError):
+            envs.make("gp-vl", **wrong)
+    with pytest.raises(ValueError):
+        envs.make("gp-l", color="red")
