@@ -436,9 +436,9 @@ def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Imag
     """
     h = 4 * height  # drawn four times as large and scaled down: smooth edges
     w = round(h * 5 / 7)
-    card, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
-    mark = _mark(rank, suit, font_size * h)
-    card.paste(mark, (gap, gap), mark)
+    corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
+    corner.paste(_mark(rank, suit, font_size * h), (gap, gap))
+    card = corner.copy()
     if rank in PIPS and font_size <= 0.22:
         outer, middle = PIPS[rank]
         half = Image.new("RGBA", (w, h))
@@ -452,8 +452,6 @@ def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Imag
         _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
     else:
         _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
-    corner = Image.new("RGBA", (w, h))
-    corner.paste(mark, (gap, gap), mark)
     card.alpha_composite(corner.rotate(180))
     paper = Image.new("RGBA", (w, h))
     ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, outline=(90, 90, 90), width=max(1, h // 150))
@@ -752,7 +750,8 @@ def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], li
 def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool = False) -> dict:
     """One SFT record in the released format: `wrong_turns` wrong replies with the verifier's feedback, then the expert's.
 
-    With `wrong_answer` the last reply is wrong too; a visual task adds the picture as "image". Raises ValueError if the budget ends before the expert is heard.
+    With `wrong_answer` the last reply is wrong too; a visual task adds the picture as "image". Raises ValueError if the budget ends
+    before the expert is heard.
     """
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
@@ -768,7 +767,8 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool =
 
 def imperfect_demonstration(env: GeneralPoints) -> dict:
     """A demonstration as text in the wild has them: a quarter of them revisions after one, two or four wrong tries (as the budget
-    allows), and one last answer in ten wrong. A model that learned from these is unsure and knows how to try again: post-training has something to sharpen."""
+    allows), and one last answer in ten wrong. A model that learned from these is unsure and knows how to try again: post-training has
+    something to sharpen."""
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     return demonstration(env, wrong_turns, wrong_answer=env.random.random() < 0.1)
 

@@ -151,7 +151,8 @@ def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConf
 
     `answer_field` is the name of the field where a reply's thought ends. In the `first` update the value head is shifted by a constant,
     so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an error that all tokens share does not cancel.
-    Along a solved reply the advantage would grow as lam^k R towards its end, and its early tokens could fall below the mean and be unlearned.
+    Along a solved reply the advantage would grow towards its end (lam^k R, k tokens before it), and its early tokens could fall below
+    the mean and be unlearned.
 
     Rows are sorted by length, so that neighbours share a microbatch with little padding. `mask` marks the policy's tokens, `actions`
     what has a ratio: the same tokens, or the first token of each reply.

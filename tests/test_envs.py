@@ -381,7 +381,7 @@ def test_pictures_are_a_function_of_the_seed_and_show_the_variants_suits():
     assert hands["id"][1]["cards"] == hands["visual"][1]["cards"] and hands["id"][1]["numbers"] == hands["visual"][1]["numbers"]
     assert reddish(hands["id"][0].image) == 0 < reddish(hands["visual"][0].image)
     straight = [envs.make("gp-vl", seed=s, jitter=0).reset(options={"cards": ["A", "3", "K", "10"]})[0].image for s in range(8)]
-    assert 1 < len({picture.tobytes() for picture in straight}) <= 16  # the suits alone differ: two colours of black for each card
+    assert len({picture.tobytes() for picture in straight}) > 1  # the cards lie in line, but their suits are drawn
 
 
 @pytest.mark.parametrize("size, font_size", [((1200, 480), 0.17), ((128, 64), 0.36)])

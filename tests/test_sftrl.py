@@ -292,6 +292,9 @@ def test_data_writes_what_sft_reads(tmp_path):
     cli("data", "--out", path, "--episodes", 6, "--wrong-turns", 1)
     assert len(json.loads(path.read_text())) == 6
     cli("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4)
+    cli("data", "--task", "gp-vl", "--out", path, "--episodes", 2, "--size", 128, 64)
+    assert all((tmp_path / record["image"]).exists() and "<image>" in record["conversations"][0]["value"] for record in json.loads(path.read_text()))
+    assert "image" in cli("sft", "--out", tmp_path / "seen", "--demos", path, check=2).stderr
 
 
 def test_play_shows_prompt_expert_and_verdict():
