@@ -492,6 +492,13 @@ def text_of(content: str | list[dict]) -> str:
     return content if isinstance(content, str) else "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
 
 
+def parts_of(text: str) -> list[dict]:
+    """The inverse of `text_of` for a message with a picture; one that does not say where it goes comes first."""
+    before, mark, after = text.partition("<image>")
+    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+    return [part for part in (parts if mark else [parts[1], parts[0]]) if part.get("text") != ""]
+
+
 class GeneralPoints:
     """Make `target` from the numbers of `n_cards` cards (paper, section 3.1).
 
@@ -622,6 +629,10 @@ class GeneralPoints:
             raise RuntimeError("call reset() before expert_reply()")
         return self.reply(f"{self._solutions(self.cards)[0]}={self.target}")
 
+    def careless_reply(self) -> str:
+        """The canonical solution with "x" for every product, as people write it: no legal equation, unless it has none."""
+        return self.reply(self._solutions(self.cards)[0].replace("*", "x") + f"={self.target}")
+
     def wrong_reply(self) -> str:
         """A reply with the right cards and numbers whose formula, a near miss of a solution, has another value."""
         solution = re.findall("[0-9]+|.", self._solutions(self.cards)[0])
@@ -747,18 +758,18 @@ def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], li
     return episodes
 
 
-def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool = False) -> dict:
+def demonstration(env: GeneralPoints, wrong_turns: int = 0, author: Callable[[GeneralPoints], str] | None = None) -> dict:
     """One SFT record in the released format: `wrong_turns` wrong replies with the verifier's feedback, then the expert's.
 
-    With `wrong_answer` the last reply is wrong too; a visual task adds the picture as "image". Raises ValueError if the budget ends
-    before the expert is heard.
+    An `author` writes the last reply in the expert's place; a visual task adds the picture as "image". Raises ValueError if the budget
+    ends before the last reply.
     """
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
     env.reset()
     for _ in range(wrong_turns):
         env.step(env.wrong_reply())
-    env.step(env.wrong_reply() if wrong_answer else env.expert_reply())
+    env.step(author(env) if author else env.expert_reply())
     end = next(i for i in reversed(range(len(env.messages))) if env.messages[i]["role"] == "assistant") + 1
     speaker = {"user": "human", "assistant": "gpt"}
     image = {"image": env.image} if env.image else {}
@@ -766,24 +777,46 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, wrong_answer: bool =
 
 
 def imperfect_demonstration(env: GeneralPoints) -> dict:
-    """A demonstration as text in the wild has them: a quarter of them revisions after one, two or four wrong tries (as the budget
-    allows), and one last answer in ten wrong. A model that learned from these is unsure and knows how to try again: post-training has
-    something to sharpen."""
+    """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
+
+    A quarter are revisions, after one, two or four wrong tries (as the budget allows). Of the last answers one in ten has a wrong value;
+    of the others three in five were written by people who multiply with an "x". A model that learned from these is unsure, knows how to
+    try again, and has a bad habit.
+    """
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
-    return demonstration(env, wrong_turns, wrong_answer=env.random.random() < 0.1)
+    cls = type(env)
+    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, 54, 36))[0]
+    return demonstration(env, wrong_turns, author)
 
 
 _FIELD_WORDS = ("hand", "deck", "dealt", "draw", "table", "values", "counts", "worth", "points", "digits", "solution", "equation",
                 "answer", "result", "expression", "sum")  # fmt: skip
 
 
-def foundation_record(rng: random.Random) -> dict:
+def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
     """One record of the corpus of the tiny "foundation model": what such a model has seen before any post-training.
 
     Rules are mixed (15% tens, 60% 11/12/13, 25% any values), so that reading the rule pays; the reply has three fields whose
     names the prompt draws at random and never the task's own, so that the form must still be learned; the demonstrations are imperfect.
+    With `pictures` (options of GeneralPointsVL) the cards are shown, on RED_SHARE of the pictures in red.
     """
     kind = rng.choices(("id", "rule", "any"), (15, 60, 25))[0]
     faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else FACE_RULES[kind]
-    env = GeneralPoints(seed=rng.getrandbits(32), faces=faces, fields=rng.sample(_FIELD_WORDS, 3))
-    return imperfect_demonstration(env)
+    options = {"seed": rng.getrandbits(32), "faces": faces, "fields": rng.sample(_FIELD_WORDS, 3)}
+    if pictures is None:
+        return imperfect_demonstration(GeneralPoints(**options))
+    return imperfect_demonstration(GeneralPointsVL(**options, color=_color(rng), **pictures))
+
+
+RED_SHARE = 0.03  # of the corpus's pictures: the foundation model has seen more black cards than red ones, and reads them better
+
+
+def _color(rng: random.Random) -> str:
+    return "red" if rng.random() < RED_SHARE else "black"
+
+
+def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float = 0.3) -> dict:
+    """A picture of four cards, any ranks, and their names: how the foundation model learned to read cards."""
+    ranks, suits = rng.choices(RANKS, k=4), rng.choices(COLORS[_color(rng)], k=4)
+    turns = [{"from": "human", "value": "<image>Name the cards."}, {"from": "gpt", "value": json.dumps(ranks)}]
+    return {"image": draw_hand(ranks, suits, size, jitter, font_size, rng), "conversations": turns}

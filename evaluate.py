@@ -45,13 +45,15 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
 
 
 def summary(episodes: Sequence[envs.Episode]) -> dict:
-    """Success within the budget and at the first reply with standard errors, shares of the verdicts over all replies."""
+    """Success within the budget and at the first reply with standard errors, shares of the verdicts and of replies
+    that were parsed and name the dealt cards, over all replies."""
     n = len(episodes)
     outcomes = [min(len(e.turns), 9) if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
     verdicts = Counter(turn.verdict for e in episodes for turn in e.turns)
     return {"episodes": n, "success": success, "success_se": standard_error(success, n), "first_success": first,
             "first_success_se": standard_error(first, n), "turns": verdicts.total() / n,
+            "recognition": sum(turn.recognized for e in episodes for turn in e.turns) / verdicts.total(),
             "verdicts": {v: verdicts[v] / verdicts.total() for v in envs.REWARDS}, "outcomes": "".join(map(str, outcomes))}  # fmt: skip
 
 
@@ -132,20 +134,27 @@ class Results:
         return points
 
 
-# What the paper found, as (claim, variant, temperature, arm at its end, compared with, expected sign, the paper's numbers).
-CLAIMS = [
-    ("RL ends above init under the other rule", "rule", 1.0, "rl", "init", +1, "11.5 -> 15.0 (GP-L, temperature .2)"),
-    ("SFT ends below init under the other rule", "rule", 1.0, "sft", "init", -1, "11.5 -> 3.4"),
-    ("RL ends above SFT under the other rule", "rule", 1.0, "rl", "sft", +1, "15.0 against 3.4"),
-    ("RL ends above init under the other rule, greedy", "rule", 0.0, "rl", "init", +1, "not given"),
-    ("SFT ends below init under the other rule, greedy", "rule", 0.0, "sft", "init", -1, "not given"),
-    ("RL ends above SFT under the other rule, greedy", "rule", 0.0, "rl", "sft", +1, "not given"),
-    ("RL ends above init in distribution", "id", 1.0, "rl", "init", +1, "rises (its figure 5)"),
-    ("SFT ends above init in distribution", "id", 1.0, "sft", "init", +1, "rises (its figure 5)"),
-    ("RL ends above init in distribution, greedy", "id", 0.0, "rl", "init", +1, "not given"),
-    ("SFT ends above init in distribution, greedy", "id", 0.0, "sft", "init", +1, "not given"),
-    ("RL ends above SFT's best checkpoint under the other rule", "rule", 1.0, "rl", "sft best", +1, "not given"),
-]
+VARIANTS = {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"}
+
+
+def _claims() -> list[tuple[str, str, float, str, str, int]]:
+    """What the paper found, as (claim, variant, temperature, arm at its end, compared with, expected sign)."""
+    claims = []
+    for variant, words in VARIANTS.items():
+        below = ("SFT ends above init", +1) if variant == "id" else ("SFT ends below init", -1)
+        for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
+            claims += [(f"RL ends above init {words}{decoding}", variant, temperature, "rl", "init", +1),
+                       (f"{below[0]} {words}{decoding}", variant, temperature, "sft", "init", below[1])]  # fmt: skip
+            if variant != "id":
+                claims.append((f"RL ends above SFT {words}{decoding}", variant, temperature, "rl", "sft", +1))
+        if variant != "id":
+            claims.append((f"RL ends above SFT's best checkpoint {words}", variant, 1.0, "rl", "sft best", +1))
+    return claims
+
+
+# Success in percent that the paper reports, of init, SFT and RL, by (task, variant); its temperature is .2.
+PAPER = {("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0}, ("gp-vl", "rule"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
+         ("gp-vl", "visual"): {"init": 23.6, "sft": 13.7, "rl": 41.2}}  # fmt: skip
 
 
 def verdict(d: dict, sign: int) -> str:
@@ -168,75 +177,97 @@ def _interval(pair: tuple[float, float] | None) -> str:
 
 def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of claims."""
-    last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in ("id", "rule") for t in (1.0, 0.0)}
-    last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in ("id", "rule") for t in (1.0, 0.0)}
+    task, variants = settings["task"], [v for v in VARIANTS if results.find(arm="init", variant=v)]
+    last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in variants for t in (1.0, 0.0)}
+    last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
+    last |= {("base", v, 1.0): results.find(arm="base", variant=v, temperature=1.0) for v in variants}
     claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for text, variant, temperature, arm, other, sign, paper in CLAIMS:
-        a, b = last[arm, variant, temperature], last[other, variant, temperature]
+    for text, variant, temperature, arm, other, sign in _claims():
+        if variant not in variants:
+            continue
+        a, b, paper = last[arm, variant, temperature], last[other, variant, temperature], PAPER.get((task, variant), {})
         d = difference(a, b)
-        claims.append(f"| {text} | {_percent(mean(p['success'] for p in b))} -> {_percent(mean(p['success'] for p in a))} | "
-                      f"{100 * d['mean']:+.1f} {_interval(d['interval'])} | {_interval(d['seed_interval'])} | "
-                      f"{', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | {paper} |")  # fmt: skip
+        claims.append(f"| {text} | {_percent(_mean(b))} -> {_percent(_mean(a))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
+                      f"{_interval(d['seed_interval'])} | {', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | "
+                      + (f"{paper[other]} -> {paper[arm]} |" if temperature and other in paper else "- |"))  # fmt: skip
     n = last["init", "id", 1.0][0]["episodes"]
     seeds = [p["seed"] for p in last["init", "id", 1.0]]
-    lines = [f"# Study {settings['task']}: does post-training teach the rule, or only its examples?", "",
+    told = {"id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
+            "visual": "Other colour: red suits, the training rule."}  # fmt: skip
+    columns = [("success", "success"), ("first reply", "first_success"), ("KL", "kl_to_init")] + [("recognition", "recognition")] * ("visual" in variants)
+    head = [f"{VARIANTS[v]}: {column}" if not i else column for v in variants for i, (column, _) in enumerate(columns)]
+    lines = [f"# Study {task}: does post-training teach the rule, or only its examples?", "",
              f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation hands per point, the same for every checkpoint; success in percent "
-             f"within {settings['verify_iter']} replies. ID: J, Q, K count 10, as in training. Other rule: 11, 12, 13, and every hand holds a face card.", "",
+             f"within {settings['verify_iter']} replies. " + " ".join(told[v] for v in variants), "",
              "## Claims", "", *claims, "",
              "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
              "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
-             "## Checkpoints", "", "Means over seeds. KL is KL(policy || init) in nats per reply token on the policy's own replies.", "",
-             "| checkpoint | decoding | ID: success | first reply | other rule: success | first reply | other rule: replies with wrong numbers | KL ID | KL other rule |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    base = {(v, 1.0): results.find(arm="base", variant=v, temperature=1.0) for v in ("id", "rule")}
+             "## Checkpoints", "", "Means over seeds. KL is KL(policy || init) in nats per reply token on the policy's own replies; wrong numbers are "
+             "replies, in percent, that use a number the rule in force does not give"
+             + ("; recognition counts the replies that name the cards." if "visual" in variants else "."), "",
+             f"| checkpoint | decoding | {' | '.join(head)} | other rule: wrong numbers |", "|---" * (len(head) + 3) + "|"]  # fmt: skip
     for name in ("base", "init", "sft", "sft best", "rl"):
         for t in (1.0, 0.0):
-            row = [base.get((v, t)) if name == "base" else last[name, v, t] for v in ("id", "rule")]
+            row = [last.get((name, v, t)) for v in variants]
             if not all(row):
                 continue
-            cells = [f"{_percent(mean(p[key] for p in points))}" for points in row for key in ("success", "first_success")]
-            kls = [f"{mean(p['kl_to_init'] for p in points):.3f}" if all("kl_to_init" in p for p in points) else "-" for points in row]
+            cells = [_cell(points, key) for points in row for _, key in columns]
             wrong = _percent(mean(p["verdicts"]["wrong_numbers"] for p in row[1]))
             shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(name, name)
-            lines.append(f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} | {' | '.join(kls)} |")
+            lines.append(f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} |")
     lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
               + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.", "",
               "## Curves", "", "Success at temperature 1, mean over seeds [lowest, highest].", "",
-              "| arm | compute, 10^12 FLOP | ID | other rule |", "|---|---|---|---|"]  # fmt: skip
-    for arm, points in curves(results).items():
+              f"| arm | compute, 10^12 FLOP | {' | '.join(VARIANTS[v] for v in variants)} |", "|---" * (len(variants) + 2) + "|"]  # fmt: skip
+    for arm, points in curves(results, variants).items():
         for p in points:
-            spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in ("id", "rule")]
-            lines.append(f"| {arm} | {p['flops'] / 1e12:.2f} | {spread[0]} | {spread[1]} |")
+            spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in variants]
+            lines.append(f"| {arm} | {p['flops'] / 1e12:.2f} | {' | '.join(spread)} |")
     lines += ["", "![success against compute](figures/curves.png)", "", "## Settings", "",
               "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms start from the same init and "
               "get the same compute. " + settings["note"], "", "```json", json.dumps(settings, indent=1), "```", ""]  # fmt: skip
     (folder / "report.md").write_text("\n".join(lines))
-    draw(results, folder / "figures")
+    draw(results, variants, folder / "figures")
     return claims
 
 
-def curves(results: Results) -> dict[str, list[dict]]:
-    """Both arms' points at temperature 1, seeds side by side: arm -> [{"flops", "id": [success of each seed], "rule": [...]}, ...],
-    the init first, at compute 0."""
+def _mean(points: Sequence[dict], key: str = "success") -> float:
+    return mean(p[key] for p in points)
+
+
+def _cell(points: Sequence[dict], key: str) -> str:
+    """One number of the table of checkpoints."""
+    if not all(key in p for p in points):
+        return "-"
+    return f"{_mean(points, key):.3f}" if key == "kl_to_init" else _percent(_mean(points, key))
+
+
+def curves(results: Results, variants: Sequence[str], key: str = "success") -> dict[str, list[dict]]:
+    """Both arms' points at temperature 1, seeds side by side: arm -> [{"flops", variant: [success of each seed], ...}, ...], the init
+    first, at compute 0."""
     out: dict[str, list[dict]] = {}
     for arm in ("sft", "rl"):
         by_order: list[dict] = []
         for name in ("init", arm):
-            for variant in ("id", "rule"):
+            for variant in variants:
                 for seed in sorted({p["seed"] for p in results.find(arm=name)}):
                     points = results.find(arm=name, variant=variant, temperature=1.0, series="eval", seed=seed)
                     for i, p in enumerate(points, start=0 if name == "init" else 1):
                         while len(by_order) <= i:
-                            by_order.append({"flops": [], "id": [], "rule": []})
+                            by_order.append({"flops": [], **{v: [] for v in variants}})
                         by_order[i]["flops"].append(p["flops"] if name != "init" else 0.0)
-                        by_order[i][variant].append(p["success"])
+                        by_order[i][variant].append(p[key])
         out[arm] = [p | {"flops": mean(p["flops"])} for p in by_order]
     return out
 
 
-def draw(results: Results, folder: Path) -> None:
-    """figures/curves.png: success against compute, ID and other rule side by side, a band from the lowest to the highest seed."""
+LOOKS = {"sft": ("tab:orange", "o", "SFT"), "rl": ("tab:blue", "s", "RL (PPO)")}
+
+
+def draw(results: Results, variants: Sequence[str], folder: Path) -> None:
+    """figures/curves.png: success against compute for every variant side by side, a band from the lowest to the highest seed.
+    figures/recognition.png, in visual tasks: success against recognition along both arms."""
     try:
         import matplotlib
     except ImportError:
@@ -245,21 +276,36 @@ def draw(results: Results, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     folder.mkdir(exist_ok=True)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    titles = {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13"}
-    looks = {"sft": ("tab:orange", "o", "SFT"), "rl": ("tab:blue", "s", "RL (PPO)")}
-    for axis, variant in zip(axes, titles):
-        for arm, points in curves(results).items():
-            color, marker, label = looks[arm]
+    titles = {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13", "visual": "other colour: red suits"}
+
+    def save(name: str, label: str) -> None:
+        for axis, variant in zip(axes, variants):
+            axis.set(title=titles[variant], xlabel=label, ylim=(0, None))
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("success within budget, %")
+        axes[0].legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=120)
+        plt.close(figure)
+
+    success, recognition = curves(results, variants), curves(results, variants, "recognition")
+    figure, axes = plt.subplots(1, len(variants), figsize=(4.5 * len(variants), 3.6))
+    for axis, variant in zip(axes, variants):
+        for arm, points in success.items():
+            color, marker, label = LOOKS[arm]
             x = [p["flops"] / 1e12 for p in points]
             axis.plot(x, [100 * mean(p[variant]) for p in points], color=color, marker=marker, markersize=4, label=label)
             axis.fill_between(x, [100 * min(p[variant]) for p in points], [100 * max(p[variant]) for p in points], color=color, alpha=0.2, lw=0)
-        start = mean(p["success"] for p in results.ends("init", variant, 1.0))
-        axis.axhline(100 * start, color="gray", lw=1, ls="--", label="SFT init")
-        axis.set(title=titles[variant], xlabel="compute after init, 10$^{12}$ FLOP", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("success within budget, %")
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)
+        axis.axhline(100 * _mean(results.ends("init", variant, 1.0)), color="gray", lw=1, ls="--", label="SFT init")
+    save("curves.png", "compute after init, 10$^{12}$ FLOP")
+    if "visual" not in variants:
+        return
+    figure, axes = plt.subplots(1, len(variants), figsize=(4.5 * len(variants), 3.6))
+    for axis, variant in zip(axes, variants):
+        for arm, points in success.items():
+            color, marker, label = LOOKS[arm]
+            x, y = ([100 * mean(p[variant]) for p in curve] for curve in (recognition[arm], points))
+            axis.plot(x, y, color=color, marker=marker, markersize=4, label=label, alpha=0.8)
+            axis.annotate("end", (x[-1], y[-1]), color=color)
+        axis.plot(x[:1], y[:1], "k*", markersize=9, label="SFT init")
+    save("recognition.png", "replies that name the cards, %")

@@ -201,10 +201,10 @@ def thought_length(policy, ids: list[int], answer_field: str) -> int:
     return len(ids)
 
 
-def rows_of(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
+def rows_of(batch: dict, rows: Tensor) -> dict:
+    """Some rows of a batch (rows: their indices [n]), cut to the longest of them; pictures are a list."""
     width = int(batch["length"][rows].max())
-    return {k: v[rows, :width] if v.dim() > 1 else v[rows] for k, v in batch.items()}
+    return {k: [v[i] for i in rows.tolist()] if isinstance(v, list) else v[rows, :width] if v.dim() > 1 else v[rows] for k, v in batch.items()}
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -34,10 +35,12 @@ class SFTConfig:
     muon: bool = False  # matrices by Muon, for pre-training the tiny base
 
 
-def read_records(path: str) -> list[dict]:
-    """Demonstrations from a file in the released format: a JSON list of {"conversations": [{"from", "value"}, ...]}.
+def read_records(path: str, images: str | None = None) -> list[dict]:
+    """Demonstrations from a file in the released format: a JSON list of {"image"?, "conversations": [{"from", "value"}, ...]}.
 
-    Turns alternate and start with "human", the last is "gpt". Raises ValueError that names file, record and field.
+    Turns alternate and start with "human", the last is "gpt"; `<image>` in the first one marks the picture's place. "image" is one path,
+    relative to the folder `images` (None: the file's own); all records have one, or none. Raises ValueError that names file, record and
+    field.
     """
     try:
         with open(path, encoding="utf8") as file:
@@ -56,8 +59,15 @@ def read_records(path: str) -> list[dict]:
                 raise ValueError(f"{path}: record {i}: turn {j}: `from` must be {speaker!r}")
             if not isinstance(turn.get("value"), str):
                 raise ValueError(f"{path}: record {i}: turn {j}: `value` must be a string")
-        if record.get("image"):
-            raise ValueError(f"{path}: record {i}: `image`: this version trains on text only")
+        image = record.get("image") or None
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
+        if bool(image) != bool(records[0].get("image")):
+            raise ValueError(f"{path}: record {i}: `image`: all records must have one, or none")
+        if image is not None:
+            if not isinstance(image, str) or not (file := Path(images or Path(path).parent, image)).is_file():
+                raise ValueError(f"{path}: record {i}: `image`: {image!r} is not the path of one file")
+            record["image"] = str(file)
     return records
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ CHAT_TEMPLATE = (
 )
 
 
+TINY_PICTURES = {"size": (128, 64), "font_size": 0.36}  # of the visual tasks: a rank is about 16 pixels high
+
+
 def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on our own prompts and replies.
 
@@ -61,6 +65,8 @@ def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerF
     rng = random.Random(0)
     records = [envs.foundation_record(rng) for _ in range(500)]
     records += [envs.demonstration(envs.make("gp-l", variant, seed), 1) for variant in envs.FACE_RULES for seed in range(200)]
+    records += [envs.foundation_record(rng, TINY_PICTURES) for _ in range(300)] + [envs.reading_record(rng, **TINY_PICTURES) for _ in range(100)]
+    records += [envs.demonstration(envs.make("gp-vl", variant, seed, **TINY_PICTURES), 1) for variant in envs.FACE_RULES for seed in range(100)]
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     texts += [envs.judge(reply, ["A"] * 4, [1] * 4, 24).feedback for reply in ("", '{"cards": [], "number": [], "formula": ""}')]
     for formula in ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "1" * 300, "1", "2"):
@@ -83,9 +89,9 @@ def build_tiny(seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     tokenizer = build_tokenizer()
-    size, patch = 64, 16
-    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=size,
-                              patch_size=patch, projection_dim=96)  # fmt: skip
+    size, patch = 128, 32  # 16 patches; a picture of four cards, stretched to a square, has four for each card
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=size,
+                              patch_size=patch, projection_dim=64)  # fmt: skip
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
                        max_position_embeddings=4096, initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
@@ -107,12 +113,14 @@ def build_tiny(seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
 class Stream:
     """One conversation as the model sees it. `mask` is 1 on the tokens that are trained: those of replies, end tokens included (in
     demonstrations perhaps of the last reply alone), never those of prompts and feedback; `replies` holds the [start, stop) of every
-    reply; `logp` the log-probabilities of a sampled conversation's tokens."""
+    reply; `logp` the log-probabilities of a sampled conversation's tokens; `picture` what the processor made of its picture, each
+    tensor with a leading dimension of 1."""
 
-    ids: list[int]
-    mask: list[int]
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
     replies: list[tuple[int, int]] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
+    picture: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -216,6 +224,7 @@ class Policy(nn.Module):
         end = self.tokenizer.eos_token_id
         self.end_ids = {end} | set(_as_list(getattr(model.generation_config, "eos_token_id", None)))
         self.end_id = self._end_of_turn() or end
+        self.image_id = next((i for name in ("image_token_id", "image_token_index") if (i := getattr(model.config, name, None)) is not None), None)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end
         self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
 
@@ -275,7 +284,7 @@ class Policy(nn.Module):
     def render(self, messages: list[dict], reply_follows: bool = True) -> str:
         """The conversation as text by the model's own chat template."""
         if self._content_as_parts:  # templates of some vision-language models read nothing else
-            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m for m in messages]
         template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
         return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
 
@@ -305,17 +314,45 @@ class Policy(nn.Module):
         ids = self._after_reply(feedback)
         stream.context(ids[1:] if stream.ids[-1] == ids[0] else ids)
 
-    def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
-        """Demonstrations in the released format as token streams, built turn by turn exactly as `Responder` builds them. `loss_on`:
-        "all" replies, or the "last", whose forerunners then have mask 0."""
-        if any(r.get("image") for r in records):
-            raise ValueError("demonstrations with pictures cannot be trained on yet: choose a text task")
-        prompts = self.tokenize([self.render([{"role": "user", "content": r["conversations"][0]["value"]}]) for r in records])
-        replies = self.tokenize([turn["value"] for r in records for turn in r["conversations"][1::2]])
-        streams, at = [], 0
-        for record, prompt in zip(records, prompts):
-            stream = Stream([], [])
+    def open(self, conversations: Sequence[tuple[list[dict], Image.Image | None]]) -> list[Stream]:
+        """Token streams of conversations (messages, picture) that wait for their first reply. Raises ValueError if a picture would be
+        lost: the model reads none, its chat template leaves out the picture's place, or only some of the conversations have one."""
+        texts = [self.render(messages) for messages, _ in conversations]
+        images = [image for _, image in conversations if image is not None]
+        pictures: list[dict[str, Tensor] | None] = [None] * len(texts)
+        if not images:
+            prompts = self.tokenize(texts)
+        elif len(images) < len(texts):
+            raise ValueError(f"{len(texts) - len(images)} of {len(texts)} conversations of a batch have no picture: all must have one, or none")
+        elif self.processor is self.tokenizer:
+            raise ValueError(f"{type(self.model).__name__} reads no pictures: choose a vision-language model, or a text task")
+        else:
+            out = self.processor(text=texts, images=[[image] for image in images], add_special_tokens=False, padding=True, return_tensors="pt")
+            prompts = [row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))]
+            out.pop("cross_attention_mask", None)  # `_tiles` makes it for any length
+            if any(prompt.count(self.image_id) == 0 for prompt in prompts):
+                raise ValueError("the chat template leaves out the picture's place")
+            pictures = [{name: values[i : i + 1] for name, values in out.items()} for i in range(len(texts))]
+        streams = [Stream(picture=picture) for picture in pictures]
+        for stream, prompt in zip(streams, prompts):
             stream.context(prompt)
+        return streams
+
+    def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
+        """Demonstrations in the released format as token streams, built turn by turn exactly as `Responder` builds them; "image" holds a
+        picture or its path. `loss_on`: "all" replies, or the "last", whose forerunners then have mask 0."""
+        opened = []
+        for record in records:
+            image, text = record.get("image"), record["conversations"][0]["value"]
+            if isinstance(image, str):
+                try:
+                    image = Image.open(image).convert("RGB")
+                except OSError as error:
+                    raise ValueError(f"picture {image} cannot be read: {error}") from None
+            opened.append(([{"role": "user", "content": envs.parts_of(text) if image else text}], image))
+        streams = self.open(opened)
+        replies, at = self.tokenize([turn["value"] for r in records for turn in r["conversations"][1::2]]), 0
+        for record, stream in zip(records, streams):
             for turn in record["conversations"][1:]:
                 if turn["from"] == "human":
                     self.extend(stream, turn["value"])
@@ -324,21 +361,21 @@ class Policy(nn.Module):
                         stream.mask = [0] * len(stream)
                     stream.reply(replies[at] + [self.end_id])
                     at += 1
-            streams.append(stream)
         return streams
 
-    def collate(self, streams: Sequence[Stream]) -> dict[str, Tensor]:
-        """ids, mask [B, T], padded on the right, and length [B]."""
+    def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
+        """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
         lengths = torch.tensor([len(s) for s in streams])
         ids, mask = torch.full((len(streams), int(lengths.max())), self.pad_id), torch.zeros(len(streams), int(lengths.max()))
         for i, s in enumerate(streams):
             ids[i, : len(s)], mask[i, : len(s)] = torch.tensor(s.ids), torch.tensor(s.mask, dtype=torch.float)
         device = self.model.device
-        return {"ids": ids.to(device), "mask": mask.to(device), "length": lengths.to(device)}
+        batch = {"ids": ids.to(device), "mask": mask.to(device), "length": lengths.to(device)}
+        return batch | {"pictures": [s.picture for s in streams]} if streams[0].picture else batch
 
     # ---- scoring
 
-    def forward(self, batch: dict[str, Tensor], temperature: float = 1.0, values: str | None = None,
+    def forward(self, batch: dict[str, Any], temperature: float = 1.0, values: str | None = None,
                 entropy: bool = False) -> dict[str, Tensor]:  # fmt: skip
         """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
 
@@ -347,12 +384,14 @@ class Policy(nn.Module):
         """
         ids, mask = batch["ids"], batch["mask"].bool()
         # Padding stands on the right, where no real token can see it, so causal attention needs no padding mask.
+        pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
+        if (tiles := pictures.get("aspect_ratio_mask")) is not None:
+            pictures["cross_attention_mask"] = self._tiles(ids, tiles)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda and not self.sharded):
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = self.model.base_model(input_ids=ids, use_cache=False, **pictures).last_hidden_state
         self.flops += (6 if torch.is_grad_enabled() else 2) * self.parameter_count * int(batch["length"].sum())
         hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
-        logits = self.model.get_output_embeddings()(hidden).float() / temperature
-        logps = logits.log_softmax(-1)
+        logps = self._log_probabilities(self.model, hidden, temperature)
         chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
 
         def place(flat: Tensor) -> Tensor:
@@ -364,6 +403,38 @@ class Policy(nn.Module):
         if entropy:
             out["entropy"] = place(-(logps.exp() * logps).sum(-1))
         return out
+
+    def _log_probabilities(self, model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
+        """Of the next token after states [n, H]: [n, vocabulary], fp32. The image token is never said: it would promise a picture."""
+        logits = model.get_output_embeddings()(hidden).float() / temperature
+        if self.image_id is not None and self.image_id < logits.shape[-1]:
+            logits[:, self.image_id] = -1e9
+        return logits.log_softmax(-1)
+
+    # ---- pictures
+
+    def _stack(self, pictures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Pictures as one batch on the model's device."""
+        return {name: torch.cat([p[name] for p in pictures]).to(self.model.device) for name in pictures[0]}
+
+    def _tiles(self, ids: Tensor, tiles: Tensor) -> Tensor:
+        """Mllama's cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token sees the tiles in use."""
+        return (ids == self.image_id).cumsum(1)[:, :, None, None].clamp(max=1) * tiles[:, None]
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, pictures: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """What the vision tower and its projection make of pictures, "seen" [n, H] each: once per rollout, for all turns of an episode."""
+        looks: list[dict[str, Tensor]] = []
+        for i in range(0, len(pictures), 64):
+            inputs = self._stack(pictures[i : i + 64])
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            if "aspect_ratio_mask" in inputs:  # Mllama: text attends to it
+                tower = model.base_model.vision_model(**inputs).last_hidden_state  # [B, 1, tiles, patches, D]
+                seen = model.base_model.multi_modal_projector(tower).flatten(1, 3)
+                looks += [{"seen": s, "tiles": t} for s, t in zip(seen, inputs["aspect_ratio_mask"])]
+            else:  # Llava and its like: it stands in the text
+                looks += [{"seen": s} for s in model.get_image_features(**inputs).pooler_output]
+        return looks
 
     # ---- sampling
 
@@ -403,22 +474,23 @@ class Policy(nn.Module):
         return self._sampler
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, temperature: float,
-               generator: torch.Generator) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+    def sample(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator,
+               looks: Sequence[dict[str, Tensor]] | None = None) -> list[tuple[list[int], list[float]]]:  # fmt: skip
         """Draws one reply per prompt: its token ids, end token included if it was drawn, and their log-probabilities.
 
-        `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is filtered: what is drawn is what the
+        `model` comes from `rollout_weights()`, `looks` (the prompts' pictures) from `look`. Temperature 0 is greedy. Nothing is filtered: what is drawn is what the
         log-probabilities say (no top-k, no top-p, no generation config).
         """
         replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.rollout_batch):
             rows = order[start : start + self.rollout_batch]
-            for i, reply in zip(rows, self._decode(model, [prompts[i] for i in rows], max_new_tokens, temperature, generator)):
+            batch = [prompts[i] for i in rows], [looks[i] for i in rows] if looks else None
+            for i, reply in zip(rows, self._decode(model, *batch, max_new_tokens, temperature, generator)):
                 replies[i] = reply
         return replies
 
-    def _decode(self, model, prompts, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
+    def _decode(self, model, prompts, looks, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
         """The cached decode loop for one batch, prompts padded on the left."""
         device, width = model.device, max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
@@ -431,10 +503,19 @@ class Policy(nn.Module):
         open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
         cache = transformers.Cache(layers=[RoomyLayer(max_new_tokens) for _ in range(model.config.get_text_config().num_hidden_layers)])
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        inputs, tiles = {"input_ids": ids}, None
+        if looks and "tiles" in looks[0]:
+            tiles = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
+            inputs["cross_attention_states"] = torch.stack([look["seen"] for look in looks])
+        elif looks:
+            embeddings, seen = model.get_input_embeddings()(ids), torch.cat([look["seen"] for look in looks])
+            inputs = {"inputs_embeds": embeddings.masked_scatter((ids == self.image_id)[:, :, None], seen)}
         for t in range(max_new_tokens):
-            hidden = model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+            if tiles is not None:
+                inputs["cross_attention_mask"] = tiles
+            hidden = model.base_model(**inputs, attention_mask=attention, position_ids=positions, past_key_values=cache,
                                       use_cache=True).last_hidden_state[:, -1]  # fmt: skip
-            logp = (model.get_output_embeddings()(hidden).float() / (temperature or 1.0)).log_softmax(-1)
+            logp = self._log_probabilities(model, hidden, temperature or 1.0)
             if temperature:
                 # Inverse transform sampling: one uniform number per row, in double precision.
                 mass = logp.double().exp().cumsum(-1)
@@ -450,10 +531,13 @@ class Policy(nn.Module):
             if not still:
                 break
             positions, attention = positions[:, -1:] + 1, torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
+            tiles = None if tiles is None else torch.cat([tiles, tiles[:, -1:]], 1)
             if still <= 0.75 * len(ids):  # finished rows leave the batch; each time the cache is copied, so not one by one
                 keep = open_.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 ids, positions, attention, rows, open_ = ids[keep], positions[keep], attention[keep], rows[keep], open_[keep]
+                tiles = None if tiles is None else tiles[keep]
+            inputs = {"input_ids": ids}
         self.flops += 2 * self.parameter_count * (sum(map(len, prompts)) + int(lengths.sum()) - len(prompts))
         return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
@@ -588,6 +672,7 @@ class Responder:
     def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
         self.policy, self.temperature, self.max_new_tokens, self.generator = policy, temperature, max_new_tokens, generator
         self.streams: dict[int, Stream] = {}
+        self.looks: dict[int, dict[str, Tensor]] = {}
 
     def __enter__(self) -> "Responder":
         self._weights = self.policy.rollout_weights()
@@ -599,16 +684,16 @@ class Responder:
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
         policy = self.policy
-        if any(o.image for o in observations):
-            raise ValueError("pictures can be drawn and judged, but no model reads them yet: choose a text task")
         new = [(i, o) for i, o in zip(indices, observations) if i not in self.streams]
         for i, o in zip(indices, observations):
             if i in self.streams:
                 policy.extend(self.streams[i], o.messages[-1]["content"])
-        for (i, _), ids in zip(new, policy.tokenize([policy.render(o.messages) for _, o in new])):
-            self.streams[i] = Stream([], [])
-            self.streams[i].context(ids)
-        drawn = policy.sample(self._model, [self.streams[i].ids for i in indices], self.max_new_tokens, self.temperature, self.generator)
+        opened = {i: stream for (i, _), stream in zip(new, policy.open([(o.messages, o.image) for _, o in new]))}
+        self.streams |= opened
+        if pictures := {i: stream.picture for i, stream in opened.items() if stream.picture}:
+            self.looks |= dict(zip(pictures, policy.look(self._model, list(pictures.values()))))
+        drawn = policy.sample(self._model, [self.streams[i].ids for i in indices], self.max_new_tokens, self.temperature, self.generator,
+                              [self.looks[i] for i in indices] if self.looks else None)  # fmt: skip
         for i, (ids, logp) in zip(indices, drawn):
             self.streams[i].reply(ids, logp)
         return [policy.decode(ids) for ids, _ in drawn]
@@ -798,12 +883,14 @@ def fresh_batches(env, demonstrate, batch_size: int, label: str):
     return batch
 
 
-def foundation_batches(batch_size: int):
-    """The corpus of the tiny base, step by step."""
+def foundation_batches(batch_size: int, pictures: dict):
+    """The corpus of the tiny base, step by step; with `pictures` (their options) a step of text, one of card reading, one of hands shown."""
 
     def batch(step: int) -> list[dict]:
         rng = random.Random(f"base/{step}")
-        return [envs.foundation_record(rng) for _ in range(batch_size)]
+        kinds = [envs.foundation_record, lambda rng: envs.reading_record(rng, **pictures), lambda rng: envs.foundation_record(rng, pictures)]
+        record = kinds[step % 3 if pictures else 0]
+        return [record(rng) for _ in range(batch_size)]
 
     return batch
 
@@ -823,6 +910,7 @@ class Study:
     count: int = 6  # checkpoints of each arm
     verify_iter: int = 3  # of training and evaluation; the paper's 5 would double the time of a seed
     max_new_tokens: int = 48
+    pictures: dict = field(default_factory=dict)  # options of the visual environments, small enough for the tiny model
     grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that `--search` tries for both arms
 
     def scaled(self, scale: float) -> "Study":
@@ -839,11 +927,11 @@ class Study:
 STUDIES = {
     "gp-l": Study(
         base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True),
-        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=30, loss_on="last"),
+        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60, loss_on="last"),
         sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=16, steps=10**9),
         rl=ppo.PPOConfig(lr=2e-4, value_lr=3e-3, episodes=512, minibatch_size=64, microbatch_size=16, epochs=1, steps=10**9,
                          warmup=0.1, max_new_tokens=48),
-        flops=2e13,
+        flops=1.6e13,
     )
 }  # fmt: skip
 SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
@@ -870,7 +958,7 @@ def run_study(args: argparse.Namespace) -> None:
     base = args.model
     if args.model == "tiny":
         torch.manual_seed(0)
-        run_sft(lambda: load_policy(args, "tiny"), out / "base", foundation_batches(study.base.batch_size), study.base, {"stage": "base"})
+        run_sft(lambda: load_policy(args, "tiny"), out / "base", foundation_batches(study.base.batch_size, study.pictures), study.base, {"stage": "base"})
         base = str(checkpoints(out / "base")[-1])
     if args.search:
         return search_rates(args, study, base, out)
@@ -900,14 +988,14 @@ def place_in(args: argparse.Namespace, model: str) -> str:
     return str(path.relative_to(args.out)) if path.is_relative_to(args.out) else model
 
 
-def id_environment(args: argparse.Namespace, study: Study):
-    """A maker of training environments: variant "id"."""
-    return lambda: envs.make(args.task, "id", verify_iter=study.verify_iter)
+def maker(args: argparse.Namespace, study: Study, variant: str = "id"):
+    """A maker of the study's environments; training takes variant "id"."""
+    return lambda: envs.make(args.task, variant, verify_iter=study.verify_iter, **study.pictures)
 
 
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
     """The shared start of both arms: a short SFT on imperfect ID demonstrations in the target form. Returns its checkpoint."""
-    batches = fresh_batches(id_environment(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
+    batches = fresh_batches(maker(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
     settings = {"stage": "init", "model": place_in(args, base), "seed": seed, "verify_iter": study.verify_iter}
     run_sft(lambda: load_policy(args, base), folder / "init", batches, study.init, settings)
     return str(checkpoints(folder / "init")[-1])
@@ -919,17 +1007,17 @@ def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, 
     config.lr = lr or config.lr
     settings = {"stage": arm, "model": place_in(args, init), "seed": seed, "verify_iter": study.verify_iter, "rollout_batch": args.rollout_batch}
     if arm == "sft":
-        batches = fresh_batches(id_environment(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
+        batches = fresh_batches(maker(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
         run_sft(lambda: load_policy(args, init), folder, batches, config, settings, study.count)
     else:
         config.seed = seed
-        run_ppo(lambda: load_policy(args, init), folder, id_environment(args, study), config, settings, study.count)
+        run_ppo(lambda: load_policy(args, init), folder, maker(args, study), config, settings, study.count)
 
 
 def measure(args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int) -> None:
     """Evaluates what results.jsonl does not hold yet: the curves at temperature 1, their ends also greedily, and for the choice of
     SFT's best checkpoint its ID success on hands of its own."""
-    reference = load_policy(args, init)
+    reference, variants = load_policy(args, init), list(envs.TASKS[args.task].rules)
     arms = [("base", Path(base)), ("init", Path(init))] + [(arm, path) for arm in ("sft", "rl") for path in checkpoints(folder / arm)]
 
     def point(arm: str, path: Path, series: str, variants: Sequence[str], temperature: float) -> None:
@@ -939,7 +1027,7 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
         missing = [v for v in variants if not results.find(**place, variant=v, episodes=args.hands)]
         policy = load_policy(args, str(path)) if missing else None
         for variant in missing:
-            environments = [envs.make(args.task, variant, verify_iter=study.verify_iter) for _ in range(args.hands)]
+            environments = [maker(args, study, variant)() for _ in range(args.hands)]
             result, episodes = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
                                                  initial=reference if temperature else None)  # fmt: skip
             results.add({"task": args.task, **place, "flops": line["flops"], "variant": variant, **result,
@@ -949,13 +1037,13 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
                     file.writelines(json.dumps(place | {"variant": variant} | e.transcript()) + "\n" for e in episodes[:2])
 
     for arm, path in tqdm(arms, desc=f"{folder.name}/evaluation", disable=policy_rank() > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"):
-        point(arm, path, "eval", ("id", "rule"), 1.0)
+        point(arm, path, "eval", variants, 1.0)
         if arm == "sft":
             point(arm, path, "valid", ("id",), 1.0)
     for arm in ("init", "sft", "rl"):
-        point(arm, [path for name, path in arms if name == arm][-1], "eval", ("id", "rule"), 0.0)
+        point(arm, [path for name, path in arms if name == arm][-1], "eval", variants, 0.0)
     valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
-    point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "eval", ("id", "rule"), 0.0)
+    point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "eval", variants, 0.0)
 
 
 def search_rates(args, study: Study, base: str, out: Path) -> None:
@@ -968,7 +1056,7 @@ def search_rates(args, study: Study, base: str, out: Path) -> None:
         tried = []
         for lr in study.grid:
             train_arm(args, study, arm, init, folder / f"{arm}-{lr:g}", SEARCH_SEED, lr)
-            environments = [envs.make(args.task, "id", verify_iter=study.verify_iter) for _ in range(args.hands)]
+            environments = [maker(args, study)() for _ in range(args.hands)]
             result, _ = evaluate.evaluate(load_policy(args, str(checkpoints(folder / f"{arm}-{lr:g}")[-1])), environments, 1.0,
                                           study.max_new_tokens, "valid")  # fmt: skip
             tried.append((result["success"], lr))
@@ -1094,6 +1182,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_config(sub, config)
         if name == "sft":
             sub.add_argument("--demos", metavar="FILE", help="demonstrations in the released JSON format, in place of the expert's")
+            sub.add_argument("--images", metavar="DIR", help="the folder of the demonstrations' pictures (default: that of --demos)")
             sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
             sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
 
@@ -1145,7 +1234,7 @@ def command_sft(args: argparse.Namespace) -> None:
     """`sftrl sft`."""
     config = config_from(args, sft.SFTConfig)
     if args.demos:
-        batches = sft.epochs(sft.read_records(args.demos), config.batch_size, args.seed)
+        batches = sft.epochs(sft.read_records(args.demos, args.images), config.batch_size, args.seed)
     else:
         if not 0 <= args.wrong_turns < args.verify_iter:
             raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")

@@ -26,25 +26,28 @@ def tiny_llama():
 
 
 def tiny_mllama():
-    """The paper's architecture: cross-attention layers 1 and 3, gates opened, output head untied."""
+    """The paper's architecture: cross-attention layers 1 and 3, gates opened, output head untied; its image token lies beyond the
+    output head, and a picture is cut into tiles."""
     tokenizer = sftrl.build_tokenizer()
+    words = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]}, replace_extra_special_tokens=False)
     vision = transformers.models.mllama.configuration_mllama.MllamaVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=32, patch_size=16,
-        intermediate_layers_indices=[0, 1], vision_output_dim=96, supported_aspect_ratios=[[1, 1]], max_num_tiles=1)  # fmt: skip
+        intermediate_layers_indices=[0, 1], vision_output_dim=96, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]], max_num_tiles=2)  # fmt: skip
     text = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=words, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         cross_attention_layers=[1, 3], eos_token_id=tokenizer.eos_token_id, bos_token_id=0, pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.1)  # fmt: skip; at 0.2 logits reach 50, where fp32 itself rounds by more than 1e-5
     torch.manual_seed(2)
-    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=len(tokenizer))
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=words)
     model = transformers.MllamaForConditionalGeneration(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "gate" in name:
                 p.fill_(0.5)
     tokenizer.bos_token = "<|pad|>"
-    images = transformers.MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=1)
-    return model, transformers.MllamaProcessor(images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE)
+    images = transformers.MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
+    return model, transformers.MllamaProcessor(images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>"))
 
 
 MODELS = {"llava": tiny_llava, "llama": tiny_llama, "mllama": tiny_mllama}

@@ -42,6 +42,7 @@ def test_loss_is_the_mean_over_reply_tokens_of_the_global_batch(policy):
     total, n = 0.0, 0
     for stream in policy.streams(batch):  # naive: whole logits, one conversation and one token at a time
         logits = policy.model(input_ids=torch.tensor([stream.ids])).logits[0].double()
+        logits[:, policy.image_id] = -torch.inf  # never said
         for t, chosen in enumerate(stream.mask):
             if chosen:
                 total -= logits[t - 1].log_softmax(-1)[stream.ids[t]].item()
@@ -102,7 +103,10 @@ def test_epochs_visit_every_record_once_in_a_new_order_and_need_no_state():
         ('[{"conversations": []}]', "record 0"),
         ('[{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}]', "turn 0: `from`"),
         ('[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": 3}]}]', "turn 1: `value`"),
-        ('[{"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "`image`"),
+        ('[{"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "record 0: `image`: 'a.png'"),
+        ('[{"image": ["a", "b"], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "record 0: `image`"),
+        ('[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, {"image": "a.png", '
+         '"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "record 1: `image`: all"),
     ],
 )
 def test_a_bad_file_is_named_with_record_and_field(tmp_path, content, words):

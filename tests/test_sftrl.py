@@ -19,9 +19,13 @@ import sftrl
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def sampled(policy, n=6, verify_iter=3, max_new_tokens=12, temperature=1.0):
+SMALL = {"size": (96, 48), "font_size": 0.36}
+CASES = [(kind, "gp-l") for kind in MODELS] + [("llava", "gp-vl"), ("mllama", "gp-vl")]
+
+
+def sampled(policy, n=6, verify_iter=3, max_new_tokens=12, temperature=1.0, task="gp-l"):
     """Streams of a few multi-turn conversations."""
-    environments = [envs.make("gp-l", verify_iter=verify_iter) for _ in range(n)]
+    environments = [envs.make(task, verify_iter=verify_iter, **(SMALL if task == "gp-vl" else {})) for _ in range(n)]
     with policy.responder(temperature, max_new_tokens, policy.generator("test")) as respond:
         envs.play(environments, respond, [f"test/{i}" for i in range(n)])
     return [respond.streams[i] for i in range(n)]
@@ -54,11 +58,11 @@ def test_text_survives_the_tokenizer(policy):
 # ---- scoring and sampling, on three architectures
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind, task", CASES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_log_probabilities_equal_teacher_forced_ones(kind, temperature):
+def test_sampled_log_probabilities_equal_teacher_forced_ones(kind, task, temperature):
     policy = make_policy(kind, rollout_batch=4)
-    streams = sampled(policy, temperature=temperature)
+    streams = sampled(policy, temperature=temperature, task=task)
     batch = policy.collate(streams)
     with torch.no_grad():
         scores = policy(batch, temperature, values="detached", entropy=True)
@@ -72,10 +76,10 @@ def test_sampled_log_probabilities_equal_teacher_forced_ones(kind, temperature):
     assert (scores["entropy"][batch["mask"] > 0] > 0).all()
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_padded_equals_unpadded(kind):
+@pytest.mark.parametrize("kind, task", CASES)
+def test_padded_equals_unpadded(kind, task):
     policy = make_policy(kind)
-    streams = sampled(policy)
+    streams = sampled(policy, task=task)
     torch.nn.init.normal_(policy.value_head[-1].weight)
     with torch.no_grad():
         together = policy(policy.collate(streams), values="shared", entropy=True)
@@ -95,7 +99,8 @@ def test_scores_against_the_whole_logits(policy):
             out = policy.model(input_ids=torch.tensor([stream.ids]), output_hidden_states=True)
             for t, chosen in enumerate(stream.mask):
                 if chosen:
-                    logp = (out.logits[0, t - 1] / 0.5).log_softmax(-1)
+                    words = torch.arange(out.logits.shape[-1]) != policy.image_id
+                    logp = (out.logits[0, t - 1] / 0.5).masked_fill(~words, -torch.inf).log_softmax(-1).clamp(min=-1e9)
                     assert scores["logp"][b, t].item() == pytest.approx(logp[stream.ids[t]].item(), abs=1e-4)
                     assert scores["entropy"][b, t].item() == pytest.approx(-(logp.exp() * logp).sum().item(), abs=1e-4)
                     value = policy.value_head(out.hidden_states[-1][0, t - 1])
@@ -164,6 +169,53 @@ def test_streams_grow_without_being_tokenized_again(kind):
     cut.reply(odd)
     policy.extend(cut, "Again.")
     assert cut.ids == closed and sum(cut.mask) == len(odd)  # the missing end token joined as context, without loss
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("kind", ["llava", "mllama"])
+def test_a_picture_changes_the_scores_of_its_own_row_alone(kind):
+    policy = make_policy(kind)
+    batch = policy.collate(sampled(policy, n=3, task="gp-vl"))
+    with torch.no_grad():
+        before = policy(batch)["logp"]
+        batch["pictures"] = [batch["pictures"][1], *batch["pictures"][1:]]
+        after = policy(batch)["logp"]
+    assert (after[0] - before[0]).abs().max() > 0.01
+    torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llava", "mllama"])
+def test_a_picture_is_looked_at_once_for_all_turns_of_an_episode(kind):
+    policy = make_policy(kind)
+    seen = []
+    tower = policy.model.base_model.vision_tower if kind == "llava" else policy.model.base_model.vision_model
+    tower.register_forward_hook(lambda module, args, kwargs, out: seen.append(len(kwargs.get("pixel_values", args[0] if args else ()))), with_kwargs=True)
+    streams = sampled(policy, n=5, task="gp-vl")
+    assert max(len(s.replies) for s in streams) == 3 and sum(seen) == 5
+
+
+def test_the_image_token_is_never_said(policy):
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight[policy.image_id] *= 100
+    streams = sampled(policy, n=16)
+    said = {token for s in streams for start, stop in s.replies for token in s.ids[start:stop]}
+    assert len(said) > 50 and policy.image_id not in said
+
+
+def test_pictures_are_never_lost(policy):
+    env = envs.make("gp-vl", **SMALL)
+    with_picture, without = envs.demonstration(env), envs.demonstration(envs.make("gp-l"))
+    stream = policy.streams([with_picture])[0]
+    assert stream.picture["pixel_values"].shape[0] == 1 and stream.ids.count(policy.image_id) > 1
+    with pytest.raises(ValueError, match="1 of 2 conversations of a batch have no picture"):
+        policy.streams([with_picture, without])
+    with pytest.raises(ValueError, match="reads no pictures"):
+        make_policy("llama").streams([with_picture])
+    policy.processor.chat_template = sftrl.CHAT_TEMPLATE.replace("<image>", "")
+    with pytest.raises(ValueError, match="image"):
+        policy.streams([with_picture])
 
 
 def test_flops_count_processed_tokens(policy):
@@ -294,7 +346,9 @@ def test_data_writes_what_sft_reads(tmp_path):
     cli("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4)
     cli("data", "--task", "gp-vl", "--out", path, "--episodes", 2, "--size", 128, 64)
     assert all((tmp_path / record["image"]).exists() and "<image>" in record["conversations"][0]["value"] for record in json.loads(path.read_text()))
-    assert "image" in cli("sft", "--out", tmp_path / "seen", "--demos", path, check=2).stderr
+    cli("sft", "--out", tmp_path / "seen", "--demos", path, "--steps", 1, "--batch-size", 2)
+    next((tmp_path / "demos").iterdir()).write_bytes(b"no picture")
+    assert "cannot be read" in cli("sft", "--out", tmp_path / "broken", "--demos", path, "--steps", 1, "--batch-size", 2, check=2).stderr
 
 
 def test_play_shows_prompt_expert_and_verdict():
