@@ -352,7 +352,7 @@ def _short(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- the pictures
 
 TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
-INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (200, 24, 32), "diamonds": (200, 24, 32)}
+INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
 # Rows of the marks on a number card, from 0 (top) to 6, in the two outer columns and in the middle one.
 PIPS = {"2": ((), (0, 6)), "3": ((), (0, 3, 6)), "4": ((0, 6), ()), "5": ((0, 6), (3,)), "6": ((0, 3, 6), ()), "7": ((0, 3, 6), (1.5,)),
         "8": ((0, 3, 6), (1.5, 4.5)), "9": ((0, 2, 4, 6), (3,)), "10": ((0, 2, 4, 6), (1, 5))}  # fmt: skip
@@ -808,14 +808,14 @@ def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
     return imperfect_demonstration(GeneralPointsVL(**options, color=_color(rng), **pictures))
 
 
-RED_SHARE = 0.03  # of the corpus's pictures: the foundation model has seen more black cards than red ones, and reads them better
+RED_SHARE = 0.02  # of the corpus's pictures: the foundation model has seen more black cards than red ones, and reads them better
 
 
 def _color(rng: random.Random) -> str:
     return "red" if rng.random() < RED_SHARE else "black"
 
 
-def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float = 0.3) -> dict:
+def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float) -> dict:
     """A picture of four cards, any ranks, and their names: how the foundation model learned to read cards."""
     ranks, suits = rng.choices(RANKS, k=4), rng.choices(COLORS[_color(rng)], k=4)
     turns = [{"from": "human", "value": "<image>Name the cards."}, {"from": "gpt", "value": json.dumps(ranks)}]

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 )
 
 
-TINY_PICTURES = {"size": (128, 64), "font_size": 0.36}  # of the visual tasks: a rank is about 16 pixels high
+TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.7}  # of the visual tasks: a rank is about 16 pixels high
 
 
 def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
@@ -329,10 +329,14 @@ class Policy(nn.Module):
         else:
             out = self.processor(text=texts, images=[[image] for image in images], add_special_tokens=False, padding=True, return_tensors="pt")
             prompts = [row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))]
-            out.pop("cross_attention_mask", None)  # `_tiles` makes it for any length
+            for name in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length: `_tiles` and `_positions` make them for any
+                out.pop(name, None)
             if any(prompt.count(self.image_id) == 0 for prompt in prompts):
                 raise ValueError("the chat template leaves out the picture's place")
-            pictures = [{name: values[i : i + 1] for name, values in out.items()} for i in range(len(texts))]
+            rows = {name: values.split(1) for name, values in out.items()}
+            if "image_grid_thw" in out:  # Qwen-VL: the patches of all pictures in one row
+                rows["pixel_values"] = out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())
+            pictures = [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
         streams = [Stream(picture=picture) for picture in pictures]
         for stream, prompt in zip(streams, prompts):
             stream.context(prompt)
@@ -385,8 +389,11 @@ class Policy(nn.Module):
         ids, mask = batch["ids"], batch["mask"].bool()
         # Padding stands on the right, where no real token can see it, so causal attention needs no padding mask.
         pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
-        if (tiles := pictures.get("aspect_ratio_mask")) is not None:
-            pictures["cross_attention_mask"] = self._tiles(ids, tiles)
+        if "aspect_ratio_mask" in pictures:
+            pictures["cross_attention_mask"] = self._tiles(ids, pictures["aspect_ratio_mask"])
+        if "image_grid_thw" in pictures:
+            real = torch.arange(ids.shape[1], device=ids.device) < batch["length"][:, None]
+            pictures["position_ids"] = self._positions(self.model, ids, real.long(), pictures["image_grid_thw"])
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda and not self.sharded):
             hidden = self.model.base_model(input_ids=ids, use_cache=False, **pictures).last_hidden_state
         self.flops += (6 if torch.is_grad_enabled() else 2) * self.parameter_count * int(batch["length"].sum())
@@ -421,6 +428,12 @@ class Policy(nn.Module):
         """Mllama's cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token sees the tiles in use."""
         return (ids == self.image_id).cumsum(1)[:, :, None, None].clamp(max=1) * tiles[:, None]
 
+    def _positions(self, model: nn.Module, ids: Tensor, attention: Tensor, grids: Tensor | None) -> Tensor:
+        """Position of each token of ids [B, T]: its place in the row [B, T], or for Qwen-VL time, row and column in the picture [3, B, T]."""
+        if grids is None:
+            return (attention.cumsum(-1) - 1).clamp(min=0)
+        return model.base_model.get_rope_index(ids, mm_token_type_ids=(ids == self.image_id).int(), image_grid_thw=grids, attention_mask=attention)[0]
+
     @torch.no_grad()
     def look(self, model: nn.Module, pictures: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """What the vision tower and its projection make of pictures, "seen" [n, H] each: once per rollout, for all turns of an episode."""
@@ -432,8 +445,9 @@ class Policy(nn.Module):
                 tower = model.base_model.vision_model(**inputs).last_hidden_state  # [B, 1, tiles, patches, D]
                 seen = model.base_model.multi_modal_projector(tower).flatten(1, 3)
                 looks += [{"seen": s, "tiles": t} for s, t in zip(seen, inputs["aspect_ratio_mask"])]
-            else:  # Llava and its like: it stands in the text
-                looks += [{"seen": s} for s in model.get_image_features(**inputs).pooler_output]
+            else:  # Llava, Qwen-VL: it stands in the text
+                grids = inputs.get("image_grid_thw", [None] * len(pictures[i : i + 64]))
+                looks += [{"seen": s, "grid": g} for s, g in zip(model.get_image_features(**inputs).pooler_output, grids)]
         return looks
 
     # ---- sampling
@@ -502,7 +516,8 @@ class Policy(nn.Module):
         rows = torch.arange(len(prompts), device=device)  # where each row of the shrinking batch belongs
         open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
         cache = transformers.Cache(layers=[RoomyLayer(max_new_tokens) for _ in range(model.config.get_text_config().num_hidden_layers)])
-        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        grids = torch.stack([look["grid"] for look in looks]) if looks and looks[0].get("grid") is not None else None
+        positions = self._positions(model, ids, attention, grids)
         inputs, tiles = {"input_ids": ids}, None
         if looks and "tiles" in looks[0]:
             tiles = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
@@ -530,12 +545,12 @@ class Policy(nn.Module):
             still = int(open_.sum())
             if not still:
                 break
-            positions, attention = positions[:, -1:] + 1, torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
+            positions, attention = positions[..., -1:] + 1, torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
             tiles = None if tiles is None else torch.cat([tiles, tiles[:, -1:]], 1)
             if still <= 0.75 * len(ids):  # finished rows leave the batch; each time the cache is copied, so not one by one
                 keep = open_.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                ids, positions, attention, rows, open_ = ids[keep], positions[keep], attention[keep], rows[keep], open_[keep]
+                ids, positions, attention, rows, open_ = ids[keep], positions[..., keep, :], attention[keep], rows[keep], open_[keep]
                 tiles = None if tiles is None else tiles[keep]
             inputs = {"input_ids": ids}
         self.flops += 2 * self.parameter_count * (sum(map(len, prompts)) + int(lengths.sum()) - len(prompts))
@@ -851,6 +866,7 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
     policy = make_policy()
     if config.batch_size % policy.world:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
+    policy.streams(batch_of(0)[:1])  # pictures for a model that reads none end here, before there is a run folder
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
     run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, count, 50)
 
@@ -867,6 +883,8 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, config.betas, config.eps, config.weight_decay)
     environments = [make_env() for _ in range(config.episodes // policy.world)]
+    observation, _ = environments[0].reset()
+    policy.open([(observation.messages, observation.image)])  # as in run_sft
     run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5)
 
 
@@ -934,6 +952,12 @@ STUDIES = {
         flops=1.6e13,
     )
 }  # fmt: skip
+STUDIES["gp-vl"] = replace(
+    STUDIES["gp-l"],
+    base=replace(STUDIES["gp-l"].base, steps=1200),
+    init=replace(STUDIES["gp-l"].init, steps=120),
+    pictures=TINY_PICTURES,
+)
 SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
 
 

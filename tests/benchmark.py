@@ -4,7 +4,8 @@
     update     bare forward + backward on the same conversations in the same microbatches, over ppo.update
     iteration  the sum of both bare loops, over a whole PPO iteration (scoring, advantages and logging included)
 
-Ratios of time, 1 is the bare model's speed; for episodes of one reply, and of up to three as in the study.
+Ratios of time, 1 is the bare model's speed; for episodes of one reply, of up to three as in the study, and of up to three with pictures.
+The bare loops are given drawn and preprocessed pictures and look at them anew in every turn; ours are drawn and preprocessed within the time.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,11 +36,18 @@ def bare_rollout(policy, model, streams) -> float:
             chunk = rows[i : i + policy.rollout_batch]
             width = chunk[0].replies[turn][0]
             ids, cache = torch.tensor([s.ids[:width] for s in chunk], device=model.device), transformers.DynamicCache()
+            pictures = pixels(chunk, model.dtype)
             for _ in range(round(statistics.mean(stop - first for first, stop in (s.replies[turn] for s in chunk)))):
-                hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+                hidden = model.base_model(input_ids=ids, **pictures, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+                pictures = {}
                 p = model.get_output_embeddings()(hidden).float().softmax(-1)
                 ids = torch.multinomial(p, 1)
     return time.perf_counter() - start
+
+
+def pixels(streams, dtype) -> dict:
+    """The tiny model's pictures of some conversations, as its forward pass takes them."""
+    return {"pixel_values": torch.cat([s.picture["pixel_values"] for s in streams]).to(dtype)} if streams[0].picture else {}
 
 
 def bare_update(policy, streams, microbatch_size: int) -> float:
@@ -47,7 +56,8 @@ def bare_update(policy, streams, microbatch_size: int) -> float:
     for i in range(0, len(streams), microbatch_size):
         batch = policy.collate(streams[i : i + microbatch_size])
         mask = batch["mask"].bool()
-        hidden = policy.model.base_model(input_ids=batch["ids"], use_cache=False).last_hidden_state[:, :-1][mask[:, 1:]]
+        pictures = pixels(streams[i : i + microbatch_size], policy.model.dtype)
+        hidden = policy.model.base_model(input_ids=batch["ids"], **pictures, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:]]
         logp = policy.model.get_output_embeddings()(hidden).float().log_softmax(-1).gather(-1, batch["ids"][mask][:, None])
         logp.mean().backward()
     policy.zero_grad()
@@ -61,13 +71,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="the median of this many (default: %(default)s)")
     args = parser.parse_args()
     policy = sftrl.Policy.load(args.model)
-    study = sftrl.STUDIES["gp-l"]
-    config = study.rl
-    config.episodes = args.episodes
     optimizers = policy.optimizers(0.0, 0.0)
-    micro = config.microbatch_size
-    for verify_iter in (1, study.verify_iter):
-        environments = [envs.make("gp-l", verify_iter=verify_iter) for _ in range(args.episodes)]
+    for task, verify_iter in (("gp-l", 1), ("gp-l", 3), ("gp-vl", 3)):
+        study = sftrl.STUDIES[task]
+        config, micro = replace(study.rl, episodes=args.episodes), study.rl.microbatch_size
+        environments = [envs.make(task, verify_iter=verify_iter, **study.pictures) for _ in range(args.episodes)]
         ratios: dict[str, list[float]] = {"rollout": [], "update": [], "iteration": [], "share of padding": []}
         for repeat in range(args.repeats + 1):  # the first one warms up
             start = time.perf_counter()
@@ -87,7 +95,7 @@ def main() -> None:
                 ratios["update"].append(bare_updated / (updated - scored))
                 ratios["iteration"].append((bare_rolled + bare_updated) / (updated - start))
                 ratios["share of padding"].append(1 - int(batch["length"].sum()) / sum(parts))
-        print(f"up to {verify_iter} replies per episode, {len(streams)} episodes, last time {sum(len(e.turns) for e in episodes)} replies:")
+        print(f"{task}, up to {verify_iter} replies per episode, {len(streams)} episodes, last time {sum(len(e.turns) for e in episodes)} replies:")
         for name, values in ratios.items():
             print(f"    {name}: {statistics.median(values):.2f} (from {min(values):.2f} to {max(values):.2f})")
         print(f"    generated {sum(sum(s.mask) for s in streams) / (rolled - start):.0f} tokens/s, "

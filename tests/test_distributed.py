@@ -21,7 +21,7 @@ def torchrun(n, *args):
     return done
 
 
-def worker(out: Path) -> None:
+def worker(kind: str, task: str, out: Path) -> None:
     """One SFT step, then one PPO update on the same conversations, then a rollout that stops unevenly; saves weights and metrics."""
     import torch.distributed as dist
     from conftest import make_policy
@@ -34,10 +34,11 @@ def worker(out: Path) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
-    policy = make_policy("llama")
+    policy = make_policy(kind)
     if world > 1:
         policy.shard()
-    env = envs.make("gp-l", seed=2)
+    small = {"size": (96, 48), "font_size": 0.36} if task == "gp-vl" else {}
+    env = envs.make(task, seed=2, **small)
     records = [envs.demonstration(env, wrong_turns=k % 3) for k in range(8)]
 
     # plain gradient descent, so that the step shows the gradient itself and not only its sign as Adam's first step does
@@ -58,7 +59,7 @@ def worker(out: Path) -> None:
     metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(policy, streams, episodes, batch, config)
     policy.save(out / "ppo")
 
-    environments = [envs.make("gp-l", verify_iter=1 + 4 * policy.rank) for _ in range(2 + 6 * policy.rank)]
+    environments = [envs.make(task, verify_iter=1 + 4 * policy.rank, **small) for _ in range(2 + 6 * policy.rank)]
     with policy.responder(1.0, 5 + 20 * policy.rank, policy.generator("uneven")) as respond:
         envs.play(environments, respond)
     metrics["after_rollout"] = next(sft.train(policy, optimizers, lambda step: records, sft.SFTConfig(batch_size=8, steps=1)))["loss"]
@@ -68,12 +69,12 @@ def worker(out: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory):
+@pytest.fixture(scope="module", params=[("llama", "gp-l"), ("mllama", "gp-vl")], ids=["text", "pictures"])
+def one_and_two(tmp_path_factory, request):
     folders = []
     for n in (1, 2):
         folders.append(tmp_path_factory.mktemp(f"ranks{n}"))
-        torchrun(n, HERE, folders[-1])
+        torchrun(n, HERE, *request.param, folders[-1])
     return folders
 
 
@@ -112,4 +113,4 @@ def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
-    worker(Path(sys.argv[1]))
+    worker(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_policy
+from conftest import SIGHTED, make_policy
 
 import envs
 import ppo
@@ -146,16 +146,17 @@ def small_config(**changes):
     return ppo.PPOConfig(**({"episodes": 6, "minibatch_size": 3, "microbatch_size": 2, "epochs": 2, "max_new_tokens": 12, "lr": 1e-3} | changes))
 
 
-def played(policy, config, verify_iter=3):
-    environments = [envs.make("gp-l", verify_iter=verify_iter) for _ in range(config.episodes)]
+def played(policy, config, verify_iter=3, task="gp-l"):
+    small = {"size": (96, 48), "font_size": 0.36} if task == "gp-vl" else {}
+    environments = [envs.make(task, verify_iter=verify_iter, **small) for _ in range(config.episodes)]
     return ppo.rollout(policy, environments, config, step=0)
 
 
-@pytest.mark.parametrize("kind", ["llava", "mllama"])
+@pytest.mark.parametrize("kind, task", [("llava", "gp-l"), ("mllama", "gp-l"), *((kind, "gp-vl") for kind in SIGHTED)])
 @pytest.mark.parametrize("ratio", ["token", "reply"])
-def test_first_ratio_is_one_and_moves_after_a_step(kind, ratio):
+def test_first_ratio_is_one_and_moves_after_a_step(kind, task, ratio):
     policy, config = make_policy(kind), small_config(ratio=ratio, thought_coef=0.5)
-    streams, episodes = played(policy, config)
+    streams, episodes = played(policy, config, task=task)
     batch = ppo.collect(policy, streams, episodes, config, "formula")
     metrics = ppo.update(policy, policy.optimizers(config.lr, 1e-3), batch, config, step=0)
     assert metrics["first_ratio_error"] < 1e-5 < metrics["largest_ratio"] - 1

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_policy
+from conftest import SIGHTED, make_policy
 
 import envs
 import sft
@@ -76,6 +76,23 @@ def test_sft_learns_its_demonstrations(kind, muon):
     with policy.rollout_weights() as model:
         drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, generator)
     assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in streams]
+
+
+@pytest.mark.parametrize("kind", SIGHTED)
+def test_sft_learns_what_only_the_picture_shows(kind):
+    policy = make_policy(kind)
+    env = envs.make("gp-vl", seed=4, size=(96, 48), font_size=0.36)
+    chosen = [envs.demonstration(env) for _ in range(3)]
+    config = sft.SFTConfig(lr=5e-3, batch_size=3, microbatch_size=3, steps=150)
+    losses = [m["loss"] for m in sft.train(policy, policy.optimizers(config.lr), lambda step: chosen, config)]
+    assert losses[-1] < 0.05 < losses[0]
+    streams = policy.streams(chosen)
+    for shift in (0, 1):  # shown the next picture, the model gives the next picture's reply
+        shown = streams[shift:] + streams[:shift]
+        with policy.rollout_weights() as model:
+            looks = policy.look(model, [s.picture for s in shown])
+            drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, torch.Generator(), looks)
+        assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in shown]
 
 
 def test_flops_are_six_n_per_trained_token_and_end_the_run(policy):

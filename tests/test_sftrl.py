@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import MODELS, make_policy
+from conftest import MODELS, SIGHTED, make_policy
 
 import envs
 import sftrl
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 SMALL = {"size": (96, 48), "font_size": 0.36}
-CASES = [(kind, "gp-l") for kind in MODELS] + [("llava", "gp-vl"), ("mllama", "gp-vl")]
+CASES = [(kind, "gp-l") for kind in MODELS] + [(kind, "gp-vl") for kind in SIGHTED]
 
 
 def sampled(policy, n=6, verify_iter=3, max_new_tokens=12, temperature=1.0, task="gp-l"):
@@ -174,7 +174,7 @@ def test_streams_grow_without_being_tokenized_again(kind):
 # ---- pictures
 
 
-@pytest.mark.parametrize("kind", ["llava", "mllama"])
+@pytest.mark.parametrize("kind", SIGHTED)
 def test_a_picture_changes_the_scores_of_its_own_row_alone(kind):
     policy = make_policy(kind)
     batch = policy.collate(sampled(policy, n=3, task="gp-vl"))
@@ -186,14 +186,16 @@ def test_a_picture_changes_the_scores_of_its_own_row_alone(kind):
     torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llava", "mllama"])
+@pytest.mark.parametrize("kind", SIGHTED)
 def test_a_picture_is_looked_at_once_for_all_turns_of_an_episode(kind):
     policy = make_policy(kind)
     seen = []
-    tower = policy.model.base_model.vision_tower if kind == "llava" else policy.model.base_model.vision_model
+    towers = {"llava": "vision_tower", "mllama": "vision_model", "qwen": "visual"}
+    tower = getattr(policy.model.base_model, towers[kind])
     tower.register_forward_hook(lambda module, args, kwargs, out: seen.append(len(kwargs.get("pixel_values", args[0] if args else ()))), with_kwargs=True)
     streams = sampled(policy, n=5, task="gp-vl")
-    assert max(len(s.replies) for s in streams) == 3 and sum(seen) == 5
+    pixels = torch.cat([s.picture["pixel_values"] for s in streams])
+    assert max(len(s.replies) for s in streams) == 3 and sum(seen) == len(pixels)
 
 
 def test_the_image_token_is_never_said(policy):
@@ -320,6 +322,17 @@ def test_a_killed_run_goes_on_to_bit_identical_weights(tmp_path):
     assert "other settings (clip)" in changed.stderr
 
 
+def test_visual_study_in_miniature(tmp_path):
+    cli("study", "--task", "gp-vl", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6)
+    lines = sftrl.read_lines(tmp_path / "results.jsonl")
+    assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in ("id", "rule", "visual")}
+    assert all(0 <= p["recognition"] <= 1 for p in lines)
+    report = (tmp_path / "report.md").read_text()
+    assert "RL ends above init on the other colour, greedy" in report and "recognition" in report
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "figures/recognition.png").exists()
+
+
 def test_study_end_to_end_in_miniature_and_again(tmp_path):
     args = ("study", "--out", tmp_path, "--seeds", 2, "--scale", 0.002, "--hands", 6)
     out = cli(*args).stdout
@@ -380,6 +393,7 @@ def test_play_shows_prompt_expert_and_verdict():
         (("evaluate", "--model", "tiny", "--temperature", "-1"), "--temperature"),
         (("ppo", "--out", "x", "--model", "missing"), "missing"),
         (("sft", "--out", "x", "--demos", "missing.json"), "missing.json"),
+        (("ppo", "--out", "x", "--task", "gp-l", "--color", "red"), "has no option 'color'"),
         (("sft", "--out", "x", "--wrong-turns", "9"), "--wrong-turns"),
         (("evaluate", "--model", "tiny", "--prompt", "missing.txt"), "missing.txt"),
         (("play", "--cards", "A A A A"), "cannot make"),
