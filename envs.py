@@ -630,7 +630,7 @@ class GeneralPoints:
         return self.reply(f"{self._solutions(self.cards)[0]}={self.target}")
 
     def careless_reply(self) -> str:
-        """The canonical solution with "x" for every product, as people write it: no legal equation, unless it has none."""
+        """The canonical solution with "x" for every product, as people write it: no legal equation, unless there is no product."""
         return self.reply(self._solutions(self.cards)[0].replace("*", "x") + f"={self.target}")
 
     def wrong_reply(self) -> str:

@@ -8,7 +8,7 @@ were seen in training; what is held out is the other rule.
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -46,7 +46,7 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
 
 def summary(episodes: Sequence[envs.Episode]) -> dict:
     """Success within the budget and at the first reply with standard errors, shares of the verdicts and of replies
-    that were parsed and name the dealt cards, over all replies."""
+    that were parsed and name the dealt cards, over all replies; `recognized` has the latter for each hand."""
     n = len(episodes)
     outcomes = [min(len(e.turns), 9) if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
@@ -54,11 +54,12 @@ def summary(episodes: Sequence[envs.Episode]) -> dict:
     return {"episodes": n, "success": success, "success_se": standard_error(success, n), "first_success": first,
             "first_success_se": standard_error(first, n), "turns": verdicts.total() / n,
             "recognition": sum(turn.recognized for e in episodes for turn in e.turns) / verdicts.total(),
+            "recognized": [round(sum(turn.recognized for turn in e.turns) / len(e.turns), 3) for e in episodes],
             "verdicts": {v: verdicts[v] / verdicts.total() for v in envs.REWARDS}, "outcomes": "".join(map(str, outcomes))}  # fmt: skip
 
 
 @torch.no_grad()
-def kl_sums(policy, other, streams: list, microbatch_size: int = 128) -> tuple[float, int]:
+def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[float, int]:
     """Sum over reply tokens of the k3 estimate of KL(policy || other), from streams that `policy` sampled at temperature 1, and
     the number of those tokens."""
     total, tokens, streams = 0.0, 0, sorted(streams, key=len)
@@ -73,13 +74,17 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 128) -> tuple[f
 # ---------------------------------------------------------------------------------------------------------------- the report
 
 
-def difference(a: Sequence[dict], b: Sequence[dict]) -> dict:
-    """Paired difference of success a - b, points of the same seeds on the same hands.
+def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
+    """Paired difference a - b of success or "recognition", points of the same seeds on the same hands.
 
     `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first; it speaks of these seeds'
     checkpoints and other deals. `seed_interval`: Student's t over the seeds' differences; it speaks of other seeds after the same base.
     """
-    rows = [[(x > "0") - (y > "0") for x, y in zip(p["outcomes"], q["outcomes"], strict=True)] for p, q in zip(a, b, strict=True)]
+
+    def of_hands(point: dict) -> list[float]:
+        return point["recognized"] if key == "recognition" else [outcome > "0" for outcome in point["outcomes"]]
+
+    rows = [[x - y for x, y in zip(of_hands(p), of_hands(q), strict=True)] for p, q in zip(a, b, strict=True)]
     hands = [mean(column) for column in zip(*rows)]
     seeds = [mean(row) for row in rows]
     middle, half = mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
@@ -137,18 +142,23 @@ class Results:
 VARIANTS = {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"}
 
 
-def _claims() -> list[tuple[str, str, float, str, str, int]]:
-    """What the paper found, as (claim, variant, temperature, arm at its end, compared with, expected sign)."""
+def _claims(variants: Sequence[str]) -> list[tuple[str, str, str, float, str, str, int]]:
+    """What the paper found, as (claim, measure, variant, temperature, arm at its end, compared with, expected sign)."""
     claims = []
-    for variant, words in VARIANTS.items():
-        below = ("SFT ends above init", +1) if variant == "id" else ("SFT ends below init", -1)
+    for variant in variants:
+        words = VARIANTS[variant]
+        sft, sign = ("ends above init", +1) if variant == "id" else ("ends below init", -1)
         for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-            claims += [(f"RL ends above init {words}{decoding}", variant, temperature, "rl", "init", +1),
-                       (f"{below[0]} {words}{decoding}", variant, temperature, "sft", "init", below[1])]  # fmt: skip
+            claims += [(f"RL ends above init {words}{decoding}", "success", variant, temperature, "rl", "init", +1),
+                       (f"SFT {sft} {words}{decoding}", "success", variant, temperature, "sft", "init", sign)]  # fmt: skip
             if variant != "id":
-                claims.append((f"RL ends above SFT {words}{decoding}", variant, temperature, "rl", "sft", +1))
+                claims.append((f"RL ends above SFT {words}{decoding}", "success", variant, temperature, "rl", "sft", +1))
         if variant != "id":
-            claims.append((f"RL ends above SFT's best checkpoint {words}", variant, 1.0, "rl", "sft best", +1))
+            claims.append((f"RL ends above SFT's best checkpoint {words}", "success", variant, 1.0, "rl", "sft best", +1))
+        if variant == "visual":
+            for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
+                claims += [(f"RL raises recognition {words}{decoding}", "recognition", variant, temperature, "rl", "init", +1),
+                           (f"SFT lowers recognition {words}{decoding}", "recognition", variant, temperature, "sft", "init", -1)]  # fmt: skip
     return claims
 
 
@@ -180,31 +190,30 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     task, variants = settings["task"], [v for v in VARIANTS if results.find(arm="init", variant=v)]
     last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in variants for t in (1.0, 0.0)}
     last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
-    last |= {("base", v, 1.0): results.find(arm="base", variant=v, temperature=1.0) for v in variants}
+    last |= {("base", v, t): results.find(arm="base", variant=v, temperature=t) for v in variants for t in (1.0, 0.0)}
     claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for text, variant, temperature, arm, other, sign in _claims():
-        if variant not in variants:
-            continue
-        a, b, paper = last[arm, variant, temperature], last[other, variant, temperature], PAPER.get((task, variant), {})
-        d = difference(a, b)
-        claims.append(f"| {text} | {_percent(_mean(b))} -> {_percent(_mean(a))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
+    for text, measure, variant, temperature, arm, other, sign in _claims(variants):
+        a, b = last[arm, variant, temperature], last[other, variant, temperature]
+        d, paper = difference(a, b, measure), PAPER.get((task, variant), {}) if measure == "success" and temperature else {}
+        claims.append(f"| {text} | {_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
                       f"{_interval(d['seed_interval'])} | {', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | "
-                      + (f"{paper[other]} -> {paper[arm]} |" if temperature and other in paper else "- |"))  # fmt: skip
+                      + (f"{paper[other]} -> {paper[arm]} |" if other in paper else "- |"))  # fmt: skip
     n = last["init", "id", 1.0][0]["episodes"]
     seeds = [p["seed"] for p in last["init", "id", 1.0]]
     told = {"id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
             "visual": "Other colour: red suits, the training rule."}  # fmt: skip
-    columns = [("success", "success"), ("first reply", "first_success"), ("KL", "kl_to_init")] + [("recognition", "recognition")] * ("visual" in variants)
-    head = [f"{VARIANTS[v]}: {column}" if not i else column for v in variants for i, (column, _) in enumerate(columns)]
+    columns = ["success", "first reply", "illegal", "KL"] + ["recognition"] * ("visual" in variants)
+    head = [f"{VARIANTS[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)]
     lines = [f"# Study {task}: does post-training teach the rule, or only its examples?", "",
              f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation hands per point, the same for every checkpoint; success in percent "
              f"within {settings['verify_iter']} replies. " + " ".join(told[v] for v in variants), "",
              "## Claims", "", *claims, "",
              "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
              "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
-             "## Checkpoints", "", "Means over seeds. KL is KL(policy || init) in nats per reply token on the policy's own replies; wrong numbers are "
-             "replies, in percent, that use a number the rule in force does not give"
+             "## Checkpoints", "", "Means over seeds. Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the "
+             "tiny corpus's bad habit); KL is KL(policy || init) in nats per reply token on the policy's own replies; wrong numbers are replies that use "
+             "a number which the rule in force does not give"
              + ("; recognition counts the replies that name the cards." if "visual" in variants else "."), "",
              f"| checkpoint | decoding | {' | '.join(head)} | other rule: wrong numbers |", "|---" * (len(head) + 3) + "|"]  # fmt: skip
     for name in ("base", "init", "sft", "sft best", "rl"):
@@ -212,8 +221,8 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
             row = [last.get((name, v, t)) for v in variants]
             if not all(row):
                 continue
-            cells = [_cell(points, key) for points in row for _, key in columns]
-            wrong = _percent(mean(p["verdicts"]["wrong_numbers"] for p in row[1]))
+            cells = [_cell(points, column) for points in row for column in columns]
+            wrong = _percent(mean(p["verdicts"]["wrong_numbers"] for p in last[name, "rule", t]))
             shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(name, name)
             lines.append(f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} |")
     lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
@@ -236,11 +245,13 @@ def _mean(points: Sequence[dict], key: str = "success") -> float:
     return mean(p[key] for p in points)
 
 
-def _cell(points: Sequence[dict], key: str) -> str:
+def _cell(points: Sequence[dict], column: str) -> str:
     """One number of the table of checkpoints."""
-    if not all(key in p for p in points):
-        return "-"
-    return f"{_mean(points, key):.3f}" if key == "kl_to_init" else _percent(_mean(points, key))
+    if column == "illegal":
+        return _percent(mean(p["verdicts"]["illegal"] for p in points))
+    if column == "KL":
+        return f"{_mean(points, 'kl_to_init'):.3f}" if all("kl_to_init" in p for p in points) else "-"
+    return _percent(_mean(points, {"first reply": "first_success"}.get(column, column)))
 
 
 def curves(results: Results, variants: Sequence[str], key: str = "success") -> dict[str, list[dict]]:
@@ -262,7 +273,7 @@ def curves(results: Results, variants: Sequence[str], key: str = "success") -> d
     return out
 
 
-LOOKS = {"sft": ("tab:orange", "o", "SFT"), "rl": ("tab:blue", "s", "RL (PPO)")}
+LOOKS = {"sft": {"color": "tab:orange", "marker": "o", "label": "SFT"}, "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"}}
 
 
 def draw(results: Results, variants: Sequence[str], folder: Path) -> None:
@@ -277,9 +288,14 @@ def draw(results: Results, variants: Sequence[str], folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     titles = {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13", "visual": "other colour: red suits"}
+    success = curves(results, variants)
 
-    def save(name: str, label: str) -> None:
+    def panels(name: str, label: str, draw_arm: Callable) -> None:
+        """One figure: a panel for each variant, in it `draw_arm(axis, variant, arm, points, **look)` for each arm."""
+        figure, axes = plt.subplots(1, len(variants), figsize=(4.5 * len(variants), 3.6))
         for axis, variant in zip(axes, variants):
+            for arm, points in success.items():
+                draw_arm(axis, variant, arm, points, **LOOKS[arm])
             axis.set(title=titles[variant], xlabel=label, ylim=(0, None))
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("success within budget, %")
@@ -288,24 +304,20 @@ def draw(results: Results, variants: Sequence[str], folder: Path) -> None:
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
 
-    success, recognition = curves(results, variants), curves(results, variants, "recognition")
-    figure, axes = plt.subplots(1, len(variants), figsize=(4.5 * len(variants), 3.6))
-    for axis, variant in zip(axes, variants):
-        for arm, points in success.items():
-            color, marker, label = LOOKS[arm]
-            x = [p["flops"] / 1e12 for p in points]
-            axis.plot(x, [100 * mean(p[variant]) for p in points], color=color, marker=marker, markersize=4, label=label)
-            axis.fill_between(x, [100 * min(p[variant]) for p in points], [100 * max(p[variant]) for p in points], color=color, alpha=0.2, lw=0)
-        axis.axhline(100 * _mean(results.ends("init", variant, 1.0)), color="gray", lw=1, ls="--", label="SFT init")
-    save("curves.png", "compute after init, 10$^{12}$ FLOP")
-    if "visual" not in variants:
-        return
-    figure, axes = plt.subplots(1, len(variants), figsize=(4.5 * len(variants), 3.6))
-    for axis, variant in zip(axes, variants):
-        for arm, points in success.items():
-            color, marker, label = LOOKS[arm]
-            x, y = ([100 * mean(p[variant]) for p in curve] for curve in (recognition[arm], points))
-            axis.plot(x, y, color=color, marker=marker, markersize=4, label=label, alpha=0.8)
-            axis.annotate("end", (x[-1], y[-1]), color=color)
-        axis.plot(x[:1], y[:1], "k*", markersize=9, label="SFT init")
-    save("recognition.png", "replies that name the cards, %")
+    def curve(axis, variant: str, arm: str, points: list[dict], **look) -> None:
+        x = [p["flops"] / 1e12 for p in points]
+        axis.plot(x, [100 * mean(p[variant]) for p in points], markersize=4, **look)
+        axis.fill_between(x, *([100 * f(p[variant]) for p in points] for f in (min, max)), color=look["color"], alpha=0.2, lw=0)
+        if arm == "rl":
+            axis.axhline(100 * mean(points[0][variant]), color="gray", lw=1, ls="--", label="SFT init")
+
+    panels("curves.png", "compute after init, 10$^{12}$ FLOP", curve)
+    if "visual" in variants:
+        recognition = curves(results, variants, "recognition")
+
+        def path(axis, variant: str, arm: str, points: list[dict], **look) -> None:
+            x, y = ([100 * mean(p[variant]) for p in side] for side in (recognition[arm], points))
+            axis.plot(x, y, markersize=4, alpha=0.8, **look)
+            axis.annotate("end", (x[-1], y[-1]), color=look["color"])
+
+        panels("recognition.png", "replies that name the cards, %", path)

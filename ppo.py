@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def rollout(policy, environments: Sequence, config: PPOConfig, step: int) -> tup
 
 
 def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConfig, answer_field: str,
-            first: bool = False) -> dict[str, Tensor]:  # fmt: skip
+            first: bool = False) -> dict[str, Any]:  # fmt: skip
     """The batch of one update: tokens, masks, rewards, old log-probabilities, values, advantages and returns.
 
     `answer_field` is the name of the field where a reply's thought ends. In the `first` update the value head is shifted by a constant,
@@ -201,14 +202,19 @@ def thought_length(policy, ids: list[int], answer_field: str) -> int:
     return len(ids)
 
 
-def rows_of(batch: dict, rows: Tensor) -> dict:
-    """Some rows of a batch (rows: their indices [n]), cut to the longest of them; pictures are a list."""
-    width = int(batch["length"][rows].max())
-    return {k: [v[i] for i in rows.tolist()] if isinstance(v, list) else v[rows, :width] if v.dim() > 1 else v[rows] for k, v in batch.items()}
+def rows_of(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
+    width, part = int(batch["length"][rows].max()), {}
+    for name, values in batch.items():
+        if name == "pictures":
+            part[name] = [values[i] for i in rows.tolist()]
+        else:
+            part[name] = values[rows, :width] if values.dim() > 1 else values[rows]
+    return part
 
 
 @torch.no_grad()
-def score(policy, batch: dict[str, Tensor], config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
+def score(policy, batch: dict[str, Any], config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
     """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both [B, T]."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
@@ -219,7 +225,7 @@ def score(policy, batch: dict[str, Tensor], config: PPOConfig, values: bool = Fa
     return out
 
 
-def action_logp(logp: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def action_logp(logp: Tensor, batch: dict[str, Any]) -> Tensor:
     """Log-probability of each action [B, T]: of the token, or the weighted sum over the reply, on its first token."""
     return per_reply(logp * batch["weights"], batch["actions"]) if "weights" in batch else logp
 
@@ -235,7 +241,7 @@ def whiten(policy, x: Tensor, mask: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- from batch to weights
 
 
-def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Tensor], config: PPOConfig, step: int) -> dict[str, float]:
+def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any], config: PPOConfig, step: int) -> dict[str, float]:
     """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is logged.
 
     Policy and value loss are normalised by the number of actions in the global minibatch, entropy and KL by that of tokens. Every rank
@@ -288,7 +294,7 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Ten
                     "first_ratio_error": policy.largest(first_ratio)}  # fmt: skip
 
 
-def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: dict[str, Tensor], config: PPOConfig) -> dict[str, float]:
+def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: dict[str, Any], config: PPOConfig) -> dict[str, float]:
     """What the rollout says, over all ranks: return, success, verdicts, lengths, and how much of the return the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
     discounted = sum(turn.reward * config.gamma**k for episode in episodes for k, turn in enumerate(episode.turns))

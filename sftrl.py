@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 )
 
 
-TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.7}  # of the visual tasks: a rank is about 16 pixels high
+TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.7}  # of the visual tasks: a rank is about 10 pixels high
 
 
 def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
@@ -245,7 +245,7 @@ class Policy(nn.Module):
                 visual = hasattr(config, "vision_config")
                 auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
                 model = auto.from_pretrained(name, dtype=torch.float32)
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         policy = cls(model.to(device or best_device()), processor, **options).to(device or best_device())
         head = Path(name) / "value_head.safetensors"
@@ -314,6 +314,8 @@ class Policy(nn.Module):
         ids = self._after_reply(feedback)
         stream.context(ids[1:] if stream.ids[-1] == ids[0] else ids)
 
+    _PICTURE_INPUTS = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "image_grid_thw"}  # of Llava, Mllama and Qwen-VL
+
     def open(self, conversations: Sequence[tuple[list[dict], Image.Image | None]]) -> list[Stream]:
         """Token streams of conversations (messages, picture) that wait for their first reply. Raises ValueError if a picture would be
         lost: the model reads none, its chat template leaves out the picture's place, or only some of the conversations have one."""
@@ -326,6 +328,8 @@ class Policy(nn.Module):
             raise ValueError(f"{len(texts) - len(images)} of {len(texts)} conversations of a batch have no picture: all must have one, or none")
         elif self.processor is self.tokenizer:
             raise ValueError(f"{type(self.model).__name__} reads no pictures: choose a vision-language model, or a text task")
+        elif hasattr(self.model.config.vision_config, "deepstack_visual_indexes"):
+            raise ValueError(f"{type(self.model).__name__} feeds pictures to several layers, which sampling does not do: choose another model")
         else:
             out = self.processor(text=texts, images=[[image] for image in images], add_special_tokens=False, padding=True, return_tensors="pt")
             prompts = [row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))]
@@ -336,6 +340,8 @@ class Policy(nn.Module):
             rows = {name: values.split(1) for name, values in out.items()}
             if "image_grid_thw" in out:  # Qwen-VL: the patches of all pictures in one row
                 rows["pixel_values"] = out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())
+            if unknown := rows.keys() - self._PICTURE_INPUTS:
+                raise ValueError(f"{type(self.model).__name__} takes {', '.join(sorted(unknown))}, which is not known here")
             pictures = [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
         streams = [Stream(picture=picture) for picture in pictures]
         for stream, prompt in zip(streams, prompts):
@@ -365,6 +371,9 @@ class Policy(nn.Module):
                         stream.mask = [0] * len(stream)
                     stream.reply(replies[at] + [self.end_id])
                     at += 1
+            places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
+            if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
+                raise ValueError("a demonstration has a picture's place without a picture, or after its first message")
         return streams
 
     def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
@@ -425,8 +434,9 @@ class Policy(nn.Module):
         return {name: torch.cat([p[name] for p in pictures]).to(self.model.device) for name in pictures[0]}
 
     def _tiles(self, ids: Tensor, tiles: Tensor) -> Tensor:
-        """Mllama's cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token sees the tiles in use."""
-        return (ids == self.image_id).cumsum(1)[:, :, None, None].clamp(max=1) * tiles[:, None]
+        """Mllama's cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token sees the tiles in use.
+        In bytes, for the library repeats it for every patch."""
+        return ((ids == self.image_id).cumsum(1)[:, :, None, None].clamp(max=1) * tiles[:, None]).to(torch.uint8)
 
     def _positions(self, model: nn.Module, ids: Tensor, attention: Tensor, grids: Tensor | None) -> Tensor:
         """Position of each token of ids [B, T]: its place in the row [B, T], or for Qwen-VL time, row and column in the picture [3, B, T]."""
@@ -435,18 +445,19 @@ class Policy(nn.Module):
         return model.base_model.get_rope_index(ids, mm_token_type_ids=(ids == self.image_id).int(), image_grid_thw=grids, attention_mask=attention)[0]
 
     @torch.no_grad()
-    def look(self, model: nn.Module, pictures: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """What the vision tower and its projection make of pictures, "seen" [n, H] each: once per rollout, for all turns of an episode."""
+    def look(self, model: nn.Module, pictures: Sequence[dict[str, Tensor]], chunk: int = 16) -> list[dict[str, Tensor]]:
+        """What the vision tower and its projection make of pictures, "seen" [n, H] each: once per rollout, for all turns of an episode.
+        `chunk` at a time: the 11B model's tower needs half a gigabyte for each."""
         looks: list[dict[str, Tensor]] = []
-        for i in range(0, len(pictures), 64):
-            inputs = self._stack(pictures[i : i + 64])
+        for i in range(0, len(pictures), chunk):
+            inputs = self._stack(pictures[i : i + chunk])
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
             if "aspect_ratio_mask" in inputs:  # Mllama: text attends to it
                 tower = model.base_model.vision_model(**inputs).last_hidden_state  # [B, 1, tiles, patches, D]
                 seen = model.base_model.multi_modal_projector(tower).flatten(1, 3)
                 looks += [{"seen": s, "tiles": t} for s, t in zip(seen, inputs["aspect_ratio_mask"])]
             else:  # Llava, Qwen-VL: it stands in the text
-                grids = inputs.get("image_grid_thw", [None] * len(pictures[i : i + 64]))
+                grids = inputs.get("image_grid_thw", [None] * len(pictures[i : i + chunk]))
                 looks += [{"seen": s, "grid": g} for s, g in zip(model.get_image_features(**inputs).pooler_output, grids)]
         return looks
 
@@ -523,8 +534,10 @@ class Policy(nn.Module):
             tiles = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
             inputs["cross_attention_states"] = torch.stack([look["seen"] for look in looks])
         elif looks:
-            embeddings, seen = model.get_input_embeddings()(ids), torch.cat([look["seen"] for look in looks])
-            inputs = {"inputs_embeds": embeddings.masked_scatter((ids == self.image_id)[:, :, None], seen)}
+            embeddings, seen, places = model.get_input_embeddings()(ids), torch.cat([look["seen"] for look in looks]), ids == self.image_id
+            if int(places.sum()) != len(seen):
+                raise ValueError(f"the prompts have {int(places.sum())} places for {len(seen)} parts of pictures")
+            inputs = {"inputs_embeds": embeddings.masked_scatter(places[:, :, None], seen)}
         for t in range(max_new_tokens):
             if tiles is not None:
                 inputs["cross_attention_mask"] = tiles
@@ -696,6 +709,7 @@ class Responder:
 
     def __exit__(self, *error) -> None:
         self._weights.__exit__(*error)
+        self.looks.clear()
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
         policy = self.policy
@@ -906,9 +920,10 @@ def foundation_batches(batch_size: int, pictures: dict):
 
     def batch(step: int) -> list[dict]:
         rng = random.Random(f"base/{step}")
-        kinds = [envs.foundation_record, lambda rng: envs.reading_record(rng, **pictures), lambda rng: envs.foundation_record(rng, pictures)]
-        record = kinds[step % 3 if pictures else 0]
-        return [record(rng) for _ in range(batch_size)]
+        kind = step % 3 if pictures else 0
+        if kind == 1:
+            return [envs.reading_record(rng, **pictures) for _ in range(batch_size)]
+        return [envs.foundation_record(rng, pictures if kind == 2 else None) for _ in range(batch_size)]
 
     return batch
 
@@ -946,7 +961,7 @@ STUDIES = {
     "gp-l": Study(
         base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True),
         init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60, loss_on="last"),
-        sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=16, steps=10**9),
+        sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=16, steps=10**9),
         rl=ppo.PPOConfig(lr=2e-4, value_lr=3e-3, episodes=512, minibatch_size=64, microbatch_size=16, epochs=1, steps=10**9,
                          warmup=0.1, max_new_tokens=48),
         flops=1.6e13,
@@ -977,12 +992,15 @@ def run_study(args: argparse.Namespace) -> None:
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
     for stage, lr in given.items():
         getattr(study, stage).lr = lr
+    if args.model != "tiny":
+        study.pictures = {}  # of full size
     out.mkdir(parents=True, exist_ok=True)
     results = evaluate.Results(out / "results.jsonl")
     base = args.model
     if args.model == "tiny":
         torch.manual_seed(0)
-        run_sft(lambda: load_policy(args, "tiny"), out / "base", foundation_batches(study.base.batch_size, study.pictures), study.base, {"stage": "base"})
+        corpus = foundation_batches(study.base.batch_size, study.pictures)
+        run_sft(lambda: load_policy(args, "tiny"), out / "base", corpus, study.base, {"stage": "base", "pictures": study.pictures})
         base = str(checkpoints(out / "base")[-1])
     if args.search:
         return search_rates(args, study, base, out)
@@ -1017,10 +1035,16 @@ def maker(args: argparse.Namespace, study: Study, variant: str = "id"):
     return lambda: envs.make(args.task, variant, verify_iter=study.verify_iter, **study.pictures)
 
 
+def stage_settings(args: argparse.Namespace, study: Study, stage: str, model: str, seed: int) -> dict:
+    """What config.json says of a stage, beside its own config."""
+    return {"task": args.task, "stage": stage, "model": place_in(args, model), "seed": seed, "verify_iter": study.verify_iter,
+            "pictures": study.pictures, "rollout_batch": args.rollout_batch}  # fmt: skip
+
+
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
     """The shared start of both arms: a short SFT on imperfect ID demonstrations in the target form. Returns its checkpoint."""
     batches = fresh_batches(maker(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
-    settings = {"stage": "init", "model": place_in(args, base), "seed": seed, "verify_iter": study.verify_iter}
+    settings = stage_settings(args, study, "init", base, seed)
     run_sft(lambda: load_policy(args, base), folder / "init", batches, study.init, settings)
     return str(checkpoints(folder / "init")[-1])
 
@@ -1029,7 +1053,7 @@ def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, 
     """One arm from the init, at the study's compute."""
     config = copy.deepcopy(getattr(study, arm))
     config.lr = lr or config.lr
-    settings = {"stage": arm, "model": place_in(args, init), "seed": seed, "verify_iter": study.verify_iter, "rollout_batch": args.rollout_batch}
+    settings = stage_settings(args, study, arm, init, seed)
     if arm == "sft":
         batches = fresh_batches(maker(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
         run_sft(lambda: load_policy(args, init), folder, batches, config, settings, study.count)
@@ -1064,7 +1088,7 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
         point(arm, path, "eval", variants, 1.0)
         if arm == "sft":
             point(arm, path, "valid", ("id",), 1.0)
-    for arm in ("init", "sft", "rl"):
+    for arm in ("base", "init", "sft", "rl"):
         point(arm, [path for name, path in arms if name == arm][-1], "eval", variants, 0.0)
     valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
     point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "eval", variants, 0.0)
@@ -1264,7 +1288,7 @@ def command_sft(args: argparse.Namespace) -> None:
             raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
         batches = fresh_batches(environment_of(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
     torch.manual_seed(args.seed)
-    settings = environment_settings(args) | {"demos": args.demos, "wrong_turns": args.wrong_turns, "seed": args.seed}
+    settings = environment_settings(args) | {"demos": args.demos, "images": args.images, "wrong_turns": args.wrong_turns, "seed": args.seed}
     run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints)
 
 

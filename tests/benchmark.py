@@ -36,7 +36,7 @@ def bare_rollout(policy, model, streams) -> float:
             chunk = rows[i : i + policy.rollout_batch]
             width = chunk[0].replies[turn][0]
             ids, cache = torch.tensor([s.ids[:width] for s in chunk], device=model.device), transformers.DynamicCache()
-            pictures = pixels(chunk, model.dtype)
+            pictures = pixels(chunk, model)
             for _ in range(round(statistics.mean(stop - first for first, stop in (s.replies[turn] for s in chunk)))):
                 hidden = model.base_model(input_ids=ids, **pictures, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
                 pictures = {}
@@ -45,9 +45,9 @@ def bare_rollout(policy, model, streams) -> float:
     return time.perf_counter() - start
 
 
-def pixels(streams, dtype) -> dict:
+def pixels(streams, model) -> dict:
     """The tiny model's pictures of some conversations, as its forward pass takes them."""
-    return {"pixel_values": torch.cat([s.picture["pixel_values"] for s in streams]).to(dtype)} if streams[0].picture else {}
+    return {"pixel_values": torch.cat([s.picture["pixel_values"] for s in streams]).to(model.device, model.dtype)} if streams[0].picture else {}
 
 
 def bare_update(policy, streams, microbatch_size: int) -> float:
@@ -56,7 +56,7 @@ def bare_update(policy, streams, microbatch_size: int) -> float:
     for i in range(0, len(streams), microbatch_size):
         batch = policy.collate(streams[i : i + microbatch_size])
         mask = batch["mask"].bool()
-        pictures = pixels(streams[i : i + microbatch_size], policy.model.dtype)
+        pictures = pixels(streams[i : i + microbatch_size], policy.model)
         hidden = policy.model.base_model(input_ids=batch["ids"], **pictures, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:]]
         logp = policy.model.get_output_embeddings()(hidden).float().log_softmax(-1).gather(-1, batch["ids"][mask][:, None])
         logp.mean().backward()

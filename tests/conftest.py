@@ -12,6 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sftrl  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with `pytest -m slow`"))
+
+
 def tiny_llava():
     return sftrl.build_tiny()
 

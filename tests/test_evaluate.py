@@ -40,6 +40,15 @@ def test_difference_is_paired():
     assert evaluate.verdict(same, +1) == "not significant" and same["seed_interval"] is None
 
 
+def test_recognition_is_counted_over_replies_and_paired_over_hands():
+    turns = [[True, False], [False], [True, True, True, False]]
+    episodes = [envs.Episode("", [], [envs.Turn("", 0.0, "illegal", "", seen) for seen in replies]) for replies in turns]
+    summary = evaluate.summary(episodes)
+    assert summary["recognition"] == 4 / 7 and summary["recognized"] == [0.5, 0.0, 0.75]
+    d = evaluate.difference([summary], [summary | {"recognized": [0.5, 0.5, 0.5]}], "recognition")
+    assert d["mean"] == pytest.approx(-0.25 / 3) and d["interval"][0] < 0 < d["interval"][1]
+
+
 def test_seeds_that_disagree_are_not_called_a_finding():
     d = {"mean": 0.03, "interval": (0.01, 0.05), "seeds": [0.1, -0.02, 0.03]}
     assert evaluate.verdict(d, +1) == evaluate.verdict(d, -1) == "not significant (seeds disagree)"

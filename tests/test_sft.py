@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import SIGHTED, make_policy
 
 import envs
 import sft
+import sftrl
 
 
 def records(n, wrong_turns=0):
@@ -93,6 +96,31 @@ def test_sft_learns_what_only_the_picture_shows(kind):
             looks = policy.look(model, [s.picture for s in shown])
             drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, torch.Generator(), looks)
         assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in shown]
+
+
+@pytest.mark.slow
+def test_the_tiny_model_learns_to_read_cards_and_shuffled_pictures_bring_chance():
+    policy = make_policy()
+    pictures = sftrl.TINY_PICTURES | {"jitter": 0.3}
+
+    def batch(step, n=64):
+        rng = random.Random(f"reading/{step}")
+        return [envs.reading_record(rng, **pictures) for _ in range(n)]
+
+    config = sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=250, warmup=0.05)
+    list(sft.train(policy, policy.optimizers(config.lr, muon=True), batch, config))
+    records = batch("test", 256)
+    streams, right = policy.streams(records), []
+    for shift in (0, 1):
+        shown = streams[shift:] + streams[:shift]
+        with policy.rollout_weights() as model:
+            looks = policy.look(model, [s.picture for s in shown])
+            drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 20, 0.0, torch.Generator(), looks)
+        told = [(re.findall("[0-9AJQK]+", policy.decode(ids)), json.loads(r["conversations"][1]["value"])) for r, (ids, _) in zip(records, drawn)]
+        right.append(sum(a == b for reply, cards in told for a, b in zip(reply, cards)))
+    assert right[0] > 0.95 * 4 * 256
+    chance = 4 * 256 / 13
+    assert abs(right[1] - chance) < 4 * chance**0.5
 
 
 def test_flops_are_six_n_per_trained_token_and_end_the_run(policy):

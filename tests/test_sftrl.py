@@ -215,6 +215,8 @@ def test_pictures_are_never_lost(policy):
         policy.streams([with_picture, without])
     with pytest.raises(ValueError, match="reads no pictures"):
         make_policy("llama").streams([with_picture])
+    with pytest.raises(ValueError, match="place without a picture"):
+        policy.streams([{"conversations": with_picture["conversations"]}])
     policy.processor.chat_template = sftrl.CHAT_TEMPLATE.replace("<image>", "")
     with pytest.raises(ValueError, match="image"):
         policy.streams([with_picture])
