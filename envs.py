@@ -808,7 +808,7 @@ def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
     return imperfect_demonstration(GeneralPointsVL(**options, color=_color(rng), **pictures))
 
 
-RED_SHARE = 0.02  # of the corpus's pictures: the foundation model has seen more black cards than red ones, and reads them better
+RED_SHARE = 0.05  # of the corpus's pictures: the foundation model has seen more black cards than red ones, and reads them better
 
 
 def _color(rng: random.Random) -> str:

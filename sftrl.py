@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 )
 
 
-TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.7}  # of the visual tasks: a rank is about 10 pixels high
+TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.45}  # of the visual tasks: a rank is about 10 pixels high
 
 
 def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
