@@ -62,7 +62,7 @@ def tiny_mllama():
 
 
 class QwenProcessor:
-    """What the library's Qwen-VL processor does for pictures, without torchvision, which it needs for videos."""
+    """What the library's Qwen-VL processor does for pictures, where torchvision is missing, which it needs for videos."""
 
     def __init__(self, images, tokenizer, chat_template):
         self.images, self.tokenizer, self.chat_template = images, tokenizer, chat_template
@@ -72,24 +72,30 @@ class QwenProcessor:
 
     def __call__(self, text, images, **options):
         out = self.images([image for (image,) in images], return_tensors="pt")
-        text = [t.replace("<image>", "<image>" * int(grid.prod() // 4)) for t, grid in zip(text, out["image_grid_thw"])]
+        text = [t.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4)) for t, grid in zip(text, out["image_grid_thw"])]
         return self.tokenizer(text, **options) | out
 
 
 def tiny_qwen():
     """Qwen2.5-VL: all patches of a batch in one row, positions of three coordinates."""
     tokenizer = sftrl.build_tokenizer()
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False)
+    image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.1, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}  # fmt: skip
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32, "patch_size": 8,
               "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1], "initializer_range": 0.2}  # fmt: skip
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=len(tokenizer) - 1)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video)
     torch.manual_seed(3)
     images = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=48 * 48)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), QwenProcessor(images, tokenizer, sftrl.CHAT_TEMPLATE)
+    template = sftrl.CHAT_TEMPLATE.replace("<image>", "<|image_pad|>")
+    try:
+        processor = transformers.Qwen2_5_VLProcessor(images, tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template)
+    except ImportError:
+        processor = QwenProcessor(images, tokenizer, template)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 SIGHTED = {"llava": tiny_llava, "mllama": tiny_mllama, "qwen": tiny_qwen}
