@@ -780,12 +780,12 @@ def imperfect_demonstration(env: GeneralPoints) -> dict:
     """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
 
     A quarter are revisions, after one, two or four wrong tries (as the budget allows). Of the last answers one in ten has a wrong value;
-    of the others every second was written by people who multiply with an "x". A model that learned from these is unsure, knows how to try
-    again, and has a bad habit.
+    of the others three in five were written by people who multiply with an "x". A model that learned from these is unsure, knows how to
+    try again, and has a bad habit.
     """
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     cls = type(env)
-    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, 45, 45))[0]
+    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, 54, 36))[0]
     return demonstration(env, wrong_turns, author)
 
 
