@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sftrl  # noqa: E402
 
 
+SMALL = {"size": (96, 48), "font_size": 0.36}  # pictures of gp-vl that cost little
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
 

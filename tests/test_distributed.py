@@ -24,7 +24,7 @@ def torchrun(n, *args):
 def worker(kind: str, task: str, out: Path) -> None:
     """One SFT step, then one PPO update on the same conversations, then a rollout that stops unevenly; saves weights and metrics."""
     import torch.distributed as dist
-    from conftest import make_policy
+    from conftest import SMALL, make_policy
 
     import envs
     import ppo
@@ -37,14 +37,14 @@ def worker(kind: str, task: str, out: Path) -> None:
     policy = make_policy(kind)
     if world > 1:
         policy.shard()
-    small = {"size": (96, 48), "font_size": 0.36} if task == "gp-vl" else {}
+    small = SMALL if task == "gp-vl" else {}
     env = envs.make(task, seed=2, **small)
     records = [envs.demonstration(env, wrong_turns=k % 3) for k in range(8)]
 
     # plain gradient descent, so that the step shows the gradient itself and not only its sign as Adam's first step does
-    optimizers = [torch.optim.SGD(list(policy.parameters()), lr=0.1)]
-    optimizers[0].param_groups[0]["initial_lr"] = 0.1
-    config = sft.SFTConfig(lr=0.1, batch_size=8, microbatch_size=2, steps=1, max_grad_norm=1.0)
+    optimizers = [torch.optim.SGD(list(policy.parameters()), lr=0.5)]
+    optimizers[0].param_groups[0]["initial_lr"] = 0.5
+    config = sft.SFTConfig(lr=0.5, batch_size=8, microbatch_size=2, steps=1, max_grad_norm=1.0)
     (metrics,) = sft.train(policy, optimizers, lambda step: records, config)
     policy.save(out / "sft")
 
@@ -54,7 +54,7 @@ def worker(kind: str, task: str, out: Path) -> None:
         turns = record["conversations"][1::2]
         episodes.append(envs.Episode("", [], [envs.Turn(t["value"], -1.0 - k + 6.0 * (t is turns[-1]), "correct", "", True) for t in turns], True))
     policy.keep_initial_weights()
-    optimizers = policy.optimizers(3e-4, 3e-3, eps=1e-3)
+    optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
     batch = ppo.collect(policy, streams, episodes, config, "formula", first=True)
     metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(policy, streams, episodes, batch, config)
     policy.save(out / "ppo")
@@ -69,29 +69,32 @@ def worker(kind: str, task: str, out: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[("llama", "gp-l"), ("mllama", "gp-vl")], ids=["text", "pictures"])
+@pytest.fixture(scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "gp-vl", 4e-6)], ids=["text", "pictures"])
 def one_and_two(tmp_path_factory, request):
+    """The folders of one process and of two, and how far apart their weights may be."""
+    *model, tolerance = request.param
     folders = []
     for n in (1, 2):
         folders.append(tmp_path_factory.mktemp(f"ranks{n}"))
-        torchrun(n, HERE, *request.param, folders[-1])
-    return folders
+        torchrun(n, HERE, *model, folders[-1])
+    return *folders, tolerance
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("name", ["model.safetensors", "value_head.safetensors"])
 def test_two_ranks_take_the_same_step_as_one_process(one_and_two, stage, name):
-    one, two = (load_file(folder / stage / name) for folder in one_and_two)
+    *folders, tolerance = one_and_two
+    one, two = (load_file(folder / stage / name) for folder in folders)
     assert one.keys() == two.keys()
     for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=tolerance)
     if stage == "ppo":
-        before = load_file(one_and_two[0] / "sft" / name)
+        before = load_file(folders[0] / "sft" / name)
         assert any((before[key] - one[key]).abs().max() > 1e-4 for key in one)
 
 
 def test_two_ranks_log_what_one_process_logs_and_go_on_after_uneven_rollouts(one_and_two):
-    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in one_and_two)
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in one_and_two[:2])
     assert one.keys() == two.keys()
     for key in one:
         assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key

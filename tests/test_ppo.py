@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import SIGHTED, make_policy
+from conftest import SIGHTED, SMALL, make_policy
 
 import envs
 import ppo
@@ -147,8 +147,7 @@ def small_config(**changes):
 
 
 def played(policy, config, verify_iter=3, task="gp-l"):
-    small = {"size": (96, 48), "font_size": 0.36} if task == "gp-vl" else {}
-    environments = [envs.make(task, verify_iter=verify_iter, **small) for _ in range(config.episodes)]
+    environments = [envs.make(task, verify_iter=verify_iter, **(SMALL if task == "gp-vl" else {})) for _ in range(config.episodes)]
     return ppo.rollout(policy, environments, config, step=0)
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import SIGHTED, make_policy
+from conftest import SIGHTED, SMALL, make_policy
 
 import envs
 import sft
@@ -84,7 +84,7 @@ def test_sft_learns_its_demonstrations(kind, muon):
 @pytest.mark.parametrize("kind", SIGHTED)
 def test_sft_learns_what_only_the_picture_shows(kind):
     policy = make_policy(kind)
-    env = envs.make("gp-vl", seed=4, size=(96, 48), font_size=0.36)
+    env = envs.make("gp-vl", seed=4, **SMALL)
     chosen = [envs.demonstration(env) for _ in range(3)]
     config = sft.SFTConfig(lr=5e-3, batch_size=3, microbatch_size=3, steps=150)
     losses = [m["loss"] for m in sft.train(policy, policy.optimizers(config.lr), lambda step: chosen, config)]

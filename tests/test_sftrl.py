@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import MODELS, SIGHTED, make_policy
+from conftest import MODELS, SIGHTED, SMALL, make_policy
 
 import envs
 import sftrl
@@ -19,7 +19,6 @@ import sftrl
 ROOT = Path(__file__).resolve().parent.parent
 
 
-SMALL = {"size": (96, 48), "font_size": 0.36}
 CASES = [(kind, "gp-l") for kind in MODELS] + [(kind, "gp-vl") for kind in SIGHTED]
 
 
