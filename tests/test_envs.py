@@ -231,7 +231,7 @@ def test_no_string_gets_an_exception_or_a_wrong_reward_out_of_step():
     slowest = 0.0
     for text in hostile_strings():
         times = []
-        for _ in range(3):  # the fastest of three: the machine's own hiccups are not the verifier's
+        for _ in range(3):  # thread time, the fastest of three: garbage collection and other threads are not the verifier's
             env.reset(options={"cards": ["A", "3", "K", "10"]})
             start = time.thread_time()
             _, reward, terminated, truncated, info = env.step(text)
@@ -367,6 +367,22 @@ def test_foundation_corpus_mixes_rules_and_never_shows_the_target_form():
     assert 0.5 < sum("J is 11, Q is 12, K is 13" in p for p in prompts) / 400 < 0.7
     assert 0.15 < sum(len(r["conversations"]) > 2 for r in records) / 400 < 0.35
     assert not any(f'"{name}"' in turn["value"] for r in records for turn in r["conversations"] for name in envs.FIELDS)
+
+
+def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_corpus():
+    env, seen = envs.make("gp-l"), set()
+    for seed in range(60):
+        env.reset(seed)
+        product = "*" in env.expert_reply()
+        *_, info = env.step(env.careless_reply())
+        assert info["verdict"] == ("illegal" if product else "correct")
+        seen.add(product)
+    assert seen == {True, False}
+    rng = random.Random(1)
+    lasts = [envs.parse_reply(r["conversations"][-1]["value"], ()) for r in (envs.foundation_record(rng) for _ in range(600))]
+    formulas = [next(v for v in last.values() if isinstance(v, str)) for last in lasts]
+    signed = [f for f in formulas if "x" in f or "*" in f]
+    assert 0.44 < sum("x" in f for f in signed) / len(signed) < 0.62  # .54, and wrong answers that lost or gained their product
 
 
 # ---- pictures
