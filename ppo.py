@@ -9,7 +9,8 @@ One update:
 
 An action is a token (`ratio="token"`, the default) or, as in the paper, a whole reply (`ratio="reply"`). The reward of a turn falls on
 the last token of its reply. Everything is a tensor [B, T]: B episodes, T tokens of the longest one, with a mask that is 1 where the
-policy chose the token. The mask comes from the sampler, never from comparing ids with a padding id.
+policy chose the token. The mask comes from the sampler, never from comparing ids with a padding id. In visual tasks the batch also
+holds the B pictures, which only the policy looks into.
 
 Of the policy (`Policy` in sftrl.py) this module uses: responder, collate, forward, backward, step, shift_value, set_lr, sum,
 largest, initial_weights, generator, decode, flops, rank, world.
