@@ -779,13 +779,13 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, author: Callable[[Ge
 def imperfect_demonstration(env: GeneralPoints) -> dict:
     """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
 
-    A quarter are revisions, after one, two or four wrong tries (as the budget allows). Of the last answers one in ten has a wrong value;
-    of the others three in five were written by people who multiply with an "x". A model that learned from these is unsure, knows how to
-    try again, and has a bad habit.
+    A quarter are revisions, after one, two or four wrong tries (as the budget allows). Of the last answers one in ten has a wrong value
+    and half were written by people who multiply with an "x". A model that learned from these is unsure, knows how to try again, and has a
+    bad habit.
     """
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     cls = type(env)
-    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, 54, 36))[0]
+    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, 50, 40))[0]
     return demonstration(env, wrong_turns, author)
 
 

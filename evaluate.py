@@ -1,6 +1,6 @@
 """Evaluation: success under one variant, the distance to the initial policy, and the study's report and figures.
 
-Every checkpoint is asked the same deals (seeds "eval/0", "eval/1", ...), so the difference between two checkpoints is a paired one. Training
+Every checkpoint is asked the same deals (seeds "test/0", "test/1", ...), so the difference between two checkpoints is a paired one. Training
 deals and those for choices ("valid/...") have other seeds. There are only 1,820 sets of four ranks, so under the training rule most sets
 were seen in training; what is held out is the other rule.
 """
@@ -22,7 +22,7 @@ def standard_error(p: float, n: int) -> float:
     return math.sqrt(p * (1 - p) / n) if n else 0.0
 
 
-def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, series: str = "eval",
+def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, series: str = "test",
              initial=None) -> tuple[dict, list[envs.Episode]]:  # fmt: skip
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series.
 
@@ -133,9 +133,9 @@ class Results:
             if pick == "best":
                 valid = self.find(arm=arm, seed=seed, variant="id", series="valid", temperature=1.0)
                 step = max(valid, key=lambda p: p["success"])["step"]
-                points.append(next(p for p in curve if p["step"] == step and p["series"] == "eval"))
+                points.append(next(p for p in curve if p["step"] == step and p["series"] == "test"))
             else:
-                points.append(max((p for p in curve if p["series"] == "eval"), key=lambda p: p["step"]))
+                points.append(max((p for p in curve if p["series"] == "test"), key=lambda p: p["step"]))
         return points
 
 
@@ -263,7 +263,7 @@ def curves(results: Results, variants: Sequence[str], key: str = "success") -> d
         for name in ("init", arm):
             for variant in variants:
                 for seed in sorted({p["seed"] for p in results.find(arm=name)}):
-                    points = results.find(arm=name, variant=variant, temperature=1.0, series="eval", seed=seed)
+                    points = results.find(arm=name, variant=variant, temperature=1.0, series="test", seed=seed)
                     for i, p in enumerate(points, start=0 if name == "init" else 1):
                         while len(by_order) <= i:
                             by_order.append({"flops": [], **{v: [] for v in variants}})

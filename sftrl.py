@@ -1085,13 +1085,13 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
                     file.writelines(json.dumps(place | {"variant": variant} | e.transcript()) + "\n" for e in episodes[:2])
 
     for arm, path in tqdm(arms, desc=f"{folder.name}/evaluation", disable=policy_rank() > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"):
-        point(arm, path, "eval", variants, 1.0)
+        point(arm, path, "test", variants, 1.0)
         if arm == "sft":
             point(arm, path, "valid", ("id",), 1.0)
     for arm in ("base", "init", "sft", "rl"):
-        point(arm, [path for name, path in arms if name == arm][-1], "eval", variants, 0.0)
+        point(arm, [path for name, path in arms if name == arm][-1], "test", variants, 0.0)
     valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
-    point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "eval", variants, 0.0)
+    point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "test", variants, 0.0)
 
 
 def search_rates(args, study: Study, base: str, out: Path) -> None:

@@ -382,7 +382,7 @@ def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_
     lasts = [envs.parse_reply(r["conversations"][-1]["value"], ()) for r in (envs.foundation_record(rng) for _ in range(600))]
     formulas = [next(v for v in last.values() if isinstance(v, str)) for last in lasts]
     signed = [f for f in formulas if "x" in f or "*" in f]
-    assert 0.44 < sum("x" in f for f in signed) / len(signed) < 0.62  # .54, and wrong answers that lost or gained their product
+    assert 0.41 < sum("x" in f for f in signed) / len(signed) < 0.59  # half, and wrong answers that lost or gained their product
 
 
 # ---- pictures

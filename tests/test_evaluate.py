@@ -62,13 +62,13 @@ def test_the_interval_over_seeds_is_students_t():
 
 def test_the_same_hands_for_every_checkpoint_and_none_of_training(policy):
     hands = {}
-    for series in ("eval", "valid", "train/0/0"):
+    for series in ("test", "valid", "train/0/0"):
         environments = [envs.make("gp-l", verify_iter=1) for _ in range(20)]
         _, episodes = evaluate.evaluate(policy, environments, 1.0, 4, series)
         hands[series] = [e.cards for e in episodes]
         _, again = evaluate.evaluate(policy, environments, 0.0, 4, series)
         assert [e.cards for e in again] == hands[series]
-    assert not any(a == b for x, y in (("eval", "valid"), ("eval", "train/0/0")) for a, b in zip(hands[x], hands[y]))
+    assert not any(a == b for x, y in (("test", "valid"), ("test", "train/0/0")) for a, b in zip(hands[x], hands[y]))
 
 
 def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
@@ -79,7 +79,7 @@ def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
     assert evaluate.evaluate(policy, environments, 1.0, 12, initial=policy)[0]["kl_to_init"] == 0
     measured = evaluate.evaluate(policy, environments, 1.0, 12, initial=other)[0]["kl_to_init"]
     with policy.responder(1.0, 12, policy.generator("x")) as respond:
-        envs.play(environments, respond, [f"eval/{i}" for i in range(64)])
+        envs.play(environments, respond, [f"test/{i}" for i in range(64)])
     exact = []
     with torch.no_grad():
         for stream in (respond.streams[i] for i in range(64)):
@@ -103,9 +103,9 @@ def results_of(tmp_path, rates):
 
 
 def test_report_states_what_the_points_say(tmp_path):
-    rates = {("init", 0, "id", "eval"): 0.5, ("init", 0, "rule", "eval"): 0.3, ("sft", 1, "id", "valid"): 0.95, ("sft", 2, "id", "valid"): 0.8}
+    rates = {("init", 0, "id", "test"): 0.5, ("init", 0, "rule", "test"): 0.3, ("sft", 1, "id", "valid"): 0.95, ("sft", 2, "id", "valid"): 0.8}
     for step, sft_id, sft_rule, rl in ((1, 0.9, 0.5, 0.4), (2, 0.9, 0.1, 0.6)):
-        rates |= {("sft", step, "id", "eval"): sft_id, ("sft", step, "rule", "eval"): sft_rule, ("rl", step, "id", "eval"): 0.8, ("rl", step, "rule", "eval"): rl}
+        rates |= {("sft", step, "id", "test"): sft_id, ("sft", step, "rule", "test"): sft_rule, ("rl", step, "id", "test"): 0.8, ("rl", step, "rule", "test"): rl}
     results = results_of(tmp_path, rates)
     claims = evaluate.write_report(results, tmp_path, {"task": "gp-l", "verify_iter": 3, "note": ""})
     said = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
