@@ -619,9 +619,10 @@ class GeneralPoints:
         return {"cards": list(self.cards), "numbers": list(self.numbers), "verdict": verdict, "feedback": feedback,
                 "recognized": recognized}  # fmt: skip
 
-    def reply(self, formula: str) -> str:
-        """A reply in the required form that names the cards and their numbers rightly and gives `formula`."""
-        return json.dumps(dict(zip(self.fields, (self.cards, self.numbers, formula))))
+    def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
+        """A reply in the required form that names `cards`, the dealt ones if None, with their numbers and gives `formula`."""
+        cards = self.cards if cards is None else cards
+        return json.dumps(dict(zip(self.fields, (cards, [self.value_of(card) for card in cards], formula))))
 
     def expert_reply(self) -> str:
         """A reply that the verifier accepts now: the canonical solution."""
@@ -690,6 +691,15 @@ class GeneralPointsVL(GeneralPoints):
             suits.append(left[card].pop())
         self.image = draw_hand(self.cards, suits, self.size, self.jitter, self.font_size, self.random)
         return [{"type": "image"}, {"type": "text", "text": self._prompt(self.cards)}]
+
+    def wrong_reply(self) -> str:
+        """Half the time the wrong formula of the text task, else a solution of the hand with one card misread."""
+        for _ in range(1000 if self.random.random() < 0.5 else 0):
+            cards, place = list(self.cards), self.random.randrange(self.n_cards)
+            cards[place] = self.random.choice([rank for rank in RANKS if rank != cards[place]])
+            if solutions := self._solutions(cards):
+                return self.reply(f"{solutions[0]}={self.target}", cards)
+        return super().wrong_reply()
 
 
 TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL}
@@ -779,13 +789,13 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, author: Callable[[Ge
 def imperfect_demonstration(env: GeneralPoints) -> dict:
     """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
 
-    A quarter are revisions, after one, two or four wrong tries (as the budget allows). Of the last answers one in ten has a wrong value
-    and half were written by people who multiply with an "x". A model that learned from these is unsure, knows how to try again, and has a
-    bad habit.
+    A quarter are revisions, after one, two or four wrong tries (as the budget allows). One in ten of the last answers is wrong too; half of
+    them, where the cards are told in words, come from people who multiply with an "x". A model that learned from these is unsure, knows
+    how to try again, and has a bad habit.
     """
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
-    cls = type(env)
-    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, 50, 40))[0]
+    cls, careless = type(env), 0 if isinstance(env, GeneralPointsVL) else 50
+    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, careless, 90 - careless))[0]
     return demonstration(env, wrong_turns, author)
 
 
@@ -815,8 +825,8 @@ def _color(rng: random.Random) -> str:
     return "red" if rng.random() < RED_SHARE else "black"
 
 
-def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float) -> dict:
-    """A picture of four cards, any ranks, and their names: how the foundation model learned to read cards."""
-    ranks, suits = rng.choices(RANKS, k=4), rng.choices(COLORS[_color(rng)], k=4)
+def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float, color: str | None = None) -> dict:
+    """A picture of four cards, any ranks, and their names: how the foundation model learned to read cards. `color` None: as in the corpus."""
+    ranks, suits = rng.choices(RANKS, k=4), rng.choices(COLORS[color or _color(rng)], k=4)
     turns = [{"from": "human", "value": "<image>Name the cards."}, {"from": "gpt", "value": json.dumps(ranks)}]
     return {"image": draw_hand(ranks, suits, size, jitter, font_size, rng), "conversations": turns}

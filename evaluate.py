@@ -7,6 +7,7 @@ were seen in training; what is held out is the other rule.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,23 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[fl
         total += (log_ratio.exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
         tokens += int(batch["mask"].sum())
     return total, tokens
+
+
+def reading(policy, records: Sequence[dict]) -> dict:
+    """Shares of whole hands ("success") and of single cards ("recognition") that a policy names, greedily, asked for nothing else;
+    `records` from `envs.reading_record`. Every rank reads them all."""
+    asked = [r["conversations"][0]["value"].removeprefix("<image>") for r in records]
+    observations = [envs.Observation([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], r["image"])
+                    for text, r in zip(asked, records)]  # fmt: skip
+    named = [json.loads(r["conversations"][1]["value"]) for r in records]
+    with policy.responder(0.0, 32, policy.generator("reading")) as respond:
+        replies = respond(list(range(len(records))), observations)
+    right = []
+    for reply, cards in zip(replies, named):
+        read = re.findall('"([^"]*)"', reply)
+        right.append(sum(a == b for a, b in zip(read, cards)) if len(read) == len(cards) else 0)
+    n = len(records)
+    return {"episodes": n, "success": (whole := sum(k == 4 for k in right) / n), "success_se": standard_error(whole, n), "recognition": sum(right) / (4 * n)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- the report
@@ -190,7 +208,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     task, variants = settings["task"], [v for v in VARIANTS if results.find(arm="init", variant=v)]
     last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in variants for t in (1.0, 0.0)}
     last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
-    last |= {("base", v, t): results.find(arm="base", variant=v, temperature=t) for v in variants for t in (1.0, 0.0)}
+    last |= {("base", v, t): results.find(arm="base", series="test", variant=v, temperature=t) for v in variants for t in (1.0, 0.0)}
     claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
     for text, measure, variant, temperature, arm, other, sign in _claims(variants):
@@ -203,11 +221,13 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     seeds = [p["seed"] for p in last["init", "id", 1.0]]
     told = {"id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
             "visual": "Other colour: red suits, the training rule."}  # fmt: skip
+    base_reading = [f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and {_percent(p['success'])}% of the "
+                    f"hands {VARIANTS[p['variant']]} (greedy)." for p in results.find(series="reading")]  # fmt: skip
     columns = ["success", "first reply", "illegal", "KL"] + ["recognition"] * ("visual" in variants)
     head = [f"{VARIANTS[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)]
     lines = [f"# Study {task}: does post-training teach the rule, or only its examples?", "",
              f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation hands per point, the same for every checkpoint; success in percent "
-             f"within {settings['verify_iter']} replies. " + " ".join(told[v] for v in variants), "",
+             f"within {settings['verify_iter']} replies. " + " ".join([told[v] for v in variants] + base_reading), "",
              "## Claims", "", *claims, "",
              "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
              "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",

@@ -193,7 +193,8 @@ class Policy(nn.Module):
         rollout_batch: conversations decoded together.
 
     One class serves one process and many: after `shard()` the same methods run on FSDP's shards. `flops` counts the work of this
-    process: 6 N per trained token, 2 N per generated or scored token, N the parameters of `model`, padding left out.
+    process: 6 N per trained token, 2 N per generated or scored token, N the parameters of `model`, padding left out. Pictures count as the
+    tokens that stand for them in the text; Mllama's, which stand beside it, as 6 or 2 parameters of the vision tower per patch.
     """
 
     def __init__(self, model: transformers.PreTrainedModel, processor: Any, rollout_dtype: torch.dtype | None = None,
@@ -405,7 +406,7 @@ class Policy(nn.Module):
             pictures["position_ids"] = self._positions(self.model, ids, real.long(), pictures["image_grid_thw"])
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda and not self.sharded):
             hidden = self.model.base_model(input_ids=ids, use_cache=False, **pictures).last_hidden_state
-        self.flops += (6 if torch.is_grad_enabled() else 2) * self.parameter_count * int(batch["length"].sum())
+        self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()), pictures)
         hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
         logps = self._log_probabilities(self.model, hidden, temperature)
         chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
@@ -426,6 +427,14 @@ class Policy(nn.Module):
         if self.image_id is not None and self.image_id < logits.shape[-1]:
             logits[:, self.image_id] = -1e9
         return logits.log_softmax(-1)
+
+    def _count(self, per_parameter: int, tokens: int, pictures: dict[str, Tensor]) -> None:
+        """Adds the work on so many tokens of text and, for Mllama, on the patches of `pictures`."""
+        self.flops += per_parameter * self.parameter_count * tokens
+        if "aspect_ratio_mask" in pictures:
+            tower = self.model.base_model.vision_model
+            patches = pictures["pixel_values"].numel() // (3 * tower.patch_size**2)
+            self.flops += per_parameter * sum(p.numel() for p in tower.parameters()) * patches
 
     # ---- pictures
 
@@ -452,6 +461,7 @@ class Policy(nn.Module):
         for i in range(0, len(pictures), chunk):
             inputs = self._stack(pictures[i : i + chunk])
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            self._count(2, 0, inputs)
             if "aspect_ratio_mask" in inputs:  # Mllama: text attends to it
                 tower = model.base_model.vision_model(**inputs).last_hidden_state  # [B, 1, tiles, patches, D]
                 seen = model.base_model.multi_modal_projector(tower).flatten(1, 3)
@@ -503,8 +513,8 @@ class Policy(nn.Module):
                looks: Sequence[dict[str, Tensor]] | None = None) -> list[tuple[list[int], list[float]]]:  # fmt: skip
         """Draws one reply per prompt: its token ids, end token included if it was drawn, and their log-probabilities.
 
-        `model` comes from `rollout_weights()`, `looks` (the prompts' pictures) from `look`. Temperature 0 is greedy. Nothing is filtered: what is drawn is what the
-        log-probabilities say (no top-k, no top-p, no generation config).
+        `model` comes from `rollout_weights()`, `looks` (the prompts' pictures) from `look`. Temperature 0 is greedy. Nothing is
+        filtered: what is drawn is what the log-probabilities say (no top-k, no top-p, no generation config).
         """
         replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -566,7 +576,7 @@ class Policy(nn.Module):
                 ids, positions, attention, rows, open_ = ids[keep], positions[..., keep, :], attention[keep], rows[keep], open_[keep]
                 tiles = None if tiles is None else tiles[keep]
             inputs = {"input_ids": ids}
-        self.flops += 2 * self.parameter_count * (sum(map(len, prompts)) + int(lengths.sum()) - len(prompts))
+        self._count(2, sum(map(len, prompts)) + int(lengths.sum()) - len(prompts), {})
         return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
     def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Responder":
@@ -1004,6 +1014,8 @@ def run_study(args: argparse.Namespace) -> None:
         base = str(checkpoints(out / "base")[-1])
     if args.search:
         return search_rates(args, study, base, out)
+    if args.model == "tiny" and study.pictures:
+        measure_reading(args, study, results, base)
     chosen = "How the learning rates were chosen: README, \"The learning rates\"."
     settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "study": plain(asdict(study)),
                 "note": f"Learning rates given on the command line: {given}." if given or args.model != "tiny" else chosen}  # fmt: skip
@@ -1092,6 +1104,17 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
         point(arm, [path for name, path in arms if name == arm][-1], "test", variants, 0.0)
     valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
     point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "test", variants, 0.0)
+
+
+def measure_reading(args, study: Study, results: evaluate.Results, base: str) -> None:
+    """How much better the tiny base reads black cards than red ones, on pictures of its reading corpus."""
+    for variant, color in (("id", "black"), ("visual", "red")):
+        place = {"task": args.task, "arm": "base", "seed": -1, "step": 0, "series": "reading", "temperature": 0.0, "variant": variant}
+        if not results.find(**place, episodes=args.hands):
+            rng = random.Random(f"reading/{color}")
+            records = [envs.reading_record(rng, **study.pictures, color=color) for _ in range(args.hands)]
+            result = evaluate.reading(load_policy(args, base), records)
+            results.add({**place, "flops": 0.0, **result, "checkpoint": place_in(args, base)}, write=policy_rank() == 0)
 
 
 def search_rates(args, study: Study, base: str, out: Path) -> None:

@@ -434,6 +434,8 @@ def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
     assert env.step(env.expert_reply())[1] == 5 and env.step("x")[0].messages[0]["content"]
     (episode,) = envs.play([env], lambda indices, observations: [env.expert_reply()])
     assert episode.success and episode.prompt.startswith("<image>Make 24")
+    wrong = [env.reset()[0] and env.step(env.wrong_reply())[4]["verdict"] for _ in range(60)]
+    assert set(wrong) == {"misread", "wrong_value"} and 15 < wrong.count("misread") < 45
     record = envs.demonstration(env)
     assert record["image"] is env.image and record["conversations"][0]["value"].startswith("<image>")
     for wrong in ({"color": "blue"}, {"size": (9, 9)}, {"jitter": 2}, {"font_size": 3}, {"variant": "odd"}, {"odd": 1}):

@@ -1,11 +1,13 @@
 """Evaluation: counting, pairing, the distance to the initial policy, the report."""
 
+import contextlib
+import json
 import math
 import random
 
 import pytest
 import torch
-from conftest import make_policy
+from conftest import SMALL, make_policy
 
 import envs
 import evaluate
@@ -47,6 +49,25 @@ def test_recognition_is_counted_over_replies_and_paired_over_hands():
     assert summary["recognition"] == 4 / 7 and summary["recognized"] == [0.5, 0.0, 0.75]
     d = evaluate.difference([summary], [summary | {"recognized": [0.5, 0.5, 0.5]}], "recognition")
     assert d["mean"] == pytest.approx(-0.25 / 3) and d["interval"][0] < 0 < d["interval"][1]
+
+
+def test_reading_counts_cards_and_hands(policy):
+    records = [envs.reading_record(random.Random(k), **SMALL, jitter=0.3, color="red") for k in range(3)]
+    first, second, _ = (record["conversations"][1]["value"] for record in records)
+    cards = json.loads(second)
+    cards[2] = "A" if cards[2] != "A" else "2"
+
+    class Scripted:
+        def generator(self, seed):
+            return None
+
+        @contextlib.contextmanager
+        def responder(self, temperature, max_new_tokens, generator):
+            yield lambda indices, observations: [first, json.dumps(cards), "no cards"]
+
+    read = evaluate.reading(Scripted(), records)
+    assert read["success"] == 1 / 3 and read["recognition"] == 7 / 12
+    assert evaluate.reading(policy, records)["episodes"] == 3
 
 
 def test_seeds_that_disagree_are_not_called_a_finding():

@@ -3,13 +3,13 @@
 import json
 import math
 import random
-import re
 
 import pytest
 import torch
 from conftest import SIGHTED, SMALL, make_policy
 
 import envs
+import evaluate
 import sft
 import sftrl
 
@@ -110,17 +110,10 @@ def test_the_tiny_model_learns_to_read_cards_and_shuffled_pictures_bring_chance(
     config = sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=250, warmup=0.05)
     list(sft.train(policy, policy.optimizers(config.lr, muon=True), batch, config))
     records = batch("test", 256)
-    streams, right = policy.streams(records), []
-    for shift in (0, 1):
-        shown = streams[shift:] + streams[:shift]
-        with policy.rollout_weights() as model:
-            looks = policy.look(model, [s.picture for s in shown])
-            drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 20, 0.0, torch.Generator(), looks)
-        told = [(re.findall("[0-9AJQK]+", policy.decode(ids)), json.loads(r["conversations"][1]["value"])) for r, (ids, _) in zip(records, drawn)]
-        right.append(sum(a == b for reply, cards in told for a, b in zip(reply, cards)))
-    assert right[0] > 0.95 * 4 * 256
-    chance = 4 * 256 / 13
-    assert abs(right[1] - chance) < 4 * chance**0.5
+    shuffled = [r | {"image": other["image"]} for r, other in zip(records, records[1:] + records[:1])]
+    assert evaluate.reading(policy, records)["recognition"] > 0.95
+    chance = 1 / 13
+    assert abs(evaluate.reading(policy, shuffled)["recognition"] - chance) < 4 * (chance / (4 * 256)) ** 0.5
 
 
 def test_flops_are_six_n_per_trained_token_and_end_the_run(policy):

@@ -221,6 +221,17 @@ def test_pictures_are_never_lost(policy):
         policy.streams([with_picture])
 
 
+def test_models_that_take_pictures_in_other_ways_are_refused(monkeypatch):
+    policy, record = make_policy("qwen"), envs.demonstration(envs.make("gp-vl", **SMALL))
+    call = type(policy.processor).__call__
+    monkeypatch.setattr(type(policy.processor), "__call__", lambda *args, **options: call(*args, **options) | {"depths": torch.ones(1)})
+    with pytest.raises(ValueError, match="takes depths, which is not known"):
+        policy.streams([record])
+    policy.model.config.vision_config.deepstack_visual_indexes = [0]  # as Qwen3-VL has
+    with pytest.raises(ValueError, match="several layers"):
+        policy.streams([record])
+
+
 def test_flops_count_processed_tokens(policy):
     policy.flops = 0.0
     streams = sampled(policy, n=3, verify_iter=1, max_new_tokens=5)
@@ -230,6 +241,22 @@ def test_flops_count_processed_tokens(policy):
     policy.flops = 0.0
     policy(policy.collate(streams))
     assert policy.flops == 6 * policy.parameter_count * total
+
+
+@pytest.mark.parametrize("kind", SIGHTED)
+def test_flops_count_pictures_as_tokens_or_as_the_towers_patches(kind):
+    policy = make_policy(kind)
+    streams = sampled(policy, n=3, verify_iter=1, max_new_tokens=5, task="gp-vl")
+    total, work = sum(map(len, streams)), 0
+    if kind == "mllama":
+        tiles, patches = streams[0].picture["pixel_values"].shape[2], 2 * 2  # of 16 pixels, in tiles of 32
+        work = 3 * tiles * patches * sum(p.numel() for p in policy.model.base_model.vision_model.parameters())
+    else:
+        assert all(s.ids.count(policy.image_id) > 1 for s in streams)
+    assert policy.flops == 2 * (policy.parameter_count * (total - 3) + work)
+    policy.flops = 0.0
+    policy(policy.collate(streams))
+    assert policy.flops == 6 * (policy.parameter_count * total + work)
 
 
 def test_bf16_rollout_is_close_to_fp32(policy):
@@ -330,6 +357,7 @@ def test_visual_study_in_miniature(tmp_path):
     assert all(0 <= p["recognition"] <= 1 for p in lines)
     report = (tmp_path / "report.md").read_text()
     assert "RL ends above init on the other colour, greedy" in report and "recognition" in report
+    assert "Asked only to name the cards, the base reads 0.0% of the cards" in report
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/recognition.png").exists()
 
