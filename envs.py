@@ -1,4 +1,4 @@
-"""Environments: GeneralPoints, its prompt, its pictures, its solver, its verifier, and how an episode is played.
+"""Environments: GeneralPoints with its prompt, pictures, solver and verifier; V-IRL with its routes and streets; how an episode is played.
 
 This is the ground floor. It knows chat messages and strings, and no model:
 
@@ -14,6 +14,8 @@ have been judged. Numbers are exact integers and fractions throughout, model tex
 import copy
 import inspect
 import json
+import math
+import pickle
 import random
 import re
 import string
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -515,6 +518,8 @@ class GeneralPoints:
     """
 
     rules = FACE_RULES  # what J, Q and K count, by variant
+    rewards = REWARDS
+    decisions = 1  # right replies that finish the episode
     suits: tuple[str, ...] = SUITS  # in the deck
     image: Image.Image | None = None  # of the hand, in visual tasks
 
@@ -702,17 +707,572 @@ class GeneralPointsVL(GeneralPoints):
         return super().wrong_reply()
 
 
-TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL}
+# ------------------------------------------------------------------------------------------------------ streets: where things are
+
+Geocode = tuple[float, float]  # latitude, longitude, in degrees
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+RELATIVE = ("left", "right", "slightly left", "slightly right")
+METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6,371 km
+NEAR = 20.0  # metres: a panorama farther from a point does not show it (released code)
+NOTHING = "No landmarks nearby"
 
 
-def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int = 5, **options) -> GeneralPoints:
-    """An environment of `task`, one of TASKS; `options` go to its class. Raises ValueError for an unknown task or option."""
+def wrap(degrees: float) -> float:
+    """An angle in (-180, 180]."""
+    return 180.0 - (180.0 - degrees) % 360.0
+
+
+def offset(a: Geocode, b: Geocode) -> tuple[float, float]:
+    """Metres to the east and to the north from a to b, on the plane that touches the sphere between them: for points of one city."""
+    return (wrap(b[1] - a[1]) * METRES_PER_DEGREE * math.cos(math.radians((a[0] + b[0]) / 2)), (b[0] - a[0]) * METRES_PER_DEGREE)
+
+
+def distance(a: Geocode, b: Geocode) -> float:
+    """Metres from a to b."""
+    return math.hypot(*offset(a, b))
+
+
+def bearing(a: Geocode, b: Geocode) -> float:
+    """Compass heading from a to b in degrees, 0 north, 90 east."""
+    return math.degrees(math.atan2(*offset(a, b))) % 360.0
+
+
+def compass_word(heading: float) -> str:
+    """The nearest of the eight compass words."""
+    return COMPASS[round(heading % 360.0 / 45.0) % 8]
+
+
+def relative_word(turn: float) -> str:
+    """What one says of a turn of so many degrees, right positive; "" below 20: straight on."""
+    turn = wrap(turn)
+    if abs(turn) < 20.0:
+        return ""
+    return ("slightly " if abs(turn) < 60.0 else "") + ("right" if turn > 0 else "left")
+
+
+class Panoramas:
+    """Panorama ids by place: the nearest one within NEAR metres, from a grid of cells of that size."""
+
+    def __init__(self, ids: dict[Geocode, str]):
+        self.ids = ids
+        self.cells: dict[tuple[int, int], list[Geocode]] = {}
+        for place in ids:
+            self.cells.setdefault(self._cell(place), []).append(place)
+
+    @staticmethod
+    def _cell(place: Geocode) -> tuple[int, int]:
+        row = math.floor(place[0] * METRES_PER_DEGREE / NEAR)
+        return row, math.floor(place[1] * METRES_PER_DEGREE * math.cos(math.radians(row * NEAR / METRES_PER_DEGREE)) / NEAR)
+
+    def nearest(self, place: Geocode) -> Geocode | None:
+        """The place of the nearest panorama, None if none is within NEAR metres."""
+        if place in self.ids:
+            return place
+        row = self._cell(place)[0]
+        around = []
+        for r in (row - 1, row, row + 1):  # a row has its own width of a cell in degrees
+            column = self._cell((r * NEAR / METRES_PER_DEGREE + 1e-9, place[1]))[1]
+            around += [p for c in (column - 1, column, column + 1) for p in self.cells.get((r, c), ())]
+        best = min(around, key=lambda p: distance(p, place), default=None)
+        return best if best is not None and distance(best, place) <= NEAR else None
+
+
+# ------------------------------------------------------------------------------------------ streets: routes and their files
+
+
+class Leg(NamedTuple):
+    """A straight stretch of a route, by where it ends: a turning point or, last, the destination."""
+
+    end: Geocode
+    heading: float  # of the leg, compass degrees
+    landmark: str  # what is seen at its end, as "Starbucks is on your left behind", or NOTHING
+
+
+class Route(NamedTuple):
+    """One route. `heading` is where the agent looks at the start, None: anywhere."""
+
+    start: Geocode
+    heading: float | None
+    legs: tuple[Leg, ...]
+
+
+class World(NamedTuple):
+    """What `VIRL` walks through: routes, panoramas and, where there are pictures, the folder that holds them."""
+
+    routes: tuple[Route, ...]
+    panoramas: Panoramas
+    views: Path | None = None
+
+
+class _Plain(pickle.Unpickler):
+    """Reads pickles of dicts, tuples, lists, strings and numbers; whatever else a pickle asks for is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_world(folder: str | Path) -> World:
+    """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/.
+
+    Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields are left alone.
+    """
+    folder = Path(folder)
+    path = folder / "route_infos.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    mapping = folder / "gps_pano_mapping.pkl"
+    try:
+        with open(mapping, "rb") as file:
+            ids = _Plain(file).load()
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(f"{mapping} cannot be read: {error}") from None
+    if not (isinstance(ids, dict) and ids and all(_is_geocode(place) and isinstance(name, str) for place, name in ids.items())):
+        raise ValueError(f"{mapping}: not a dict from (latitude, longitude) to panorama ids")
+    views = folder / "street_views"
+    return World(read_routes(content, str(path)), Panoramas(ids), views if views.is_dir() else None)
+
+
+def _is_geocode(value: Any) -> bool:
+    return (isinstance(value, (tuple, list)) and len(value) == 2
+            and all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= limit for x, limit in zip(value, (90, 180))))  # fmt: skip
+
+
+def read_routes(content: Any, name: str = "routes") -> tuple[Route, ...]:
+    """The routes in what route_infos.json holds: [[route, ...], number], or one bare route. `name` is for the error's text."""
+    routes = content if isinstance(content, list) else [content]
+    if routes and isinstance(routes[0], list):
+        routes = routes[0]
+    read = []
+    for k, route in enumerate(routes):
+        try:
+            read.append(_read_route(route))
+        except _Fault as fault:
+            raise ValueError(f"{name}: route {k}: {fault}") from None
+    if not read:
+        raise ValueError(f"{name}: no routes")
+    return tuple(read)
+
+
+class _Fault(Exception):
+    """What is wrong with one route."""
+
+
+_MILESTONE_LINE = re.compile(r'^[ \t]*"(\w+)"[ \t]*:[ \t]*"(.*)"[ \t]*,?[ \t]*$', re.MULTILINE)
+
+
+def _field(record: Any, *names: str) -> Any:
+    for name in names:
+        if not isinstance(record, dict) or record.get(name) is None:
+            raise _Fault(f"no field {'.'.join(names)}")
+        record = record[name]
+    return record
+
+
+def _geocode(value: Any, field_name: str) -> Geocode:
+    if not _is_geocode(value):
+        raise _Fault(f"{field_name} is no [latitude, longitude]: {str(value)[:60]}")
+    return float(value[0]), float(value[1])
+
+
+def _read_route(route: Any) -> Route:
+    start = _geocode(_field(route, "start_place", "relocated_geocode"), "start_place.relocated_geocode")
+    ends = _field(route, "route_results", "geocode_list")
+    if not (isinstance(ends, list) and ends):
+        raise _Fault("route_results.geocode_list is no list of places")
+    text = _field(route, "milestone_info")
+    if not isinstance(text, str):
+        raise _Fault("milestone_info is no text")
+    blocks = [dict(_MILESTONE_LINE.findall(block)) for block in re.findall(r"\{([^{}]*)\}", text)]
+    if len(blocks) != len(ends):
+        raise _Fault(f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
+    legs = []
+    for i, (block, end) in enumerate(zip(blocks, ends)):
+        number = re.match(r"\s*(\d+(?:\.\d+)?)", block.get("to_next_intersection_heading", ""))
+        if not number:
+            raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
+        if "landmarks" not in block:
+            raise _Fault(f"milestone_info, block {i + 1}: no field landmarks")
+        landmark = block["landmarks"].strip().rstrip(".") or NOTHING
+        legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), float(number[1]) % 360.0, landmark))
+    heading = route.get("init_heading")
+    if heading is not None and (isinstance(heading, bool) or not isinstance(heading, (int, float)) or not math.isfinite(heading)):
+        raise _Fault(f"init_heading is no number of degrees: {str(heading)[:60]}")
+    return Route(start, float(heading) % 360.0 if heading else None, tuple(legs))
+
+
+def write_world(folder: Path, content: Any, ids: dict[Geocode, str]) -> None:
+    """Writes route_infos.json and gps_pano_mapping.pkl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "route_infos.json").write_text(json.dumps(content, indent=1))
+    (folder / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(ids))
+
+
+# ------------------------------------------------------------------------------------------------- streets: a synthetic city
+
+
+class CityPlan(NamedTuple):
+    """How a synthetic city differs from others."""
+
+    name: str
+    centre: Geocode
+    block: tuple[float, float]  # metres, east-west and north-south
+    turned: float  # degrees that the grid is turned against north
+    jitter: float  # of the crossings, as a share of a block
+    diagonals: float  # share of the blocks with a diagonal street
+    words: tuple[str, ...]  # first words of the names of places
+    trades: tuple[str, ...]  # and second ones
+
+
+class City:
+    """Streets, places and panoramas of a plan, the same for the same seed: a grid of `size` x `size` crossings."""
+
+    def __init__(self, plan: CityPlan, seed: int = 0, size: int = 7):
+        self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
+        cos, sin = math.cos(math.radians(plan.turned)), math.sin(math.radians(plan.turned))
+        across, along = ([side * (i + plan.jitter * rng.uniform(-0.5, 0.5)) for i in range(size)] for side in plan.block)
+
+        def place(x: float, y: float) -> Geocode:
+            """Metres east and north of the grid's corner, before it is turned, to latitude and longitude."""
+            x, y = x * cos + y * sin, y * cos - x * sin
+            lat = plan.centre[0] + y / METRES_PER_DEGREE
+            return lat, plan.centre[1] + x / (METRES_PER_DEGREE * math.cos(math.radians(plan.centre[0])))
+
+        def shaken(i: int, j: int) -> Geocode:
+            shift = [side * plan.jitter * rng.uniform(-0.5, 0.5) for side in plan.block]
+            return place(across[i] + shift[0], along[j] + shift[1])
+
+        self.crossings = {(i, j): shaken(i, j) for i in range(size) for j in range(size)}
+        self.streets: dict[tuple[int, int], list[tuple[int, int]]] = {c: [] for c in self.crossings}
+        for i, j in self.crossings:
+            ends = [(i + 1, j), (i, j + 1)]
+            if rng.random() < plan.diagonals:
+                ends.append((i + 1, j + 1))
+            for end in ends:
+                if end in self.crossings:
+                    self.streets[i, j].append(end)
+                    self.streets[end].append((i, j))
+        names = [f"{word} {trade}" for word in plan.words for trade in plan.trades]
+        rng.shuffle(names)
+        self.places: dict[tuple[int, int], dict] = {}  # at most one for each crossing, at a corner of it
+        for crossing, at in self.crossings.items():
+            if names and rng.random() < 0.9:
+                angle = math.radians(plan.turned + 45.0 + 90.0 * rng.randrange(4))
+                spot = (at[0] + 14 * math.cos(angle) / METRES_PER_DEGREE,
+                        at[1] + 14 * math.sin(angle) / (METRES_PER_DEGREE * math.cos(math.radians(at[0]))))  # fmt: skip
+                self.places[crossing] = {"name": names.pop(), "geocode": list(spot), "relocated_geocode": list(at)}
+        self.panoramas: dict[Geocode, str] = {}
+        for crossing, ends in self.streets.items():
+            self._stand(self.crossings[crossing])
+            for end in ends:
+                if crossing < end:
+                    a, b = self.crossings[crossing], self.crossings[end]
+                    n = max(1, round(distance(a, b) / 12))
+                    for k in range(1, n):
+                        self._stand((a[0] + (b[0] - a[0]) * k / n, a[1] + (b[1] - a[1]) * k / n))
+
+    def _stand(self, at: Geocode) -> None:
+        self.panoramas[at] = f"{self.plan.name.replace(' ', '')}{len(self.panoramas):05d}"
+
+    def route(self, rng: random.Random, turns: int) -> dict:
+        """A route with so many turning points, in the released format."""
+        while True:
+            path = self._path(rng, turns)
+            if path and path[-1] in self.places:
+                return self._record(rng, path)
+
+    def _path(self, rng: random.Random, turns: int) -> list[tuple[int, int]] | None:
+        """The crossings where a walk starts, turns and ends; None if it ran into a corner or crossed itself."""
+        at = rng.choice(sorted(self.crossings))
+        heading, path, seen = None, [at], {at}
+        for _ in range(turns + 1):
+            ways = [end for end in self.streets[at] if heading is None or 20 <= abs(wrap(self._heading(at, end) - heading)) <= 150]
+            if not ways:
+                return None
+            end = rng.choice(ways)
+            start, length = at, rng.randint(1, 2)
+            while True:  # on along the same street
+                if end in seen:
+                    return None
+                seen.add(end)
+                ahead, at, length = self._heading(at, end), end, length - 1
+                on = [w for w in self.streets[at] if abs(wrap(self._heading(at, w) - ahead)) < 10]
+                if not length or not on:
+                    break
+                end = on[0]
+            heading = self._heading(start, at)
+            path.append(at)
+        turned = [wrap(self._heading(b, c) - self._heading(a, b)) for a, b, c in zip(path, path[1:], path[2:])]
+        return path if all(20 <= abs(turn) <= 150 for turn in turned) else None
+
+    def _heading(self, a: tuple[int, int], b: tuple[int, int]) -> float:
+        return bearing(self.crossings[a], self.crossings[b])
+
+    def _record(self, rng: random.Random, path: list[tuple[int, int]]) -> dict:
+        blocks, landmarks = [], []
+        for k, (a, b) in enumerate(zip(path, path[1:])):
+            heading, place = self._heading(a, b), self.places.get(b)
+            last = b == path[-1]
+            if place:
+                side = "on your " + _side(bearing(self.crossings[b], tuple(place["geocode"])) - heading)
+                told = f"The destination {place['name']} is {side}" if last else f"{place['name']} is {side}"
+            else:
+                told = NOTHING
+            if not last:
+                landmarks.append(place)
+            whole, metres = round(heading) % 360, round(distance(self.crossings[a], self.crossings[b]))
+            lines = {"intersection_idx": k + 1, "landmarks": told, "distance": f"{metres} meters", "human_heading": whole,
+                     "to_next_intersection_heading": f"{whole} ({compass_word(whole)})"}  # fmt: skip
+            blocks.append("{\n" + "\n".join(f'    "{key}": "{value}",' for key, value in lines.items()) + "\n}")
+        places = [list(self.crossings[c]) for c in path]
+        return {"start_place": {"relocated_geocode": places[0]}, "dest_place": self.places[path[-1]], "init_heading": rng.randint(1, 359),
+                "route_results": {"geocode_list": places[1:], "landmark_list": landmarks}, "milestone_info": "\n".join(blocks)}  # fmt: skip
+
+
+def _side(turn: float) -> str:
+    """Where a place is that lies so many degrees to the right of where one looks."""
+    turn = wrap(turn)
+    return ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
+
+
+# ------------------------------------------------------------------------------------------------- streets: the built-in world
+
+_WORDS = ("Amber", "Bishop", "Cedar", "Delta", "Elm", "Falcon", "Golden", "Harbor", "Ivory", "Juniper", "King", "Laurel", "Maple", "North",
+          "Orchid", "Pearl")  # fmt: skip
+_TRADES = ("Bakery", "Bank", "Books", "Cafe", "Cinema", "Deli", "Florist", "Hotel", "Market", "Museum", "Pharmacy", "Theatre")
+CITIES = {
+    "new york": CityPlan("new york", (40.7527, -73.9772), (140.0, 90.0), 29.0, 0.06, 0.08, _WORDS, _TRADES),
+}
+
+
+@lru_cache(maxsize=None)
+def built_in_world(held_out: bool = False, n_routes: int = 1000, n_held_out: int = 200) -> World:
+    """The training city and its routes of one to seven turns; `held_out`: other routes of it."""
+    city, rng = City(CITIES["new york"]), random.Random("routes of new york")
+    records: dict[str, dict] = {}
+    while len(records) < n_routes + n_held_out:
+        record = city.route(rng, rng.randint(1, 7))
+        records.setdefault(json.dumps(record["route_results"]["geocode_list"]) + str(record["start_place"]), record)
+    routes = list(records.values())
+    return World(read_routes([routes[n_routes:] if held_out else routes[:n_routes], 0]), Panoramas(city.panoramas))
+
+
+# --------------------------------------------------------------------------------------------------- streets: the environment
+
+STREET_PROMPT = string.Template(
+    "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
+    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."} $observation'
+)
+STREET_FIELDS = ("current observation", "current instruction", "action")
+# Paper, appendix; a reply that cannot be read counts like a wrong action.
+STREET_REWARDS = {"correct": 1.0, "wrong_action": -1.0, "wrong_observation": -1.5, "unparsed": -1.0}
+
+
+class Waypoint(NamedTuple):
+    """One decision of a route: what is seen there, the sentence of the instruction it belongs to, and the expert's action."""
+
+    place: Geocode
+    heading: float  # where the agent looks before it acts, compass degrees
+    observation: str
+    sentence: str
+    action: str
+
+
+class VIRL:
+    """Follow a route through streets (paper, section 3.2), told in words.
+
+    An episode is a route. At each waypoint the reply reports what is seen, quotes the sentence of the instruction that it follows, and acts.
+    A right reply leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong, at most `verify_iter` times.
+
+    Args:
+        variant: "id" (turns by the eight compass words) or "rule" (left, right, slightly left, slightly right).
+        seed: of the one random generator of this environment, which chooses route, points and the first heading.
+        verify_iter: replies judged per waypoint.
+        data: a folder in the released format; None takes the built-in city.
+        held_out: walk the built-in city's routes that training never sees.
+        go_on: for evaluation: where the budget of a waypoint is used up, go on from the next one; else the route ends there.
+        points_per_leg, keep: points between two turning points, each kept with probability `keep`.
+        fields: the names of the three fields of a reply.
+
+    Raises ValueError for a wrong argument and for files that cannot be used.
+    """
+
+    rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn, by variant
+    rewards = STREET_REWARDS
+    image: Image.Image | None = None
+
+    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | None = None, held_out: bool = False,
+                 go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+        if variant not in self.rules:
+            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
+        if not all(isinstance(n, int) and n >= least for n, least in ((verify_iter, 1), (points_per_leg, 0))) or not 0 <= keep <= 1:
+            raise ValueError("verify_iter must be an integer from 1, points_per_leg one from 0, and keep a number from 0 to 1")
+        if len(set(fields)) != len(STREET_FIELDS):
+            raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {fields!r}")
+        self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
+        self.points_per_leg, self.keep = points_per_leg, keep
+        self.world = built_in_world(held_out) if data is None else load_world(data)
+        self.random = random.Random(seed)
+        self.waypoints: list[Waypoint] = []
+
+    @property
+    def decisions(self) -> int:
+        """How many right replies finish the episode."""
+        return len(self.waypoints)
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
+        """Starts a route drawn at random, or number `options["route"]`. A seed restarts the generator; None goes on with it."""
+        if seed is not None:
+            self.random.seed(seed)
+        number, routes = (options or {}).get("route"), self.world.routes
+        if number is None:
+            number = self.random.randrange(len(routes))
+        elif isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(routes):
+            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
+        self.number = number
+        self.sentences, self.waypoints = self._plan(routes[number])
+        self.at = self.judged = self.told = 0  # the current waypoint, replies judged there, the waypoint of the last reply
+        self.failed, self.done = False, (False, False)
+        self.verdict: Verdict | None = None
+        words = ", ".join(self.rules[self.variant])
+        text = STREET_PROMPT.substitute(
+            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)), words=words, observation=self._seen(),
+            **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)})  # fmt: skip
+        self.messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+        return self._observation(), self._info()
+
+    def _plan(self, route: Route) -> tuple[list[str], list[Waypoint]]:
+        """The instruction's sentences and the waypoints of a route (released data's rules)."""
+        heading = self.random.randrange(360) if route.heading is None else route.heading
+        at, seen = self._standing(route.start), NOTHING
+        sentences: list[str] = []
+        waypoints: list[Waypoint] = []
+        for k, leg in enumerate(route.legs):
+            turn, last = wrap(leg.heading - heading), k == len(route.legs) - 1
+            relative, compass = relative_word(turn), compass_word(leg.heading)
+            sentences.append(f"Turn {relative} to face {compass}." if relative else f"Go straight on, facing {compass}.")
+            action = f"turn_direction({compass if self.variant == 'id' else relative})" if relative else "forward()"
+            waypoints.append(Waypoint(at, heading, seen, sentences[-1], action))
+            end, place = self._standing(leg.end), leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark
+            goal = ("the destination" if last else "an intersection") + ("" if leg.landmark == NOTHING else f": {place}")
+            sentences.append(f"Move forward to {goal}.")
+            for between in self._between(at, end):
+                waypoints.append(Waypoint(between, leg.heading, NOTHING, sentences[-1], "forward()"))
+            at, heading, seen = end, leg.heading, leg.landmark + ("" if last else "; an intersection")
+        waypoints.append(Waypoint(at, heading, seen, sentences[-1], "stop()"))
+        return sentences, waypoints
+
+    def _standing(self, place: Geocode) -> Geocode:
+        near = self.world.panoramas.nearest(place)
+        if near is None:
+            raise ValueError(f"route {self.number}: no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+        return near
+
+    def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
+        """Some of the points of a leg, moved to the nearest panorama."""
+        found: list[Geocode] = []
+        if distance(a, b) > 5:
+            for k in range(1, self.points_per_leg + 1):
+                share = k / (self.points_per_leg + 1)
+                if self.random.random() < self.keep:
+                    near = self.world.panoramas.nearest((a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share))
+                    if near is not None and near not in found and min(distance(near, a), distance(near, b)) > 8:
+                        found.append(near)
+        return found
+
+    def _seen(self) -> str:
+        """What the model is told of the current waypoint."""
+        return f"You see: {self.waypoints[self.at].observation}."
+
+    def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
+        """Judges one reply: observation, reward, terminated (the destination reached without a fault), truncated (the route ended otherwise),
+        info. Takes any string. After the end of an episode nothing is judged any more: the reward is 0 and nothing changes."""
+        if not self.waypoints:
+            raise RuntimeError("call reset() before step()")
+        if any(self.done):
+            return self._observation(), 0.0, *self.done, self._info()
+        self.verdict = judge_step(reply, self.waypoints[self.at], self.fields)
+        self.judged += 1
+        right = self.verdict.verdict == "correct"
+        used_up = not right and self.judged >= self.verify_iter
+        self.failed |= used_up
+        self.told = self.at
+        if right or used_up:
+            self.at, self.judged = self.at + 1, 0
+        ended = self.at == len(self.waypoints) or used_up and not self.go_on
+        self.done = (ended and not self.failed, ended and self.failed)
+        self.messages.append({"role": "assistant", "content": reply})
+        if not ended:
+            heard = "" if right else self.verdict.feedback
+            next_step = "Try again." if not (right or used_up) else self._seen() if right else f"You are led on. {self._seen()}"
+            self.messages.append({"role": "user", "content": f"{heard} {next_step}".strip()})
+        reward = self.rewards[self.verdict.verdict] + (BUDGET_PENALTY if used_up else 0.0)
+        return self._observation(), reward, *self.done, self._info()
+
+    def _observation(self) -> Observation:
+        return Observation(copy.deepcopy(self.messages), self.image)
+
+    def _info(self) -> dict:
+        verdict, feedback, recognized = self.verdict or (None, None, None)
+        return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints], "verdict": verdict,
+                "feedback": feedback, "recognized": recognized}  # fmt: skip
+
+    def _reply(self, action: str) -> str:
+        now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
+        return json.dumps(dict(zip(self.fields, (now.observation, now.sentence, action))))
+
+    def expert_reply(self) -> str:
+        """A reply that the verifier accepts now."""
+        if not self.waypoints:
+            raise RuntimeError("call reset() before expert_reply()")
+        return self._reply(self.waypoints[min(self.at, len(self.waypoints) - 1)].action)
+
+    def wrong_reply(self) -> str:
+        """The right report with another action."""
+        right = self.waypoints[self.at].action
+        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
+        return self._reply(self.random.choice([action for action in actions if action != right]))
+
+
+def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS) -> Verdict:
+    """One verdict per reply, by the first test that fails: form, report, action.
+
+    The report must repeat what is seen; of an intersection it may be silent, but must not invent one."""
+    parsed = parse_reply(reply, fields)
+    report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
+    if not all(isinstance(part, str) for part in (report, sentence, action)):
+        return Verdict("unparsed", "The answer is not in the form asked for.", False)
+    landmark = waypoint.observation.split(";")[0]
+    if _letters(report) not in (_letters(waypoint.observation), _letters(landmark)):
+        return Verdict("wrong_observation", "That is not what is seen here.", False)
+    if _letters(action) != _letters(waypoint.action):
+        return Verdict("wrong_action", "That action is wrong here.", True)
+    return Verdict("correct", "Correct.", True)
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone, in lower case."""
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks by name
+
+Environment = GeneralPoints | VIRL
+TASKS: dict[str, type[Environment]] = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL}
+
+
+def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options) -> Environment:
+    """An environment of `task`, one of TASKS; `options` go to its class, `verify_iter` None takes the class's default. Raises ValueError
+    for an unknown task or option."""
     if task not in list(TASKS):
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
     known = [name for cls in TASKS[task].__mro__[:-1] for name, p in inspect.signature(cls).parameters.items() if p.kind != p.VAR_KEYWORD]
     if unknown := sorted(options.keys() - set(known)):
         raise ValueError(f"task {task!r} has no option {unknown[0]!r}: choose from {', '.join(known)}")
-    return TASKS[task](variant, seed, verify_iter, **options)
+    if verify_iter is not None:
+        options["verify_iter"] = verify_iter
+    return TASKS[task](variant, seed, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- playing an episode
@@ -720,23 +1280,28 @@ def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int = 5, **
 
 @dataclass
 class Turn:
-    """One reply and what the verifier made of it."""
+    """One reply and what the verifier made of it; on a route, at which waypoint."""
 
     reply: str
     reward: float
     verdict: str
     feedback: str
     recognized: bool
+    waypoint: int = 0
 
 
 @dataclass
 class Episode:
-    """One conversation. `prompt` is the first user message, `cards` the dealt ranks."""
+    """One conversation. `prompt` is the first user message, `asked` what decides the episode: the dealt ranks, or a route's expert actions."""
 
     prompt: str
-    cards: list[str]
+    asked: list[str]
     turns: list[Turn] = field(default_factory=list)
     success: bool = False
+
+    def most_tries(self) -> int:
+        """Replies to a hand, or at the waypoint that took most."""
+        return max(Counter(turn.waypoint for turn in self.turns).values())
 
     def transcript(self) -> dict:
         """The episode to read, as samples.jsonl keeps it."""
@@ -744,7 +1309,7 @@ class Episode:
         return {"prompt": self.prompt, "success": self.success, "turns": turns}
 
 
-def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], list[Observation]], list[str]],
+def play(environments: Sequence[Environment], respond: Callable[[list[int], list[Observation]], list[str]],
          seeds: Sequence[int] | None = None) -> list[Episode]:  # fmt: skip
     """Plays one episode in every environment, in lockstep.
 
@@ -753,14 +1318,14 @@ def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], li
     """
     starts = [env.reset(seeds[i] if seeds is not None else None) for i, env in enumerate(environments)]
     observations = [observation for observation, _ in starts]
-    episodes = [Episode(text_of(o.messages[0]["content"]), info["cards"]) for o, info in starts]
+    episodes = [Episode(text_of(o.messages[0]["content"]), info.get("cards") or info["actions"]) for o, info in starts]
     running = list(range(len(environments)))
     while running:
         replies = respond(running, [observations[i] for i in running])
         still = []
         for i, reply in zip(running, replies, strict=True):
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], info["feedback"], info["recognized"]))
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], info["feedback"], info["recognized"], info.get("waypoint", 0)))
             episodes[i].success = terminated
             if not (terminated or truncated):
                 still.append(i)
@@ -768,8 +1333,9 @@ def play(environments: Sequence[GeneralPoints], respond: Callable[[list[int], li
     return episodes
 
 
-def demonstration(env: GeneralPoints, wrong_turns: int = 0, author: Callable[[GeneralPoints], str] | None = None) -> dict:
-    """One SFT record in the released format: `wrong_turns` wrong replies with the verifier's feedback, then the expert's.
+def demonstration(env: Environment, wrong_turns: int = 0, author: Callable[[Any], str] | None = None) -> dict:
+    """One SFT record in the released format: at each waypoint of a route, or once for a hand of cards, `wrong_turns` wrong replies with the
+    verifier's feedback, then the expert's.
 
     An `author` writes the last reply in the expert's place; a visual task adds the picture as "image". Raises ValueError if the budget
     ends before the last reply.
@@ -777,9 +1343,10 @@ def demonstration(env: GeneralPoints, wrong_turns: int = 0, author: Callable[[Ge
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
     env.reset()
-    for _ in range(wrong_turns):
-        env.step(env.wrong_reply())
-    env.step(author(env) if author else env.expert_reply())
+    for _ in range(env.decisions):
+        for _ in range(wrong_turns):
+            env.step(env.wrong_reply())
+        env.step(author(env) if author else env.expert_reply())
     end = next(i for i in reversed(range(len(env.messages))) if env.messages[i]["role"] == "assistant") + 1
     speaker = {"user": "human", "assistant": "gpt"}
     image = {"image": env.image} if env.image else {}

@@ -29,10 +29,14 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
 
     Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
     the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes of each rank. `outcomes` holds one digit per
-    hand: the number of the reply that solved it, 0 if none did (a tenth reply and later ones count as 9).
+    hand: the number of the reply that solved it, 0 if none did (a tenth reply and later ones count as 9); for a route, of the waypoint that
+    took most replies.
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
+    routes = isinstance(environments[0], envs.VIRL)
+    for env in environments if routes else ():
+        env.go_on = True  # so that accuracy speaks of all waypoints, and not of those before the first failure
     own = range(len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world)
     seeds = [f"{series}/{i}" for i in own]
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
@@ -42,21 +46,44 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
         total, tokens = policy.sum(*kl_sums(policy, initial, [respond.streams[i] for i in range(min(len(own), 128))]))
         result["kl_to_init"] = total / tokens
     episodes = policy.gather(episodes)
-    return summary(episodes) | result, episodes
+    if routes:
+        result |= step_summary(episodes)
+    return summary(episodes, environments[0].rewards) | result, episodes
 
 
-def summary(episodes: Sequence[envs.Episode]) -> dict:
-    """Success within the budget and at the first reply with standard errors, shares of the verdicts and of replies
+def step_summary(episodes: Sequence[envs.Episode]) -> dict:
+    """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the expert's action was found
+    within the budget; the same at the first reply and by kind of action; `steps` has it for each route. Its standard error counts routes,
+    for the waypoints of one route go wrong together."""
+    within: list[list[bool]] = []
+    first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
+    for episode in episodes:
+        solved = {turn.waypoint for turn in episode.turns if turn.verdict == "correct"}
+        tries = Counter(turn.waypoint for turn in episode.turns)
+        within.append([k in solved for k in range(len(episode.asked))])
+        first += [k in solved and tries[k] == 1 for k in range(len(episode.asked))]
+        for action, right in zip(episode.asked, within[-1]):
+            kinds[action.partition("(")[0].removesuffix("_direction")].append(right)
+    n = sum(map(len, within))
+    accuracy = sum(map(sum, within)) / n
+    spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in within)
+    return {"step_accuracy": accuracy, "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
+            "first_step_accuracy": sum(first) / n, "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
+            "waypoints": n, "steps": [round(mean(route), 4) for route in within]}  # fmt: skip
+
+
+def summary(episodes: Sequence[envs.Episode], rewards: dict[str, float] = envs.REWARDS) -> dict:
+    """Success within the budget and at the first reply (of each waypoint) with standard errors, shares of the verdicts and of replies
     that were parsed and name the dealt cards, over all replies; `recognized` has the latter for each hand."""
     n = len(episodes)
-    outcomes = [min(len(e.turns), 9) if e.success else 0 for e in episodes]
+    outcomes = [min(e.most_tries(), 9) if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
     verdicts = Counter(turn.verdict for e in episodes for turn in e.turns)
     return {"episodes": n, "success": success, "success_se": standard_error(success, n), "first_success": first,
             "first_success_se": standard_error(first, n), "turns": verdicts.total() / n,
             "recognition": sum(turn.recognized for e in episodes for turn in e.turns) / verdicts.total(),
             "recognized": [round(sum(turn.recognized for turn in e.turns) / len(e.turns), 3) for e in episodes],
-            "verdicts": {v: verdicts[v] / verdicts.total() for v in envs.REWARDS}, "outcomes": "".join(map(str, outcomes))}  # fmt: skip
+            "verdicts": {v: verdicts[v] / verdicts.total() for v in rewards}, "outcomes": "".join(map(str, outcomes))}  # fmt: skip
 
 
 @torch.no_grad()

@@ -295,17 +295,18 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
                     "first_ratio_error": policy.largest(first_ratio)}  # fmt: skip
 
 
-def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: dict[str, Any], config: PPOConfig) -> dict[str, float]:
+def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: dict[str, Any], config: PPOConfig,
+                    names: Sequence[str] = tuple(envs.REWARDS)) -> dict[str, float]:  # fmt: skip
     """What the rollout says, over all ranks: return, success, verdicts, lengths, and how much of the return the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
     discounted = sum(turn.reward * config.gamma**k for episode in episodes for k, turn in enumerate(episode.turns))
-    verdicts = sorted(envs.REWARDS)
+    verdicts = sorted(names)
     counts, rewards = Counter(turn.verdict for turn in turns), Counter()
     for turn in turns:
         rewards[turn.verdict] += turn.reward
     error, act = batch["returns"] - batch["old_values"], batch["actions"]
     n, replies, solved, first, ret, tokens, actions, gap, error1, error2, return1, return2, *by_verdict = policy.sum(
-        len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and len(e.turns) == 1 for e in episodes), discounted,
+        len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and e.most_tries() == 1 for e in episodes), discounted,
         sum(sum(stream.mask) for stream in streams), act.sum(), batch["sampler_gap"].sum(), (error * act).sum(), (error**2 * act).sum(),
         (batch["returns"] * act).sum(), (batch["returns"] ** 2 * act).sum(),
         *(counts[v] for v in verdicts), *(rewards[v] for v in verdicts))  # fmt: skip
@@ -337,6 +338,6 @@ def train(policy, optimizers: list[torch.optim.Optimizer], environments: Sequenc
         generated, trained, work = policy.sum(batch["mask"].sum(), batch["length"].sum() * config.epochs, policy.flops - spent)
         step, flops = step + 1, flops + work
         yield {"step": step, "flops": flops, "progress": max(step / config.steps, flops / config.flops), "lr": factor * config.lr,
-               **episode_metrics(policy, streams, episodes, batch, config), **losses,
+               **episode_metrics(policy, streams, episodes, batch, config, environments[0].rewards), **losses,
                "rollout_tokens_per_s": generated / (rolled - clock), "update_tokens_per_s": trained / (updated - scored),
                "seconds": updated - clock, "transcript": episodes[0].transcript()}  # fmt: skip

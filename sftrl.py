@@ -1222,16 +1222,20 @@ def build_parser() -> argparse.ArgumentParser:
     def hand(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("environment")
         group.add_argument("--variant", default="id", metavar="NAME", help="id: J, Q, K are 10; rule: 11, 12, 13; visual: red suits (default: %(default)s)")
-        group.add_argument("--verify-iter", type=size, default=5, help="replies judged per episode (default: %(default)s)")
-        group.add_argument("--target", type=size, default=24, help="the number to make (default: %(default)s)")
-        group.add_argument("--n-cards", type=size, default=4, help="cards per hand (default: %(default)s)")
-        group.add_argument("--operators", default="+-*/", help="operators allowed (default: %(default)s)")
-        group.add_argument("--replacement", action="store_true", help="deal with replacement, as the paper's released code does")
+        group.add_argument("--verify-iter", type=size, help="replies judged per hand, or per waypoint of a route (default: gp 5, virl 2)")
+        group.add_argument("--target", type=size, help="gp: the number to make (default: 24)")
+        group.add_argument("--n-cards", type=size, help="gp: cards per hand (default: 4)")
+        group.add_argument("--operators", help="gp: operators allowed (default: +-*/)")
+        group.add_argument("--replacement", action="store_true", default=None, help="gp: deal with replacement, as the paper's released code does")
         group.add_argument("--color", help="gp-vl: suits in the deck, black, red or mixed (default: black; red with --variant visual)")
         group.add_argument("--size", type=size, nargs=2, metavar=("WIDTH", "HEIGHT"), help="gp-vl: pixels of the picture (default: 1200 480)")
         group.add_argument("--jitter", type=float, help="gp-vl: disorder of the cards, from 0 to 1 (default: 0.3)")
         group.add_argument("--font-size", type=float, help="gp-vl: the ranks' share of a card's height (default: 0.17)")
-        group.add_argument("--prompt", metavar="FILE", help="a prompt template of your own; placeholders as in envs.PROMPT")
+        group.add_argument("--prompt", metavar="FILE", help="gp: a prompt template of your own; placeholders as in envs.PROMPT")
+        group.add_argument("--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)")
+        group.add_argument("--held-out", action="store_true", default=None, help="virl: the built-in city's routes that training never sees")
+        group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
+        group.add_argument("--keep", type=float, help="virl: probability that such a point is kept (default: 0.5)")
 
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
     sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
@@ -1268,7 +1272,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("play", command_play, "One episode for the eye: prompt, expert reply, and the verdict on a reply.")
     sub.add_argument("--reply", action="append", default=[], metavar="TEXT", help="judge this reply; may be given several times")
     sub.add_argument("--model", help="let this model play the episode")
-    sub.add_argument("--cards", metavar="RANKS", help='deal this hand, for example "A 3 K 10"')
+    sub.add_argument("--cards", metavar="RANKS", help='gp: deal this hand, for example "A 3 K 10"')
+    sub.add_argument("--route", type=number(int, least=0), metavar="N", help="virl: walk this route")
     sub.add_argument("--save", metavar="FILE", help="write the picture of a visual task")
     sub.add_argument("--temperature", type=number(float, least=0), default=1.0, help="the model's sampling temperature (default: %(default)s)")
     sub.add_argument("--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)")
@@ -1284,21 +1289,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-PICTURE_OPTIONS = ("color", "size", "jitter", "font_size")  # given for the visual tasks alone
+TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
+                "held_out", "points_per_leg", "keep")  # fmt: skip
 
 
 def environment_of(args: argparse.Namespace):
     """The environment that a command's options describe."""
-    prompt = Path(args.prompt).read_text(encoding="utf8") if args.prompt else None
-    pictures = {name: value for name in PICTURE_OPTIONS if (value := getattr(args, name)) is not None}
-    return envs.make(args.task, args.variant, getattr(args, "seed", 0), args.verify_iter, target=args.target, n_cards=args.n_cards,
-                     operators=args.operators, replacement=args.replacement, prompt=prompt, **pictures)  # fmt: skip
+    options = {name: value for name in TASK_OPTIONS if (value := getattr(args, name)) is not None}
+    if args.prompt:
+        options["prompt"] = Path(args.prompt).read_text(encoding="utf8")
+    return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
+
+
+def wrong_turns_fit(args: argparse.Namespace):
+    """The environment of demonstrations, if its budget leaves room for a right reply."""
+    env = environment_of(args)
+    if not 0 <= args.wrong_turns < env.verify_iter:
+        raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {env.verify_iter}")
+    return env
 
 
 def environment_settings(args: argparse.Namespace) -> dict:
     """What config.json says of a run's task."""
-    names = ("task", "model", "variant", "verify_iter", "target", "n_cards", "operators", "replacement", "prompt", *PICTURE_OPTIONS, "rollout_batch")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch")}
 
 
 def command_sft(args: argparse.Namespace) -> None:
@@ -1307,9 +1320,7 @@ def command_sft(args: argparse.Namespace) -> None:
     if args.demos:
         batches = sft.epochs(sft.read_records(args.demos, args.images), config.batch_size, args.seed)
     else:
-        if not 0 <= args.wrong_turns < args.verify_iter:
-            raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
-        batches = fresh_batches(environment_of(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
+        batches = fresh_batches(wrong_turns_fit(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
     torch.manual_seed(args.seed)
     settings = environment_settings(args) | {"demos": args.demos, "images": args.images, "wrong_turns": args.wrong_turns, "seed": args.seed}
     run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints)
@@ -1331,7 +1342,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     if policy.rank == 0:
         for episode in episodes[: args.transcripts]:
             print_transcript(episode)
-        print(json.dumps({key: value for key, value in result.items() if key != "outcomes"}, indent=1))
+        print(json.dumps({key: value for key, value in result.items() if key not in ("outcomes", "recognized", "steps")}, indent=1))
 
 
 def print_transcript(episode: envs.Episode) -> None:
@@ -1344,7 +1355,7 @@ def print_transcript(episode: envs.Episode) -> None:
 def command_play(args: argparse.Namespace) -> None:
     """`sftrl play`."""
     env = environment_of(args)
-    observation, info = env.reset(options={"cards": args.cards.replace(",", " ").split()} if args.cards else None)
+    observation, info = env.reset(options={"cards": args.cards.replace(",", " ").split() if args.cards else None, "route": args.route})
     if args.save:
         if observation.image is None:
             raise ValueError(f"task {args.task!r} has no picture to save")
@@ -1355,8 +1366,9 @@ def command_play(args: argparse.Namespace) -> None:
         """Steps, prints, and says whether the episode goes on."""
         nonlocal observation
         observation, reward, terminated, truncated, info = env.step(reply)
-        print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {info['feedback']}")
-        return not (terminated or truncated)
+        goes_on = not (terminated or truncated)
+        print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {observation.messages[-1]['content'] if goes_on else info['feedback']}")
+        return goes_on
 
     if args.model:
         policy = load_policy(args, args.model)
@@ -1370,9 +1382,7 @@ def command_play(args: argparse.Namespace) -> None:
 
 def command_data(args: argparse.Namespace) -> None:
     """`sftrl data`."""
-    env = environment_of(args)
-    if not 0 <= args.wrong_turns < args.verify_iter:
-        raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {args.verify_iter}")
+    env = wrong_turns_fit(args)
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes)]
     pictures = Path(args.out).with_suffix("")
     for i, record in enumerate(records):

@@ -1,8 +1,11 @@
-"""Cards, solver, verifier, episodes."""
+"""Cards, streets, solver, verifier, episodes."""
 
 import ast
+import copy
 import itertools
 import json
+import math
+import pickle
 import random
 import time
 from fractions import Fraction
@@ -443,3 +446,236 @@ def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
             envs.make("gp-vl", **wrong)
     with pytest.raises(ValueError):
         envs.make("gp-l", color="red")
+
+
+# ---- streets
+
+
+def test_angles_are_wrapped_for_all_pairs_of_headings():
+    assert envs.wrap(180) == envs.wrap(-180) == 180 and envs.relative_word(180) == "right"
+    for a in range(360):
+        for b in range(360):
+            turn = envs.wrap(b - a)
+            assert -180 < turn <= 180 and (turn - (b - a)) % 360 == 0
+            word = envs.relative_word(b - a)
+            assert (word == "") == (abs(turn) < 20) and ("right" in word) == (turn >= 20) and ("slightly" in word) == (20 <= abs(turn) < 60)
+    assert [envs.compass_word(h) for h in (0, 22, 23, 90, 180, 270, 337, 338, 359.9)] == [
+        "north", "north", "northeast", "east", "south", "west", "northwest", "north", "north"]  # fmt: skip
+
+
+def great_circle(a, b):
+    """Metres and compass heading by spherical trigonometry, on points of the unit sphere."""
+    (x, y), (u, v) = (tuple(map(math.radians, p)) for p in (a, b))
+    p, q = ((math.cos(la) * math.cos(lo), math.cos(la) * math.sin(lo), math.sin(la)) for la, lo in ((x, y), (u, v)))
+    east, north = (-math.sin(y), math.cos(y), 0), (-math.sin(x) * math.cos(y), -math.sin(x) * math.sin(y), math.cos(x))
+    heading = math.degrees(math.atan2(sum(i * j for i, j in zip(q, east)), sum(i * j for i, j in zip(q, north))))
+    return 6_371_000 * 2 * math.asin(math.dist(p, q) / 2), heading % 360
+
+
+def test_distance_and_bearing_match_spherical_trigonometry():
+    rng = random.Random(0)
+    for centre in ((40.75, -73.98), (-37.8, 144.96), (6.5, 3.4), (51.5, -0.0001), (60.0, 179.999)):
+        for _ in range(200):
+            a, b = ((centre[0] + rng.uniform(-0.01, 0.01), centre[1] + rng.uniform(-0.01, 0.01)) for _ in range(2))
+            metres, heading = great_circle(a, b)
+            assert envs.distance(a, b) == pytest.approx(metres, rel=1e-4, abs=0.01)
+            assert abs(envs.wrap(envs.bearing(a, b) - heading)) < 0.05
+
+
+def test_the_nearest_panorama_is_the_one_a_search_of_all_finds():
+    rng = random.Random(1)
+    for lat in (40.75, -37.8, 0.0):
+        places = {(lat + rng.uniform(-0.002, 0.002), 7 + rng.uniform(-0.002, 0.002)): str(k) for k in range(300)}
+        panoramas, found = envs.Panoramas(places), 0
+        for _ in range(500):
+            at = (lat + rng.uniform(-0.0025, 0.0025), 7 + rng.uniform(-0.0025, 0.0025))
+            best = min(places, key=lambda p: envs.distance(p, at))
+            expected = best if envs.distance(best, at) <= 20 else None
+            assert panoramas.nearest(at) == expected
+            found += expected is not None
+        assert 100 < found < 450 and panoramas.nearest(best) == best
+
+
+# A folder as the formats page describes it, written by hand: about 110 m a leg, first west, then north, then north-east.
+ROUTE = {
+    "start_place": {"relocated_geocode": [40.7500, -73.9800], "rating": 4.5}, "init_heading": 350, "time": "?", "polyline": None,
+    "dest_place": {"name": "Joe's Bar", "geocode": [40.7518, -73.9806], "relocated_geocode": [40.7517, -73.9806]},
+    "route_results": {"geocode_list": [[40.7500, -73.9813], [40.7510, -73.9813], [40.7517, -73.9806]], "landmark_list": [{"name": "Starbucks"}, None]},
+    "milestone_info": '''{
+  "intersection_idx": "1",
+  "landmarks": "Starbucks is on your left behind",
+  "distance": "110 meters",
+  "human_heading": "259",
+  "to_next_intersection_heading": "270 (west)",
+}
+{
+  "intersection_idx": "2",
+  "landmarks": "No landmarks nearby",
+  "distance": "111 meters",
+  "human_heading": "0",
+  "to_next_intersection_heading": "0 (north)",
+}
+{
+  "intersection_idx": "3",
+  "landmarks": "The destination Joe's Bar is on your right",
+  "to_next_intersection_heading": "37 (northeast)",
+}''',
+}  # fmt: skip
+
+
+def by_hand(folder, content=None, ids=None):
+    """The folder of ROUTE with a panorama at every corner and about every 11 m between; `content` or `ids` replace what it holds."""
+    corners = [(40.7500, -73.9800), (40.7500, -73.9813), (40.7510, -73.9813), (40.7517, -73.9806)]
+    if ids is None:
+        ids = {(a[0] + (b[0] - a[0]) * k / 10, a[1] + (b[1] - a[1]) * k / 10): f"p{i}_{k}" for i, (a, b) in enumerate(zip(corners, corners[1:]))
+               for k in range(11)}  # fmt: skip
+    (folder / "route_infos.json").write_text(content if isinstance(content, str) else json.dumps(content or [[ROUTE], 7]))
+    (folder / "gps_pano_mapping.pkl").write_bytes(ids if isinstance(ids, bytes) else pickle.dumps(ids))
+    return folder
+
+
+def test_a_folder_in_the_released_format_loads_and_plays(tmp_path):
+    env = envs.make("virl-l", data=by_hand(tmp_path), keep=1.0, points_per_leg=1)
+    observation, _ = env.reset(seed=0)
+    prompt = observation.messages[0]["content"]
+    for k, sentence in enumerate(("Turn left to face west.", "Move forward to an intersection: Starbucks is on your left behind.",
+                                  "Turn right to face north.", "Move forward to an intersection.", "Turn slightly right to face northeast.",
+                                  "Move forward to the destination: the destination Joe's Bar is on your right."), 1):  # fmt: skip
+        assert f" {k}. {sentence}" in prompt
+    actions = ["turn_direction(west)", "forward()", "turn_direction(north)", "forward()", "turn_direction(northeast)", "forward()", "stop()"]
+    assert env._info()["actions"] == actions
+    heard = []
+    for action in actions:
+        assert json.loads(env.expert_reply())["action"] == action
+        observation, reward, terminated, truncated, info = env.step(env.expert_reply())
+        assert reward == 1 and not truncated
+        heard.append(observation.messages[-1]["content"])
+    assert terminated and heard[1] == "You see: Starbucks is on your left behind; an intersection." and heard[5] == (
+        "You see: The destination Joe's Bar is on your right.")  # fmt: skip
+    relative = envs.make("virl-l", "rule", data=tmp_path, keep=0.0)
+    relative.reset(seed=0)
+    assert relative._info()["actions"] == ["turn_direction(left)", "turn_direction(right)", "turn_direction(slightly right)", "stop()"]
+    (tmp_path / "route_infos.json").write_text(json.dumps(ROUTE))  # some released files hold one bare route
+    assert envs.load_world(tmp_path).routes == env.world.routes
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def altered(**changes):
+    """ROUTE with some fields changed; None takes a field out."""
+    route = copy.deepcopy(ROUTE)
+    for names, value in changes.items():
+        *path, last = names.split("__")
+        record = route
+        for name in path:
+            record = record[name]
+        record[last] = value
+    return [[route], 1]
+
+
+@pytest.mark.parametrize(
+    "content, ids, words",
+    [
+        ('[[{"start_place": ', None, ("route_infos.json", "cannot be read")),
+        ("[" * 100_000, None, ("route_infos.json", "cannot be read")),
+        ("[]", None, ("no routes",)),
+        ("[[3]]", None, ("route 0", "start_place")),
+        (altered(start_place__relocated_geocode=None), None, ("route 0", "start_place.relocated_geocode")),
+        (altered(start_place__relocated_geocode=[1000, 2]), None, ("route 0", "latitude")),
+        (altered(start_place__relocated_geocode=[float("nan"), 2]), None, ("route 0", "latitude")),
+        (altered(route_results__geocode_list=[]), None, ("route 0", "geocode_list")),
+        (altered(route_results__geocode_list=[[1, 2]]), None, ("route 0", "3 blocks for 1 points")),
+        (altered(milestone_info=["x"]), None, ("route 0", "milestone_info")),
+        (altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "(")), None, ("block 3", "to_next_intersection_heading")),
+        (altered(milestone_info=ROUTE["milestone_info"].replace('"landmarks": "No', '"l": "No')), None, ("block 2", "landmarks")),
+        (altered(init_heading="west"), None, ("route 0", "init_heading")),
+        (altered(start_place__relocated_geocode=[41.0, -73.98]), None, ("route 0", "no panorama within 20 m")),
+        (None, b"", ("gps_pano_mapping.pkl", "cannot be read")),
+        (None, pickle.dumps(Bomb()), ("gps_pano_mapping.pkl", "builtins.print")),
+        (None, pickle.dumps({"a": "b"}), ("gps_pano_mapping.pkl", "not a dict")),
+        (None, pickle.dumps([1]), ("gps_pano_mapping.pkl", "not a dict")),
+    ],
+)
+def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, capsys, content, ids, words):
+    with pytest.raises(ValueError) as error:
+        envs.make("virl-l", data=by_hand(tmp_path, content, ids)).reset()
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert capsys.readouterr().out == ""
+
+
+def test_the_expert_finishes_every_built_in_route_in_both_action_spaces():
+    seen = {}
+    for held_out in (False, True):
+        for variant in ("id", "rule"):
+            env = envs.make("virl-l", variant, held_out=held_out, keep=0.2)
+            for number in range(0, len(env.world.routes), 1 if held_out else 5):
+                env.reset(seed=number, options={"route": number})
+                while not any(env.done):
+                    *_, reward, _, _, _ = env.step(env.expert_reply())
+                    assert reward == 1
+                assert env.done == (True, False)
+                turns = [w.action for w in env.waypoints if w.action.startswith("turn")]
+                assert all(action[len("turn_direction(") : -1] in env.rules[variant] for action in turns)
+        seen[held_out] = {(route.start, tuple(leg.end for leg in route.legs)) for route in env.world.routes}
+        assert {len(route.legs) for route in env.world.routes} == set(range(2, 9))
+    assert not seen[True] & seen[False] and len(seen[False]) == 1000 and len(seen[True]) == 200
+
+
+def test_a_world_written_and_read_back_gives_the_same_episodes(tmp_path):
+    city, rng = envs.City(envs.CITIES["new york"]), random.Random(4)
+    content = [[city.route(rng, turns) for turns in range(1, 6)], 5]
+    envs.write_world(tmp_path, content, city.panoramas)
+    world = envs.load_world(tmp_path)
+    assert world.routes == envs.read_routes(content) and world.panoramas.ids == city.panoramas
+    one, two = envs.make("virl-l", data=tmp_path), envs.make("virl-l")
+    two.world = envs.World(envs.read_routes(content), envs.Panoramas(city.panoramas))
+    for seed in range(5):
+        assert one.reset(seed)[0] == two.reset(seed)[0] and one.waypoints == two.waypoints
+
+
+def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(tmp_path):
+    by_hand(tmp_path)
+    for go_on in (False, True):
+        env = envs.make("virl-l", data=tmp_path, keep=0.0, go_on=go_on)
+        env.reset()
+        right = json.loads(env.expert_reply())
+        observation, reward, terminated, truncated, info = env.step(json.dumps(right | {"action": "forward()"}))
+        assert (reward, info["verdict"], info["waypoint"], terminated, truncated) == (-1, "wrong_action", 0, False, False)
+        assert observation.messages[-1]["content"] == "That action is wrong here. Try again." and env.at == 0
+        observation, reward, terminated, truncated, info = env.step(json.dumps(right | {"current observation": "Joe's Bar"}))
+        assert (reward, info["verdict"], truncated, env.at) == (-2.5, "wrong_observation", not go_on, 1)
+        if go_on:
+            assert observation.messages[-1]["content"].startswith("That is not what is seen here. You are led on. You see: Starbucks")
+            silent = json.loads(env.expert_reply()) | {"current observation": "starbucks is on your LEFT behind"}
+            assert env.step(json.dumps(silent))[4]["verdict"] == "correct"  # silence about an intersection is no lie
+            env.step(json.dumps(json.loads(env.expert_reply()) | {"current observation": "No landmarks nearby; an intersection"}))
+            *_, terminated, truncated, info = env.step(env.expert_reply())
+            assert (terminated, truncated, info["verdict"]) == (False, True, "correct")  # at the goal, but the route counts as failed
+        assert env.step(env.expert_reply())[1:4] == (0.0, False, True)
+
+
+def test_an_invented_intersection_is_a_wrong_observation(tmp_path):
+    env = envs.make("virl-l", data=by_hand(tmp_path), keep=0.0)
+    env.reset()
+    reply = json.loads(env.expert_reply()) | {"current observation": "No landmarks nearby; an intersection"}
+    assert env.step(json.dumps(reply))[4]["verdict"] == "wrong_observation"
+
+
+def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
+    env, slowest = envs.make("virl-l", verify_iter=1, data=by_hand(tmp_path), keep=0.0), 0.0
+    for text in hostile_strings():
+        times = []
+        for _ in range(3):
+            env.reset()
+            start = time.thread_time()
+            _, reward, terminated, truncated, info = env.step(text)
+            times.append(time.thread_time() - start)
+        slowest = max(slowest, min(times))
+        assert info["verdict"] in envs.STREET_REWARDS and reward == envs.STREET_REWARDS[info["verdict"]] - 1 and truncated
+    assert slowest < 0.010
+    for wrong in ({"variant": "visual"}, {"verify_iter": 0}, {"keep": 2}, {"points_per_leg": -1}, {"fields": "aab"}, {"odd": 1}):
+        with pytest.raises(ValueError):
+            envs.make("virl-l", **wrong)

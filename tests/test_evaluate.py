@@ -26,6 +26,29 @@ def test_summary_counts_successes_first_replies_and_verdicts():
     assert result["success_se"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4)) and result["turns"] == 7 / 4
 
 
+def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
+    def turns(*marks):
+        return [envs.Turn("", 0.0, "correct" if right else "wrong_action", "", True, k) for k, right in marks]
+
+    actions = ["turn_direction(left)", "forward()", "stop()"]
+    routes = [envs.Episode("", actions, turns((0, True), (1, False), (1, True), (2, True)), True),
+              envs.Episode("", actions, turns((0, False), (0, False), (1, True), (2, True)), False),
+              envs.Episode("", actions, turns((0, True), (1, False), (1, False)), False)]  # fmt: skip
+    result = evaluate.step_summary(routes)
+    assert result["waypoints"] == 9 and result["step_accuracy"] == pytest.approx(6 / 9) and result["first_step_accuracy"] == pytest.approx(5 / 9)
+    assert result["step_accuracy_by_action"] == {"turn": pytest.approx(2 / 3), "forward": pytest.approx(2 / 3), "stop": pytest.approx(2 / 3)}
+    assert result["steps"] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-4)
+    assert result["step_accuracy_se"] == pytest.approx(math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3))  # routes of one length: that of a mean
+    assert evaluate.summary(routes, envs.STREET_REWARDS)["outcomes"] == "200"
+
+
+def test_evaluation_walks_every_route_to_its_end(policy):
+    environments = [envs.make("virl-l", held_out=True, points_per_leg=0, verify_iter=1) for _ in range(3)]
+    result, episodes = evaluate.evaluate(policy, environments, 1.0, 4)
+    assert result["waypoints"] == sum(len(e.turns) for e in episodes) == sum(len(e.asked) for e in episodes)
+    assert result["step_accuracy"] == result["success"] == 0 and set(result["verdicts"]) == set(envs.STREET_REWARDS)
+
+
 def test_difference_is_paired():
     rng = random.Random(0)
     a = "".join(rng.choice("0123") for _ in range(1000))
@@ -86,9 +109,9 @@ def test_the_same_hands_for_every_checkpoint_and_none_of_training(policy):
     for series in ("test", "valid", "train/0/0"):
         environments = [envs.make("gp-l", verify_iter=1) for _ in range(20)]
         _, episodes = evaluate.evaluate(policy, environments, 1.0, 4, series)
-        hands[series] = [e.cards for e in episodes]
+        hands[series] = [e.asked for e in episodes]
         _, again = evaluate.evaluate(policy, environments, 0.0, 4, series)
-        assert [e.cards for e in again] == hands[series]
+        assert [e.asked for e in again] == hands[series]
     assert not any(a == b for x, y in (("test", "valid"), ("test", "train/0/0")) for a, b in zip(hands[x], hands[y]))
 
 

@@ -151,7 +151,7 @@ def played(policy, config, verify_iter=3, task="gp-l"):
     return ppo.rollout(policy, environments, config, step=0)
 
 
-@pytest.mark.parametrize("kind, task", [("llava", "gp-l"), ("mllama", "gp-l"), *((kind, "gp-vl") for kind in SIGHTED)])
+@pytest.mark.parametrize("kind, task", [("llava", "gp-l"), ("llava", "virl-l"), ("mllama", "gp-l"), *((kind, "gp-vl") for kind in SIGHTED)])
 @pytest.mark.parametrize("ratio", ["token", "reply"])
 def test_first_ratio_is_one_and_moves_after_a_step(kind, task, ratio):
     policy, config = make_policy(kind), small_config(ratio=ratio, thought_coef=0.5)
@@ -175,6 +175,19 @@ def test_batch_masks_rewards_and_old_logp_say_what_the_sampler_did(policy):
         assert batch["rewards"].sum(1)[b].item() == sum(t.reward for t in episodes[i].turns)
         last = stream.replies[-1][1] - 1
         assert batch["rewards"][b, last] == episodes[i].turns[-1].reward and batch["advantages"][b][batch["mask"][b] == 0].abs().sum() == 0
+
+
+def test_advantages_run_across_the_waypoints_of_a_route(policy):
+    config, env = small_config(lam=1.0), envs.make("virl-l", seed=1, keep=0.0)
+    stream = policy.streams([envs.demonstration(env)])[0]
+    n = len(stream.replies)
+    episode = envs.Episode("", [], [envs.Turn("", float(k), "correct", "", True, k) for k in range(n)], True)
+    stream.logp = [0.0] * len(stream)
+    batch = ppo.collect(policy, [stream], [episode], config, "action")
+    assert n == env.decisions > 2 and batch["rewards"].sum() == n * (n - 1) / 2
+    for k, (start, stop) in enumerate(stream.replies):
+        expected = sum(j * config.gamma ** (j - k) for j in range(k, n))
+        torch.testing.assert_close(batch["returns"][0, start:stop], torch.full((stop - start,), expected), rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_update_shifts_the_values_to_the_mean_return():
