@@ -981,6 +981,7 @@ STUDIES["gp-vl"] = replace(
     STUDIES["gp-l"],
     base=replace(STUDIES["gp-l"].base, steps=1200),
     init=replace(STUDIES["gp-l"].init, steps=120),
+    rl=replace(STUDIES["gp-l"].rl, minibatch_size=128),
     pictures=TINY_PICTURES,
 )
 SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
