@@ -1047,12 +1047,13 @@ CITIES = {
 
 
 @lru_cache(maxsize=None)
-def built_in_world(held_out: bool = False, n_routes: int = 1000, n_held_out: int = 200) -> World:
-    """The training city and its routes of one to seven turns; `held_out`: other routes of it."""
-    city, rng = City(CITIES["new york"]), random.Random("routes of new york")
+def built_in_world(held_out: bool = False, turns: int = 7, seed: int = 0, n_routes: int = 2000, n_held_out: int = 1024) -> World:
+    """A city and its routes of one to `turns` turning points; `held_out`: other routes of it. Seed 0 is the training city, others
+    have other streets and other places."""
+    city, rng = City(CITIES["new york"], seed), random.Random(f"routes/{seed}")
     records: dict[str, dict] = {}
     while len(records) < n_routes + n_held_out:
-        record = city.route(rng, rng.randint(1, 7))
+        record = city.route(rng, rng.randint(1, turns))
         records.setdefault(json.dumps(record["route_results"]["geocode_list"]) + str(record["start_place"]), record)
     routes = list(records.values())
     return World(read_routes([routes[n_routes:] if held_out else routes[:n_routes], 0]), Panoramas(city.panoramas))
@@ -1089,8 +1090,9 @@ class VIRL:
         variant: "id" (turns by the eight compass words) or "rule" (left, right, slightly left, slightly right).
         seed: of the one random generator of this environment, which chooses route, points and the first heading.
         verify_iter: replies judged per waypoint.
-        data: a folder in the released format; None takes the built-in city.
+        data: a folder in the released format, or a World; None takes the built-in city.
         held_out: walk the built-in city's routes that training never sees.
+        turns: most turning points of a built-in route.
         go_on: for evaluation: where the budget of a waypoint is used up, go on from the next one; else the route ends there.
         points_per_leg, keep: points between two turning points, each kept with probability `keep`.
         fields: the names of the three fields of a reply.
@@ -1102,17 +1104,17 @@ class VIRL:
     rewards = STREET_REWARDS
     image: Image.Image | None = None
 
-    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | None = None, held_out: bool = False,
-                 go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
+                 held_out: bool = False, turns: int = 7, go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
-        if not all(isinstance(n, int) and n >= least for n, least in ((verify_iter, 1), (points_per_leg, 0))) or not 0 <= keep <= 1:
-            raise ValueError("verify_iter must be an integer from 1, points_per_leg one from 0, and keep a number from 0 to 1")
+        if not all(isinstance(n, int) and n >= least for n, least in ((verify_iter, 1), (turns, 1), (points_per_leg, 0))) or not 0 <= keep <= 1:
+            raise ValueError("verify_iter and turns must be integers from 1, points_per_leg one from 0, and keep a number from 0 to 1")
         if len(set(fields)) != len(STREET_FIELDS):
             raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {fields!r}")
         self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
         self.points_per_leg, self.keep = points_per_leg, keep
-        self.world = built_in_world(held_out) if data is None else load_world(data)
+        self.world = built_in_world(held_out, turns) if data is None else data if isinstance(data, World) else load_world(data)
         self.random = random.Random(seed)
         self.waypoints: list[Waypoint] = []
 
@@ -1310,13 +1312,13 @@ class Episode:
 
 
 def play(environments: Sequence[Environment], respond: Callable[[list[int], list[Observation]], list[str]],
-         seeds: Sequence[int] | None = None) -> list[Episode]:  # fmt: skip
+         seeds: Sequence[int | str] | None = None, options: Sequence[dict] | None = None) -> list[Episode]:  # fmt: skip
     """Plays one episode in every environment, in lockstep.
 
     `respond(indices, observations)` is given the environments that still run, by index, and what each one shows, and returns
-    one reply each: a model that samples a batch, or a script. `seeds` restart the environments' generators.
+    one reply each: a model that samples a batch, or a script. `seeds` restart the environments' generators, `options` go to `reset`.
     """
-    starts = [env.reset(seeds[i] if seeds is not None else None) for i, env in enumerate(environments)]
+    starts = [env.reset(seeds[i] if seeds else None, options[i] if options else None) for i, env in enumerate(environments)]
     observations = [observation for observation, _ in starts]
     episodes = [Episode(text_of(o.messages[0]["content"]), info.get("cards") or info["actions"]) for o, info in starts]
     running = list(range(len(environments)))
@@ -1347,19 +1349,37 @@ def demonstration(env: Environment, wrong_turns: int = 0, author: Callable[[Any]
         for _ in range(wrong_turns):
             env.step(env.wrong_reply())
         env.step(author(env) if author else env.expert_reply())
+    return _record(env)
+
+
+def _record(env: Environment) -> dict:
+    """The episode up to its last reply, in the released format."""
     end = next(i for i in reversed(range(len(env.messages))) if env.messages[i]["role"] == "assistant") + 1
     speaker = {"user": "human", "assistant": "gpt"}
     image = {"image": env.image} if env.image else {}
     return image | {"conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in env.messages[:end]]}
 
 
-def imperfect_demonstration(env: GeneralPoints) -> dict:
+def foundation_walk(rng: random.Random, turns: int, points_per_leg: int) -> dict:
+    """One walk of the corpus of the tiny "foundation model", in one of 20 cities that no study uses, by either rule, in a form whose fields
+    the prompt names and which is never the task's own."""
+    env = VIRL(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5, data=built_in_world(False, turns, rng.randint(1, 20), 200, 0),
+               points_per_leg=points_per_leg, fields=rng.sample(_FIELD_WORDS, 3))  # fmt: skip
+    return imperfect_demonstration(env)
+
+
+def imperfect_demonstration(env: Environment) -> dict:
     """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
 
     A quarter are revisions, after one, two or four wrong tries (as the budget allows). One in ten of the last answers is wrong too; half of
     them, where the cards are told in words, come from people who multiply with an "x". A model that learned from these is unsure, knows
-    how to try again, and has a bad habit.
+    how to try again, and has a bad habit. On a route one reply in five takes a wrong action, and is told so.
     """
+    if isinstance(env, VIRL):
+        env.reset()
+        while not any(env.done):
+            env.step(env.wrong_reply() if env.random.random() < 0.2 else env.expert_reply())
+        return _record(env)
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     cls, careless = type(env), 0 if isinstance(env, GeneralPointsVL) else 50
     author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, careless, 90 - careless))[0]

@@ -25,7 +25,7 @@ def standard_error(p: float, n: int) -> float:
 
 def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, series: str = "test",
              initial=None) -> tuple[dict, list[envs.Episode]]:  # fmt: skip
-    """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series.
+    """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series, or walks route i of its world.
 
     Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
     the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes of each rank. `outcomes` holds one digit per
@@ -34,13 +34,14 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
-    routes = isinstance(environments[0], envs.VIRL)
-    for env in environments if routes else ():
-        env.go_on = True  # so that accuracy speaks of all waypoints, and not of those before the first failure
     own = range(len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world)
-    seeds = [f"{series}/{i}" for i in own]
+    seeds, options = [f"{series}/{i}" for i in own], None
+    if routes := isinstance(environments[0], envs.VIRL):
+        options = [{"route": i % len(environments[i].world.routes)} for i in own]
+        for env in environments:
+            env.go_on = True  # so that accuracy speaks of all waypoints, and not of those before the first failure
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
-        episodes = envs.play([environments[i] for i in own], respond, seeds)
+        episodes = envs.play([environments[i] for i in own], respond, seeds, options)
     result = {}
     if initial is not None:
         total, tokens = policy.sum(*kl_sums(policy, initial, [respond.streams[i] for i in range(min(len(own), 128))]))
@@ -120,14 +121,16 @@ def reading(policy, records: Sequence[dict]) -> dict:
 
 
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
-    """Paired difference a - b of success or "recognition", points of the same seeds on the same hands.
+    """Paired difference a - b of success, "recognition" or "step_accuracy", points of the same seeds on the same hands or routes.
 
     `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first; it speaks of these seeds'
     checkpoints and other deals. `seed_interval`: Student's t over the seeds' differences; it speaks of other seeds after the same base.
     """
 
     def of_hands(point: dict) -> list[float]:
-        return point["recognized"] if key == "recognition" else [outcome > "0" for outcome in point["outcomes"]]
+        if key == "success":
+            return [outcome > "0" for outcome in point["outcomes"]]
+        return point["recognized" if key == "recognition" else "steps"]
 
     rows = [[x - y for x, y in zip(of_hands(p), of_hands(q), strict=True)] for p, q in zip(a, b, strict=True)]
     hands = [mean(column) for column in zip(*rows)]
@@ -177,29 +180,31 @@ class Results:
             curve = self.find(arm=arm, seed=seed, variant=variant, temperature=temperature)
             if pick == "best":
                 valid = self.find(arm=arm, seed=seed, variant="id", series="valid", temperature=1.0)
-                step = max(valid, key=lambda p: p["success"])["step"]
+                step = max(valid, key=lambda p: p[HEADLINES[p["task"]]])["step"]
                 points.append(next(p for p in curve if p["step"] == step and p["series"] == "test"))
             else:
                 points.append(max((p for p in curve if p["series"] == "test"), key=lambda p: p["step"]))
         return points
 
 
+# What a task's success is measured by (paper, section 4). Of routes it is the mean over routes in the paired differences.
+HEADLINES = {"gp-l": "success", "gp-vl": "success", "virl-l": "step_accuracy"}
 VARIANTS = {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"}
 
 
-def _claims(variants: Sequence[str]) -> list[tuple[str, str, str, float, str, str, int]]:
+def _claims(variants: Sequence[str], headline: str) -> list[tuple[str, str, str, float, str, str, int]]:
     """What the paper found, as (claim, measure, variant, temperature, arm at its end, compared with, expected sign)."""
     claims = []
     for variant in variants:
         words = VARIANTS[variant]
         sft, sign = ("ends above init", +1) if variant == "id" else ("ends below init", -1)
         for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-            claims += [(f"RL ends above init {words}{decoding}", "success", variant, temperature, "rl", "init", +1),
-                       (f"SFT {sft} {words}{decoding}", "success", variant, temperature, "sft", "init", sign)]  # fmt: skip
+            claims += [(f"RL ends above init {words}{decoding}", headline, variant, temperature, "rl", "init", +1),
+                       (f"SFT {sft} {words}{decoding}", headline, variant, temperature, "sft", "init", sign)]  # fmt: skip
             if variant != "id":
-                claims.append((f"RL ends above SFT {words}{decoding}", "success", variant, temperature, "rl", "sft", +1))
+                claims.append((f"RL ends above SFT {words}{decoding}", headline, variant, temperature, "rl", "sft", +1))
         if variant != "id":
-            claims.append((f"RL ends above SFT's best checkpoint {words}", "success", variant, 1.0, "rl", "sft best", +1))
+            claims.append((f"RL ends above SFT's best checkpoint {words}", headline, variant, 1.0, "rl", "sft best", +1))
         if variant == "visual":
             for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
                 claims += [(f"RL raises recognition {words}{decoding}", "recognition", variant, temperature, "rl", "init", +1),
@@ -207,9 +212,9 @@ def _claims(variants: Sequence[str]) -> list[tuple[str, str, str, float, str, st
     return claims
 
 
-# Success in percent that the paper reports, of init, SFT and RL, by (task, variant); its temperature is .2.
+# Success, or per-step accuracy, in percent that the paper reports, of init, SFT and RL, by (task, variant); its temperature is .2.
 PAPER = {("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0}, ("gp-vl", "rule"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
-         ("gp-vl", "visual"): {"init": 23.6, "sft": 13.7, "rl": 41.2}}  # fmt: skip
+         ("gp-vl", "visual"): {"init": 23.6, "sft": 13.7, "rl": 41.2}, ("virl-l", "rule"): {"init": 80.8, "sft": 1.3, "rl": 91.8}}  # fmt: skip
 
 
 def verdict(d: dict, sign: int) -> str:
@@ -233,50 +238,47 @@ def _interval(pair: tuple[float, float] | None) -> str:
 def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of claims."""
     task, variants = settings["task"], [v for v in VARIANTS if results.find(arm="init", variant=v)]
+    headline, words = HEADLINES[task], WORDS[task.partition("-")[0]]
     last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in variants for t in (1.0, 0.0)}
     last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
     last |= {("base", v, t): results.find(arm="base", series="test", variant=v, temperature=t) for v in variants for t in (1.0, 0.0)}
     claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for text, measure, variant, temperature, arm, other, sign in _claims(variants):
+    for text, measure, variant, temperature, arm, other, sign in _claims(variants, headline):
         a, b = last[arm, variant, temperature], last[other, variant, temperature]
-        d, paper = difference(a, b, measure), PAPER.get((task, variant), {}) if measure == "success" and temperature else {}
+        d, paper = difference(a, b, measure), PAPER.get((task, variant), {}) if measure == headline and temperature else {}
         claims.append(f"| {text} | {_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
                       f"{_interval(d['seed_interval'])} | {', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | "
                       + (f"{paper[other]} -> {paper[arm]} |" if other in paper else "- |"))  # fmt: skip
     n = last["init", "id", 1.0][0]["episodes"]
     seeds = [p["seed"] for p in last["init", "id", 1.0]]
-    told = {"id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
-            "visual": "Other colour: red suits, the training rule."}  # fmt: skip
     base_reading = [f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and {_percent(p['success'])}% of the "
                     f"hands {VARIANTS[p['variant']]} (greedy)." for p in results.find(series="reading")]  # fmt: skip
-    columns = ["success", "first reply", "illegal", "KL"] + ["recognition"] * ("visual" in variants)
+    columns = [*words["columns"], "KL"] + ["recognition"] * ("visual" in variants)
     head = [f"{VARIANTS[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)]
     lines = [f"# Study {task}: does post-training teach the rule, or only its examples?", "",
-             f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation hands per point, the same for every checkpoint; success in percent "
-             f"within {settings['verify_iter']} replies. " + " ".join([told[v] for v in variants] + base_reading), "",
+             f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation {words['hands']} per point, the same for every checkpoint; {words['measure']} "
+             f"in percent within {settings['verify_iter']} replies. " + " ".join([words[v] for v in variants] + base_reading), "",
              "## Claims", "", *claims, "",
              "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
              "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
-             "## Checkpoints", "", "Means over seeds. Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the "
-             "tiny corpus's bad habit); KL is KL(policy || init) in nats per reply token on the policy's own replies; wrong numbers are replies that use "
-             "a number which the rule in force does not give"
+             "## Checkpoints", "", f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the policy's own replies"
              + ("; recognition counts the replies that name the cards." if "visual" in variants else "."), "",
-             f"| checkpoint | decoding | {' | '.join(head)} | other rule: wrong numbers |", "|---" * (len(head) + 3) + "|"]  # fmt: skip
+             f"| checkpoint | decoding | {' | '.join(head)} | other rule: {words['last']} |", "|---" * (len(head) + 3) + "|"]  # fmt: skip
     for name in ("base", "init", "sft", "sft best", "rl"):
         for t in (1.0, 0.0):
             row = [last.get((name, v, t)) for v in variants]
             if not all(row):
                 continue
             cells = [_cell(points, column) for points in row for column in columns]
-            wrong = _percent(mean(p["verdicts"]["wrong_numbers"] for p in last[name, "rule", t]))
+            wrong = _cell(last[name, "rule", t], words["last"])
             shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(name, name)
             lines.append(f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} |")
     lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
               + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.", "",
-              "## Curves", "", "Success at temperature 1, mean over seeds [lowest, highest].", "",
+              "## Curves", "", f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].", "",
               f"| arm | compute, 10^12 FLOP | {' | '.join(VARIANTS[v] for v in variants)} |", "|---" * (len(variants) + 2) + "|"]  # fmt: skip
-    for arm, points in curves(results, variants).items():
+    for arm, points in curves(results, variants, headline).items():
         for p in points:
             spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in variants]
             lines.append(f"| {arm} | {p['flops'] / 1e12:.2f} | {' | '.join(spread)} |")
@@ -284,8 +286,25 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
               "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms start from the same init and "
               "get the same compute. " + settings["note"], "", "```json", json.dumps(settings, indent=1), "```", ""]  # fmt: skip
     (folder / "report.md").write_text("\n".join(lines))
-    draw(results, variants, folder / "figures")
+    draw(results, variants, folder / "figures", headline, words)
     return claims
+
+
+# The report's words for the two worlds. "columns" and "last" are measures that `_cell` knows.
+WORDS = {
+    "gp": {"id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
+           "visual": "Other colour: red suits, the training rule.", "hands": "hands", "measure": "success",
+           "columns": ("success", "first reply", "illegal"), "last": "wrong numbers",
+           "cells": "Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the tiny corpus's bad habit); wrong "
+                    "numbers are replies that use a number which the rule in force does not give",
+           "titles": {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13", "visual": "other colour: red suits"},
+           "axis": "success within budget, %"},
+    "virl": {"id": "In distribution: turns by the compass, on routes that training never walks.", "rule": "Other rule: left and right, on the same routes.",
+             "hands": "routes", "measure": "per-step accuracy", "columns": ("steps", "first reply of each step", "routes"), "last": "turns",
+             "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
+                      "routes the share of routes without a fault",
+             "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right"}, "axis": "waypoints passed within budget, %"},
+}  # fmt: skip
 
 
 def _mean(points: Sequence[dict], key: str = "success") -> float:
@@ -294,14 +313,17 @@ def _mean(points: Sequence[dict], key: str = "success") -> float:
 
 def _cell(points: Sequence[dict], column: str) -> str:
     """One number of the table of checkpoints."""
-    if column == "illegal":
-        return _percent(mean(p["verdicts"]["illegal"] for p in points))
+    if column in ("illegal", "wrong numbers"):
+        return _percent(mean(p["verdicts"][column.replace(" ", "_")] for p in points))
+    if column == "turns":
+        return _percent(mean(p["step_accuracy_by_action"]["turn"] for p in points))
     if column == "KL":
         return f"{_mean(points, 'kl_to_init'):.3f}" if all("kl_to_init" in p for p in points) else "-"
-    return _percent(_mean(points, {"first reply": "first_success"}.get(column, column)))
+    names = {"first reply": "first_success", "steps": "step_accuracy", "first reply of each step": "first_step_accuracy", "routes": "success"}
+    return _percent(_mean(points, names.get(column, column)))
 
 
-def curves(results: Results, variants: Sequence[str], key: str = "success") -> dict[str, list[dict]]:
+def curves(results: Results, variants: Sequence[str], key: str) -> dict[str, list[dict]]:
     """Both arms' points at temperature 1, seeds side by side: arm -> [{"flops", variant: [success of each seed], ...}, ...], the init
     first, at compute 0."""
     out: dict[str, list[dict]] = {}
@@ -323,8 +345,8 @@ def curves(results: Results, variants: Sequence[str], key: str = "success") -> d
 LOOKS = {"sft": {"color": "tab:orange", "marker": "o", "label": "SFT"}, "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"}}
 
 
-def draw(results: Results, variants: Sequence[str], folder: Path) -> None:
-    """figures/curves.png: success against compute for every variant side by side, a band from the lowest to the highest seed.
+def draw(results: Results, variants: Sequence[str], folder: Path, headline: str, words: dict) -> None:
+    """figures/curves.png: success, or per-step accuracy, against compute for every variant side by side, a band from the lowest to the highest seed.
     figures/recognition.png, in visual tasks: success against recognition along both arms."""
     try:
         import matplotlib
@@ -334,8 +356,7 @@ def draw(results: Results, variants: Sequence[str], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     folder.mkdir(exist_ok=True)
-    titles = {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13", "visual": "other colour: red suits"}
-    success = curves(results, variants)
+    success = curves(results, variants, headline)
 
     def panels(name: str, label: str, draw_arm: Callable) -> None:
         """One figure: a panel for each variant, in it `draw_arm(axis, variant, arm, points, **look)` for each arm."""
@@ -343,9 +364,9 @@ def draw(results: Results, variants: Sequence[str], folder: Path) -> None:
         for axis, variant in zip(axes, variants):
             for arm, points in success.items():
                 draw_arm(axis, variant, arm, points, **LOOKS[arm])
-            axis.set(title=titles[variant], xlabel=label, ylim=(0, None))
+            axis.set(title=words["titles"][variant], xlabel=label, ylim=(0, None))
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel("success within budget, %")
+        axes[0].set_ylabel(words["axis"])
         axes[0].legend(frameon=False)
         figure.tight_layout()
         figure.savefig(folder / name, dpi=120)

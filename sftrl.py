@@ -52,16 +52,11 @@ CHAT_TEMPLATE = (
 
 
 TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.45}  # of the visual tasks: a rank is about 10 pixels high
+TINY_WALKS = {"turns": 3, "points_per_leg": 2}  # about 7 waypoints a route
 
 
-def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on our own prompts and replies.
-
-    Numbers up to 13, digits, operators, ranks and field names stand alone; the fixed text between them merges into single tokens,
-    because every token costs study time.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
+def card_texts() -> list[str]:
+    """What is said about cards, for the tokenizer."""
     rng = random.Random(0)
     records = [envs.foundation_record(rng) for _ in range(500)]
     records += [envs.demonstration(envs.make("gp-l", variant, seed), 1) for variant in envs.FACE_RULES for seed in range(200)]
@@ -72,8 +67,35 @@ def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerF
     for formula in ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "1" * 300, "1", "2"):
         texts.append(envs.judge(json.dumps(dict(zip(envs.FIELDS, ("AAAA", [1] * 4, formula)))).replace('"AAAA"', '["A","A","A","A"]'),
                                 ["A"] * 4, [1] * 4, 24).feedback)  # fmt: skip
-    tokenizer = Tokenizer(models.BPE())
-    alone = r'(?<![0-9])1[0-3](?![0-9])|[0-9]|[-+*/()=]|\b[AJQK]\b|(?<=")[a-z]+(?=")'
+    return texts
+
+
+def street_texts() -> list[str]:
+    """What is said on a walk."""
+    rng = random.Random(0)
+    records = [envs.foundation_walk(rng, **TINY_WALKS) for _ in range(500)]
+    records += [envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1) for variant in envs.VIRL.rules for seed in range(100)]
+    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    return texts + [envs.judge_step(reply, envs.Waypoint((0, 0), 0, "", "", "")).feedback for reply in ("", "{'current observation': x}")]
+
+
+# By model, what its tokenizer learns from and, as a pattern, what stands alone in it.
+TINY_MODELS = {
+    "tiny": (card_texts, r'(?<![0-9])1[0-3](?![0-9])|[0-9]|[-+*/()=]|\b[AJQK]\b|(?<=")[a-z]+(?=")'),
+    "tiny-streets": (street_texts, r'[0-9]+|(?:slightly )?(?:left|right)|(?:north|south)(?:east|west)?|east|west|\b[A-Z][a-z]+\b|(?<=")[a-z ]+(?=": )'),
+}
+
+
+def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on our own prompts and replies.
+
+    For cards, numbers up to 13, digits, operators, ranks and field names stand alone; for streets, the words of a turn and of names. The
+    fixed text between them merges into single tokens, because every token costs study time.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    texts_of, alone = TINY_MODELS[name]
+    texts, tokenizer = texts_of(), Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(alone), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,11 +106,12 @@ def build_tokenizer(vocab_size: int = 1024) -> transformers.PreTrainedTokenizerF
                                                 additional_special_tokens=special[2:], chat_template=CHAT_TEMPLATE)  # fmt: skip
 
 
-def build_tiny(seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
-    """The built-in model: a Hugging Face Llava of about 1M parameters with random weights, and its processor. Needs no network."""
+def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
+    """A built-in model, one of TINY_MODELS: a Hugging Face Llava of about 1M parameters with random weights, and its processor. Needs no
+    network."""
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(name)
     size, patch = 128, 32  # 16 patches; a picture of four cards, stretched to a square, has four for each card
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=size,
                               patch_size=patch, projection_dim=64)  # fmt: skip
@@ -233,12 +256,12 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, name: str, device: torch.device | None = None, **options) -> "Policy":
-        """`tiny` (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. fp32 weights."""
-        if name == "tiny":
-            model, processor = build_tiny()
+        """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. fp32 weights."""
+        if name in TINY_MODELS:
+            model, processor = build_tiny(name)
         else:
             if not Path(name).is_dir() and name.count("/") != 1:
-                raise ValueError(f"model {name!r} is neither tiny, nor a folder, nor a Hub id (owner/name)")
+                raise ValueError(f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, nor a Hub id (owner/name)")
             try:
                 config = transformers.AutoConfig.from_pretrained(name)
                 processor = transformers.AutoProcessor.from_pretrained(name)
@@ -925,15 +948,17 @@ def fresh_batches(env, demonstrate, batch_size: int, label: str):
     return batch
 
 
-def foundation_batches(batch_size: int, pictures: dict):
-    """The corpus of the tiny base, step by step; with `pictures` (their options) a step of text, one of card reading, one of hands shown."""
+def foundation_batches(task: str, batch_size: int, options: dict):
+    """The corpus of the tiny base, step by step; for "gp-vl" a step of text, one of card reading, one of hands shown. `options` are those of
+    the study's environments."""
 
     def batch(step: int) -> list[dict]:
         rng = random.Random(f"base/{step}")
-        kind = step % 3 if pictures else 0
-        if kind == 1:
-            return [envs.reading_record(rng, **pictures) for _ in range(batch_size)]
-        return [envs.foundation_record(rng, pictures if kind == 2 else None) for _ in range(batch_size)]
+        if task == "virl-l":
+            return [envs.foundation_walk(rng, **options) for _ in range(batch_size)]
+        if task == "gp-vl" and step % 3 == 1:
+            return [envs.reading_record(rng, **options) for _ in range(batch_size)]
+        return [envs.foundation_record(rng, options if task == "gp-vl" and step % 3 == 2 else None) for _ in range(batch_size)]
 
     return batch
 
@@ -953,7 +978,9 @@ class Study:
     count: int = 6  # checkpoints of each arm
     verify_iter: int = 3  # of training and evaluation; the paper's 5 would double the time of a seed
     max_new_tokens: int = 48
-    pictures: dict = field(default_factory=dict)  # options of the visual environments, small enough for the tiny model
+    tiny: str = "tiny"  # the built-in model
+    options: dict = field(default_factory=dict)  # of the environments: what makes them small enough for the tiny model
+    evaluation: dict = field(default_factory=dict)  # further ones of the test's environments
     grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that `--search` tries for both arms
 
     def scaled(self, scale: float) -> "Study":
@@ -982,8 +1009,20 @@ STUDIES["gp-vl"] = replace(
     base=replace(STUDIES["gp-l"].base, steps=1200),
     init=replace(STUDIES["gp-l"].init, steps=120),
     rl=replace(STUDIES["gp-l"].rl, minibatch_size=128),
-    pictures=TINY_PICTURES,
+    options=TINY_PICTURES,
 )
+STUDIES["virl-l"] = Study(
+    base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=600, warmup=0.05, muon=True),
+    init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=40),
+    sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=8, steps=10**9),
+    rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=256, minibatch_size=64, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
+                     max_new_tokens=48),
+    flops=3e13,
+    verify_iter=2,
+    tiny="tiny-streets",
+    options=TINY_WALKS,
+    evaluation={"held_out": True},
+)  # fmt: skip
 SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
 
 
@@ -1003,23 +1042,23 @@ def run_study(args: argparse.Namespace) -> None:
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
     for stage, lr in given.items():
         getattr(study, stage).lr = lr
-    if args.model != "tiny":
-        study.pictures = {}  # of full size
+    if not (tiny := args.model == "tiny"):  # pictures and routes of full size, and replies in a tokenizer that was not made for them
+        study.options, study.max_new_tokens, study.rl.max_new_tokens = {}, 256, 256
     out.mkdir(parents=True, exist_ok=True)
     results = evaluate.Results(out / "results.jsonl")
     base = args.model
-    if args.model == "tiny":
+    if tiny:
         torch.manual_seed(0)
-        corpus = foundation_batches(study.base.batch_size, study.pictures)
-        run_sft(lambda: load_policy(args, "tiny"), out / "base", corpus, study.base, {"stage": "base", "pictures": study.pictures})
+        corpus = foundation_batches(args.task, study.base.batch_size, study.options)
+        run_sft(lambda: load_policy(args, study.tiny), out / "base", corpus, study.base, {"stage": "base", "options": study.options})
         base = str(checkpoints(out / "base")[-1])
     if args.search:
         return search_rates(args, study, base, out)
-    if args.model == "tiny" and study.pictures:
+    if tiny and args.task == "gp-vl":
         measure_reading(args, study, results, base)
     chosen = "How the learning rates were chosen: README, \"The learning rates\"."
     settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "study": plain(asdict(study)),
-                "note": f"Learning rates given on the command line: {given}." if given or args.model != "tiny" else chosen}  # fmt: skip
+                "note": f"Learning rates given on the command line: {given}." if given or not tiny else chosen}  # fmt: skip
     for seed in range(args.seeds):
         folder = out / f"seed-{seed}"
         init = train_init(args, study, base, folder, seed)
@@ -1043,15 +1082,15 @@ def place_in(args: argparse.Namespace, model: str) -> str:
     return str(path.relative_to(args.out)) if path.is_relative_to(args.out) else model
 
 
-def maker(args: argparse.Namespace, study: Study, variant: str = "id"):
+def maker(args: argparse.Namespace, study: Study, variant: str = "id", **more):
     """A maker of the study's environments; training takes variant "id"."""
-    return lambda: envs.make(args.task, variant, verify_iter=study.verify_iter, **study.pictures)
+    return lambda: envs.make(args.task, variant, verify_iter=study.verify_iter, **study.options, **more)
 
 
 def stage_settings(args: argparse.Namespace, study: Study, stage: str, model: str, seed: int) -> dict:
     """What config.json says of a stage, beside its own config."""
     return {"task": args.task, "stage": stage, "model": place_in(args, model), "seed": seed, "verify_iter": study.verify_iter,
-            "pictures": study.pictures, "rollout_batch": args.rollout_batch}  # fmt: skip
+            "options": study.options, "rollout_batch": args.rollout_batch}  # fmt: skip
 
 
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
@@ -1078,7 +1117,7 @@ def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, 
 def measure(args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int) -> None:
     """Evaluates what results.jsonl does not hold yet: the curves at temperature 1, their ends also greedily, and for the choice of
     SFT's best checkpoint its ID success on hands of its own."""
-    reference, variants = load_policy(args, init), list(envs.TASKS[args.task].rules)
+    reference, variants, headline = load_policy(args, init), list(envs.TASKS[args.task].rules), evaluate.HEADLINES[args.task]
     arms = [("base", Path(base)), ("init", Path(init))] + [(arm, path) for arm in ("sft", "rl") for path in checkpoints(folder / arm)]
 
     def point(arm: str, path: Path, series: str, variants: Sequence[str], temperature: float) -> None:
@@ -1088,7 +1127,8 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
         missing = [v for v in variants if not results.find(**place, variant=v, episodes=args.hands)]
         policy = load_policy(args, str(path)) if missing else None
         for variant in missing:
-            environments = [maker(args, study, variant)() for _ in range(args.hands)]
+            more = study.evaluation if series == "test" else {}
+            environments = [maker(args, study, variant, **more)() for _ in range(args.hands)]
             result, episodes = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
                                                  initial=reference if temperature else None)  # fmt: skip
             results.add({"task": args.task, **place, "flops": line["flops"], "variant": variant, **result,
@@ -1104,7 +1144,7 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
     for arm in ("base", "init", "sft", "rl"):
         point(arm, [path for name, path in arms if name == arm][-1], "test", variants, 0.0)
     valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
-    point("sft", Path(args.out) / max(valid, key=lambda p: p["success"])["checkpoint"], "test", variants, 0.0)
+    point("sft", Path(args.out) / max(valid, key=lambda p: p[headline])["checkpoint"], "test", variants, 0.0)
 
 
 def measure_reading(args, study: Study, results: evaluate.Results, base: str) -> None:
@@ -1113,7 +1153,7 @@ def measure_reading(args, study: Study, results: evaluate.Results, base: str) ->
         place = {"task": args.task, "arm": "base", "seed": -1, "step": 0, "series": "reading", "temperature": 0.0, "variant": variant}
         if not results.find(**place, episodes=args.hands):
             rng = random.Random(f"reading/{color}")
-            records = [envs.reading_record(rng, **study.pictures, color=color) for _ in range(args.hands)]
+            records = [envs.reading_record(rng, **study.options, color=color) for _ in range(args.hands)]
             result = evaluate.reading(load_policy(args, base), records)
             results.add({**place, "flops": 0.0, **result, "checkpoint": place_in(args, base)}, write=policy_rank() == 0)
 
@@ -1122,8 +1162,8 @@ def search_rates(args, study: Study, base: str, out: Path) -> None:
     """Tries `study.grid` for both arms on a seed of its own; the rate with the highest ID success on validation deals wins. Prints and
     writes search.md."""
     folder = out / "search"
-    init = train_init(args, study, base, folder, SEARCH_SEED)
-    lines = ["| arm | learning rate | ID success, validation hands, temperature 1 |", "|---|---|---|"]
+    init, headline = train_init(args, study, base, folder, SEARCH_SEED), evaluate.HEADLINES[args.task]
+    lines = [f"| arm | learning rate | ID {headline}, validation hands or routes, temperature 1 |", "|---|---|---|"]
     for arm in ("sft", "rl"):
         tried = []
         for lr in study.grid:
@@ -1131,8 +1171,8 @@ def search_rates(args, study: Study, base: str, out: Path) -> None:
             environments = [maker(args, study)() for _ in range(args.hands)]
             result, _ = evaluate.evaluate(load_policy(args, str(checkpoints(folder / f"{arm}-{lr:g}")[-1])), environments, 1.0,
                                           study.max_new_tokens, "valid")  # fmt: skip
-            tried.append((result["success"], lr))
-            lines.append(f"| {arm} | {lr:g} | {100 * result['success']:.1f} ± {100 * result['success_se']:.1f} |")
+            tried.append((result[headline], lr))
+            lines.append(f"| {arm} | {lr:g} | {100 * result[headline]:.1f} ± {100 * result[headline + '_se']:.1f} |")
         lines.append(f"| {arm} | **chosen: {max(tried)[1]:g}** | |")
     if policy_rank() == 0:
         write_whole(out / "search.md", "\n".join(lines) + "\n")
@@ -1235,13 +1275,14 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--prompt", metavar="FILE", help="gp: a prompt template of your own; placeholders as in envs.PROMPT")
         group.add_argument("--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)")
         group.add_argument("--held-out", action="store_true", default=None, help="virl: the built-in city's routes that training never sees")
+        group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
         group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
         group.add_argument("--keep", type=float, help="virl: probability that such a point is kept (default: 0.5)")
 
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
     sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
     sub.add_argument("--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)")
-    sub.add_argument("--model", default="tiny", help="tiny, a folder or a Hub id; other models are their own base (default: %(default)s)")
+    sub.add_argument("--model", default="tiny", help="tiny (for routes, tiny-streets), a folder or a Hub id; other models are their own base (default: %(default)s)")
     sub.add_argument("--hands", type=size, default=1024, help="evaluation hands per point (default: %(default)s)")
     sub.add_argument("--scale", type=positive, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
     for stage in ("init", "sft", "rl"):
@@ -1251,7 +1292,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, run, config, text in (("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
                                     ("ppo", command_ppo, ppo.PPOConfig, "Reinforcement learning with PPO against the verifier.")):  # fmt: skip
         sub = command(name, run, text)
-        sub.add_argument("--model", default="tiny", help="tiny, a folder or a Hub id (default: %(default)s)")
+        sub.add_argument("--model", default="tiny", help="tiny, tiny-streets, a folder or a Hub id (default: %(default)s)")
         sub.add_argument("--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on")
         sub.add_argument("--checkpoints", type=size, default=4, help="checkpoints kept, denser early (default: %(default)s)")
         hand(sub)
@@ -1263,8 +1304,8 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
 
     sub = command("evaluate", command_evaluate, "Success of one checkpoint, with standard errors and sample transcripts.")
-    sub.add_argument("--model", required=True, help="tiny, a folder or a Hub id")
-    sub.add_argument("--episodes", type=size, default=234, help="hands (default: %(default)s, as in the paper)")
+    sub.add_argument("--model", required=True, help="tiny, tiny-streets, a folder or a Hub id")
+    sub.add_argument("--episodes", type=size, help="hands, or routes in their order (default: 234 hands, as in the paper, or all routes)")
     sub.add_argument("--temperature", type=number(float, least=0), default=1.0, help="sampling temperature; 0 is greedy (default: %(default)s)")
     sub.add_argument("--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)")
     sub.add_argument("--transcripts", type=number(int, least=0), default=2, help="episodes to print (default: %(default)s)")
@@ -1291,7 +1332,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
-                "held_out", "points_per_leg", "keep")  # fmt: skip
+                "held_out", "turns", "points_per_leg", "keep")  # fmt: skip
 
 
 def environment_of(args: argparse.Namespace):
@@ -1337,7 +1378,9 @@ def command_ppo(args: argparse.Namespace) -> None:
 
 def command_evaluate(args: argparse.Namespace) -> None:
     """`sftrl evaluate`."""
-    environments = [environment_of(args) for _ in range(args.episodes)]
+    env = environment_of(args)
+    n = args.episodes or (len(env.world.routes) if isinstance(env, envs.VIRL) else 234)
+    environments = [env, *(environment_of(args) for _ in range(n - 1))]
     policy = load_policy(args, args.model)
     result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens)
     if policy.rank == 0:

@@ -157,7 +157,7 @@ def test_report_states_what_the_points_say(tmp_path):
     assert [p["step"] for p in results.ends("sft", "rule", 1.0, "best")] == [1, 1]
     assert [p["step"] for p in results.ends("sft", "rule", 1.0)] == [2, 2]
     assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
-    curve = evaluate.curves(results, ["id", "rule"])["rl"]
+    curve = evaluate.curves(results, ["id", "rule"], "success")["rl"]
     assert [p["flops"] for p in curve] == [0, 1e12, 2e12] and len(curve[1]["rule"]) == 2
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"

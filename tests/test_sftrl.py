@@ -362,6 +362,15 @@ def test_visual_study_in_miniature(tmp_path):
     assert (tmp_path / "figures/recognition.png").exists()
 
 
+def test_study_of_routes_in_miniature(tmp_path):
+    cli("study", "--task", "virl-l", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6)
+    lines = sftrl.read_lines(tmp_path / "results.jsonl")
+    assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in ("id", "rule")}
+    assert all(0 <= p["step_accuracy"] <= 1 and len(p["steps"]) == p["episodes"] == 6 for p in lines)
+    report = (tmp_path / "report.md").read_text()
+    assert "per-step accuracy" in report and "80.8 -> 91.8" in report and "other rule: turns" in report
+
+
 def test_study_end_to_end_in_miniature_and_again(tmp_path):
     args = ("study", "--out", tmp_path, "--seeds", 2, "--scale", 0.002, "--hands", 6)
     out = cli(*args).stdout
