@@ -23,11 +23,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
@@ -797,11 +798,12 @@ class Route(NamedTuple):
 
 
 class World(NamedTuple):
-    """What `VIRL` walks through: routes, panoramas and, where there are pictures, the folder that holds them."""
+    """What `VIRL` walks through: routes and panoramas; `picture(place)` is the equirectangular picture of a panorama and its rotation in
+    degrees, None where there are no pictures."""
 
     routes: tuple[Route, ...]
     panoramas: Panoramas
-    views: Path | None = None
+    picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
 
 
 class _Plain(pickle.Unpickler):
@@ -831,7 +833,21 @@ def load_world(folder: str | Path) -> World:
     if not (isinstance(ids, dict) and ids and all(_is_geocode(place) and isinstance(name, str) for place, name in ids.items())):
         raise ValueError(f"{mapping}: not a dict from (latitude, longitude) to panorama ids")
     views = folder / "street_views"
-    return World(read_routes(content, str(path)), Panoramas(ids), views if views.is_dir() else None)
+    return World(read_routes(content, str(path)), Panoramas(ids), partial(_read_picture, views, ids) if views.is_dir() else None)
+
+
+def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
+    """A panorama from street_views/. Raises ValueError in one line if picture or metadata are missing or broken."""
+    path = views / f"{ids[place]}.jpg"
+    try:
+        picture = Image.open(path).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    path = path.with_suffix(".metadata.json")
+    try:
+        return picture, float(json.loads(path.read_text(encoding="utf-8"))["rotation"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no rotation in degrees: {error!r}") from None
 
 
 def _is_geocode(value: Any) -> bool:
@@ -902,78 +918,119 @@ def _read_route(route: Any) -> Route:
     return Route(start, float(heading) % 360.0 if heading else None, tuple(legs))
 
 
-def write_world(folder: Path, content: Any, ids: dict[Geocode, str]) -> None:
-    """Writes route_infos.json and gps_pano_mapping.pkl."""
+def write_world(folder: Path, content: Any, ids: dict[Geocode, str], picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None) -> None:
+    """Writes a folder that `load_world` reads; `picture` as in World."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "route_infos.json").write_text(json.dumps(content, indent=1))
+    (folder / "route_infos.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(ids))
+    if picture:
+        views = folder / "street_views"
+        views.mkdir(exist_ok=True)
+        for place, name in ids.items():
+            image, rotation = picture(place)
+            image.save(views / f"{name}.jpg", quality=95)
+            (views / f"{name}.metadata.json").write_text(json.dumps({"rotation": rotation}))
 
 
 # ------------------------------------------------------------------------------------------------- streets: a synthetic city
 
+Color = tuple[int, int, int]  # RGB
+
 
 class CityPlan(NamedTuple):
-    """How a synthetic city differs from others."""
+    """How a synthetic city differs from others: its map, its names, its looks. All lengths in metres."""
 
     name: str
     centre: Geocode
-    block: tuple[float, float]  # metres, east-west and north-south
-    turned: float  # degrees that the grid is turned against north
-    jitter: float  # of the crossings, as a share of a block
-    diagonals: float  # share of the blocks with a diagonal street
     words: tuple[str, ...]  # first words of the names of places
     trades: tuple[str, ...]  # and second ones
+    block: tuple[float, float] = (140.0, 90.0)  # east-west and north-south
+    turned: float = 29.0  # degrees that the grid is turned against north
+    jitter: float = 0.06  # of the crossings, as a share of a block
+    diagonals: float = 0.08  # share of the blocks with a diagonal street
+    street: float = 18.0  # from facade to facade
+    pavement: float = 3.0
+    heights: tuple[float, float] = (12.0, 42.0)  # of the buildings
+    walls: tuple[Color, ...] = ((150, 92, 74), (176, 160, 140), (120, 126, 136), (196, 180, 150), (142, 110, 88))
+    glass: Color = (60, 80, 104)
+    window: tuple[float, float] = (0.44, 0.5)  # a window's share of its bay, across and up
+    awnings: tuple[Color, ...] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
+    sign: tuple[Color, Color] = ((24, 30, 60), (250, 246, 230))  # board and letters
+    capitals: bool = False  # lettering of the signs
+    sky: tuple[Color, Color] = ((96, 150, 210), (200, 220, 238))  # overhead and at the horizon
+    light: float = 1.0
+    road: Color = (70, 70, 74)
+
+
+def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of points [..., 2] the distance to the nearest street of [n, 4], the metres along it, and which one that is; all [...]."""
+    nearest, along, number = np.full(points.shape[:-1], np.inf, points.dtype), np.zeros(points.shape[:-1], points.dtype), np.zeros(points.shape[:-1], int)
+    for k, (x1, y1, x2, y2) in enumerate(streets.tolist()):  # one after the other: all at once would need much memory
+        length = math.hypot(x2 - x1, y2 - y1)
+        dx, dy = (x2 - x1) / length, (y2 - y1) / length
+        x, y = points[..., 0] - x1, points[..., 1] - y1
+        walked = np.clip(x * dx + y * dy, 0, length)
+        apart = np.hypot(x - walked * dx, y - walked * dy)
+        closer = apart < nearest
+        nearest, along, number = np.where(closer, apart, nearest), np.where(closer, walked, along), np.where(closer, k, number)
+    return nearest, along, number
 
 
 class City:
-    """Streets, places and panoramas of a plan, the same for the same seed: a grid of `size` x `size` crossings."""
+    """Streets, places and panoramas of a plan, the same for the same seed: a grid of `size` x `size` crossings. `crossings` are metres east
+    and north of the plan's centre, by column and row; `geocode` makes latitude and longitude of metres."""
 
     def __init__(self, plan: CityPlan, seed: int = 0, size: int = 7):
         self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
         cos, sin = math.cos(math.radians(plan.turned)), math.sin(math.radians(plan.turned))
         across, along = ([side * (i + plan.jitter * rng.uniform(-0.5, 0.5)) for i in range(size)] for side in plan.block)
-
-        def place(x: float, y: float) -> Geocode:
-            """Metres east and north of the grid's corner, before it is turned, to latitude and longitude."""
-            x, y = x * cos + y * sin, y * cos - x * sin
-            lat = plan.centre[0] + y / METRES_PER_DEGREE
-            return lat, plan.centre[1] + x / (METRES_PER_DEGREE * math.cos(math.radians(plan.centre[0])))
-
-        def shaken(i: int, j: int) -> Geocode:
-            shift = [side * plan.jitter * rng.uniform(-0.5, 0.5) for side in plan.block]
-            return place(across[i] + shift[0], along[j] + shift[1])
-
-        self.crossings = {(i, j): shaken(i, j) for i in range(size) for j in range(size)}
-        self.streets: dict[tuple[int, int], list[tuple[int, int]]] = {c: [] for c in self.crossings}
+        self.crossings: dict[tuple[int, int], tuple[float, float]] = {}
+        for i in range(size):
+            for j in range(size):
+                x, y = (base + side * plan.jitter * rng.uniform(-0.5, 0.5) for base, side in zip((across[i], along[j]), plan.block))
+                self.crossings[i, j] = (x * cos + y * sin, y * cos - x * sin)
+        self.ways: dict[tuple[int, int], list[tuple[int, int]]] = {c: [] for c in self.crossings}
         for i, j in self.crossings:
             ends = [(i + 1, j), (i, j + 1)]
             if rng.random() < plan.diagonals:
                 ends.append((i + 1, j + 1))
             for end in ends:
                 if end in self.crossings:
-                    self.streets[i, j].append(end)
-                    self.streets[end].append((i, j))
+                    self.ways[i, j].append(end)
+                    self.ways[end].append((i, j))
+        edges = [(a, b) for a, ends in self.ways.items() for b in ends if a < b]
+        self.streets = np.array([self.crossings[a] + self.crossings[b] for a, b in edges])  # [n, 4]: from x, y to x, y
         names = [f"{word} {trade}" for word in plan.words for trade in plan.trades]
         rng.shuffle(names)
-        self.places: dict[tuple[int, int], dict] = {}  # at most one for each crossing, at a corner of it
-        for crossing, at in self.crossings.items():
-            if names and rng.random() < 0.9:
-                angle = math.radians(plan.turned + 45.0 + 90.0 * rng.randrange(4))
-                spot = (at[0] + 14 * math.cos(angle) / METRES_PER_DEGREE,
-                        at[1] + 14 * math.sin(angle) / (METRES_PER_DEGREE * math.cos(math.radians(at[0]))))  # fmt: skip
-                self.places[crossing] = {"name": names.pop(), "geocode": list(spot), "relocated_geocode": list(at)}
-        self.panoramas: dict[Geocode, str] = {}
-        for crossing, ends in self.streets.items():
-            self._stand(self.crossings[crossing])
-            for end in ends:
-                if crossing < end:
-                    a, b = self.crossings[crossing], self.crossings[end]
-                    n = max(1, round(distance(a, b) / 12))
-                    for k in range(1, n):
-                        self._stand((a[0] + (b[0] - a[0]) * k / n, a[1] + (b[1] - a[1]) * k / n))
+        self.places: dict[tuple[int, int], dict] = {}  # at most one for each crossing, on a facade near it
+        for crossing in self.crossings:
+            spot = self._facade_near(crossing, rng)
+            if names and spot and rng.random() < 0.9:
+                self.places[crossing] = {"name": names.pop(), "geocode": list(self.geocode(spot)),
+                                         "relocated_geocode": list(self.geocode(self.crossings[crossing]))}  # fmt: skip
+        stands = list(self.crossings.values())
+        for a, b in edges:
+            (x1, y1), (x2, y2) = self.crossings[a], self.crossings[b]
+            n = max(1, round(math.hypot(x2 - x1, y2 - y1) / 12))
+            stands += [(x1 + (x2 - x1) * k / n, y1 + (y2 - y1) * k / n) for k in range(1, n)]
+        self.panoramas = {self.geocode(at): f"{plan.name.replace(' ', '')}{k:05d}" for k, at in enumerate(stands)}
 
-    def _stand(self, at: Geocode) -> None:
-        self.panoramas[at] = f"{self.plan.name.replace(' ', '')}{len(self.panoramas):05d}"
+    def geocode(self, at: tuple[float, float]) -> Geocode:
+        lat = self.plan.centre[0] + at[1] / METRES_PER_DEGREE
+        return lat, self.plan.centre[1] + at[0] / (METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2)))
+
+    def _facade_near(self, crossing: tuple[int, int], rng: random.Random) -> tuple[float, float] | None:
+        """A point of a facade not far from a crossing and in no other street; None if chance finds none."""
+        x, y = self.crossings[crossing]
+        half = self.plan.street / 2
+        for _ in range(20):
+            u, v = self.crossings[rng.choice(self.ways[crossing])]
+            length, away, side = math.hypot(u - x, v - y), half + rng.uniform(6, 14), rng.choice((1, -1))
+            dx, dy = (u - x) / length, (v - y) / length
+            spot = (x + dx * away - side * dy * half, y + dy * away + side * dx * half)
+            if nearest_street(np.array(spot), self.streets)[0] > half - 0.1:
+                return spot
+        return None
 
     def route(self, rng: random.Random, turns: int) -> dict:
         """A route with so many turning points, in the released format."""
@@ -987,7 +1044,7 @@ class City:
         at = rng.choice(sorted(self.crossings))
         heading, path, seen = None, [at], {at}
         for _ in range(turns + 1):
-            ways = [end for end in self.streets[at] if heading is None or 20 <= abs(wrap(self._heading(at, end) - heading)) <= 150]
+            ways = [end for end in self.ways[at] if heading is None or 20 <= abs(wrap(self._heading(at, end) - heading)) <= 150]
             if not ways:
                 return None
             end = rng.choice(ways)
@@ -997,7 +1054,7 @@ class City:
                     return None
                 seen.add(end)
                 ahead, at, length = self._heading(at, end), end, length - 1
-                on = [w for w in self.streets[at] if abs(wrap(self._heading(at, w) - ahead)) < 10]
+                on = [w for w in self.ways[at] if abs(wrap(self._heading(at, w) - ahead)) < 10]
                 if not length or not on:
                     break
                 end = on[0]
@@ -1007,25 +1064,25 @@ class City:
         return path if all(20 <= abs(turn) <= 150 for turn in turned) else None
 
     def _heading(self, a: tuple[int, int], b: tuple[int, int]) -> float:
-        return bearing(self.crossings[a], self.crossings[b])
+        return bearing(self.geocode(self.crossings[a]), self.geocode(self.crossings[b]))
 
     def _record(self, rng: random.Random, path: list[tuple[int, int]]) -> dict:
         blocks, landmarks = [], []
         for k, (a, b) in enumerate(zip(path, path[1:])):
-            heading, place = self._heading(a, b), self.places.get(b)
+            heading, place, corner = self._heading(a, b), self.places.get(b), self.geocode(self.crossings[b])
             last = b == path[-1]
             if place:
-                side = "on your " + _side(bearing(self.crossings[b], tuple(place["geocode"])) - heading)
+                side = "on your " + _side(bearing(corner, tuple(place["geocode"])) - heading)
                 told = f"The destination {place['name']} is {side}" if last else f"{place['name']} is {side}"
             else:
                 told = NOTHING
             if not last:
                 landmarks.append(place)
-            whole, metres = round(heading) % 360, round(distance(self.crossings[a], self.crossings[b]))
+            whole, metres = round(heading) % 360, round(math.dist(self.crossings[a], self.crossings[b]))
             lines = {"intersection_idx": k + 1, "landmarks": told, "distance": f"{metres} meters", "human_heading": whole,
                      "to_next_intersection_heading": f"{whole} ({compass_word(whole)})"}  # fmt: skip
             blocks.append("{\n" + "\n".join(f'    "{key}": "{value}",' for key, value in lines.items()) + "\n}")
-        places = [list(self.crossings[c]) for c in path]
+        places = [list(self.geocode(self.crossings[c])) for c in path]
         return {"start_place": {"relocated_geocode": places[0]}, "dest_place": self.places[path[-1]], "init_heading": rng.randint(1, 359),
                 "route_results": {"geocode_list": places[1:], "landmark_list": landmarks}, "milestone_info": "\n".join(blocks)}  # fmt: skip
 
@@ -1042,21 +1099,202 @@ _WORDS = ("Amber", "Bishop", "Cedar", "Delta", "Elm", "Falcon", "Golden", "Harbo
           "Orchid", "Pearl")  # fmt: skip
 _TRADES = ("Bakery", "Bank", "Books", "Cafe", "Cinema", "Deli", "Florist", "Hotel", "Market", "Museum", "Pharmacy", "Theatre")
 CITIES = {
-    "new york": CityPlan("new york", (40.7527, -73.9772), (140.0, 90.0), 29.0, 0.06, 0.08, _WORDS, _TRADES),
+    "new york": CityPlan("new york", (40.7527, -73.9772), _WORDS, _TRADES),
 }
 
 
 @lru_cache(maxsize=None)
-def built_in_world(held_out: bool = False, turns: int = 7, seed: int = 0, n_routes: int = 2000, n_held_out: int = 1024) -> World:
-    """A city and its routes of one to `turns` turning points; `held_out`: other routes of it. Seed 0 is the training city, others
-    have other streets and other places."""
-    city, rng = City(CITIES["new york"], seed), random.Random(f"routes/{seed}")
+def _city(seed: int) -> City:
+    return City(CITIES["new york"], seed)
+
+
+@lru_cache(maxsize=None)
+def _scene(seed: int) -> "Scene":
+    return Scene(_city(seed))
+
+
+@lru_cache(maxsize=256)
+def _draw(seed: int, place: Geocode) -> tuple[Image.Image, float]:
+    return _scene(seed).draw(place), 0.0
+
+
+def built_in_routes(turns: int = 7, seed: int = 0, n: int = 3024) -> list[dict]:
+    """The first routes of a city, all different, of one to `turns` turning points, in the released format."""
+    city, rng = _city(seed), random.Random(f"routes/{seed}")
     records: dict[str, dict] = {}
-    while len(records) < n_routes + n_held_out:
+    while len(records) < n:
         record = city.route(rng, rng.randint(1, turns))
-        records.setdefault(json.dumps(record["route_results"]["geocode_list"]) + str(record["start_place"]), record)
-    routes = list(records.values())
-    return World(read_routes([routes[n_routes:] if held_out else routes[:n_routes], 0]), Panoramas(city.panoramas))
+        records.setdefault(json.dumps([record["start_place"], record["route_results"]["geocode_list"]]), record)
+    return list(records.values())
+
+
+@lru_cache(maxsize=None)
+def built_in_world(held_out: bool = False, turns: int = 7, seed: int = 0, n_routes: int = 2000, n_held_out: int = 1024) -> World:
+    """A city with `n_routes` routes; `held_out`: with the `n_held_out` next ones. Seed 0 is the training city, others have other streets
+    and other places."""
+    routes = built_in_routes(turns, seed, n_routes + n_held_out)
+    return World(read_routes(routes[n_routes:] if held_out else routes[:n_routes]), Panoramas(_city(seed).panoramas), partial(_draw, seed))
+
+
+# --------------------------------------------------------------------------------------------------- streets: what one sees there
+
+
+EYE, BOARD, BOARD_FOOT = 2.5, (6, 4), 3.2  # metres: height of the camera; of signs width and height, and what is free below them
+
+
+class Scene:
+    """The facades of a city and their signs. `draw` shows what one sees from a place."""
+
+    def __init__(self, city: City):
+        self.city, plan = city, city.plan
+        rng, half = random.Random(f"facades of {plan.name}"), plan.street / 2
+        walls, buildings = [], []
+        for k, (x1, y1, x2, y2) in enumerate(city.streets):
+            length = math.hypot(x2 - x1, y2 - y1)
+            dx, dy = (x2 - x1) / length, (y2 - y1) / length
+            metres = np.arange(0.0, length)
+            for side in (1, -1):
+                line = np.stack([x1 + dx * metres - side * dy * half, y1 + dy * metres + side * dx * half], -1)
+                free = nearest_street(line, np.delete(city.streets, k, 0))[0] >= half - 0.01  # where no other street comes through
+                ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
+                for first, last in zip(ends[::2], ends[1::2] - 1):
+                    at = 0.0
+                    while at < last - first:
+                        width = rng.uniform(8, 16)
+                        buildings.append((1000.0 * len(walls) + at, width, rng.uniform(*plan.heights), rng.uniform(1.8, 3.2),
+                                          *rng.choice(plan.walls), *(rng.choice(plan.awnings) if rng.random() < 0.6 else (-1, -1, -1))))  # fmt: skip
+                        at += width
+                    walls.append((*line[first], *line[last], side * dy, -side * dx))
+        self.walls = np.array([wall[:4] for wall in walls])
+        self.normals = np.array([wall[4:] for wall in walls])  # towards the street
+        self.buildings = np.array(buildings)  # by 1000 * wall + metres along it: start, width, height, bay, paint, awning
+        self.signs = [self._sign(offset(plan.centre, tuple(place["geocode"])), place["name"]) for place in city.places.values()]
+
+    def _sign(self, at: tuple[float, float], name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A board that stands out from the facade at a point, to be read from both sides: where it starts and ends, and its pixels."""
+        wall = nearest_street(np.array(at), self.walls)[2]
+        board, letters = self.city.plan.sign
+        text, font = (name.upper() if self.city.plan.capitals else name).replace(" ", "\n"), ImageFont.load_default(40)
+        picture = Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
+        draw = ImageDraw.Draw(picture)
+        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center")
+        font = ImageFont.load_default(40 * min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top)))
+        draw.multiline_text((picture.width / 2, picture.height / 2), text, fill=letters, font=font, anchor="mm", align="center")
+        return np.array([*at, *(np.array(at) + BOARD[0] * self.normals[wall])]), np.asarray(picture, dtype=np.float32)
+
+    def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
+        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands at longitude h - 180 + rotation
+        (released data), in degrees from the left edge."""
+        width, height = size
+        plan, eye = self.city.plan, np.array(offset(self.city.plan.centre, at))
+        heading = np.radians((np.arange(width) + 0.5) / width * 360.0 + 180.0 - rotation)
+        ray = np.stack([np.sin(heading), np.cos(heading)], -1)
+        elevation = np.radians(90.0 - (np.arange(height) + 0.5) / height * 180.0)
+        up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
+        sky = np.array(plan.sky[1]) * (1 - up) ** 2 + np.array(plan.sky[0]) * (1 - (1 - up) ** 2)
+        picture = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
+        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), 150.0)  # what lies farther is less than two rows high
+        middle = (self.city.streets[:, :2] + self.city.streets[:, 2:]) / 2
+        streets = self.city.streets[np.hypot(*(middle - eye).T) < 150.0 + max(plan.block)]
+        picture[elevation < 0] = self._ground((eye + reach[:, None, None] * ray).astype(np.float32), streets.astype(np.float32))
+        far = self._facades(picture, eye, ray, elevation)
+        self._boards(picture, eye, ray, elevation, far)
+        return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
+
+    def _ground(self, points: np.ndarray, streets: np.ndarray) -> np.ndarray:
+        """Colours of points on the ground [..., 2]: road with its lanes and crossing marks, kerb, pavement."""
+        plan = self.city.plan
+        apart, along, street = nearest_street(points, streets)
+        to_end = np.minimum(along, np.hypot(*(streets[:, 2:] - streets[:, :2]).T)[street] - along)
+        half, kerb = plan.street / 2, plan.street / 2 - plan.pavement
+        color = np.where((apart < kerb)[..., None], np.float32(plan.road), np.float32((150, 148, 142)))
+        color[(abs(apart - kerb) < 0.15) & (to_end > kerb)] = (112, 111, 106)
+        lane = (apart < 0.12) & (along % 6 < 3) & (to_end > half + 4)
+        stripes = (apart < kerb) & (apart % 1.2 < 0.6) & (to_end > half - 1) & (to_end < half + 2)
+        color[lane | stripes] = (232, 232, 228)
+        return color * plan.light
+
+    def _facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray) -> np.ndarray:
+        """Paints the nearest wall of every column over sky and ground; returns how far it is [width], infinite where there is none."""
+        plan, (distances, shares) = self.city.plan, _meet(eye, ray, self.walls)
+        nearest = distances.argmin(1)
+        columns = np.flatnonzero(np.isfinite(distances.min(1)))
+        wall = nearest[columns]
+        far, share = distances[columns, wall], shares[columns, wall]
+        metres = share * np.hypot(*(self.walls[wall, 2:] - self.walls[wall, :2]).T)
+        building = self.buildings[np.searchsorted(self.buildings[:, 0], 1000.0 * wall + metres, side="right") - 1]
+        left, (width, top, bay) = 1000.0 * wall + metres - building[:, 0], building[:, 1:4].T
+        z = (EYE + far * np.tan(elevation)[:, None]).astype(np.float32)  # [height, columns]: metres above the ground
+        building, left, width, top, bay = (values.astype(np.float32) for values in (building, left, width, top, bay))
+        light = np.float32(plan.light * (0.78 + 0.22 * abs(self.normals[wall] @ (0.6, 0.8))))
+        color = np.broadcast_to(building[:, 4:7], (*z.shape, 3)) * light[:, None]
+        across, floor = left / bay % 1, (z - 4.4) / 3.4 % 1
+        window = (abs(across - 0.5) < plan.window[0] / 2) & (abs(floor - 0.5) < plan.window[1] / 2) & (z > 4.4) & (z < top - 1)
+        inside = (left > 0.5) & (left < width - 0.5)
+        color = np.where((window | inside & (z > 0.5) & (z < 2.7))[..., None], np.float32(plan.glass) * light[:, None], color)
+        shade = np.where(left / 0.6 % 2 < 1, np.float32(1.0), np.float32(0.8))[:, None]
+        color = np.where((inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3))[..., None], building[:, 7:10] * shade * light[:, None], color)
+        color = np.where(((z > top - 0.5) | (left < 0.15))[..., None], color * 0.75, color)
+        mist = np.float32(np.minimum(far / 400, 1)[:, None])
+        color = color * (1 - mist) + np.float32(plan.sky[1]) * mist
+        picture[:, columns] = np.where(((z >= 0) & (z <= top))[..., None], color, picture[:, columns])
+        return distances.min(1)
+
+    def _boards(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far: np.ndarray) -> None:
+        """Paints the signs that stand before the walls, the farthest first."""
+        lines = np.array([line for line, _ in self.signs])
+        distances, shares = _meet(eye, ray, lines)
+        way = lines[:, 2:] - lines[:, :2]
+        for k in np.argsort(-distances.min(0)):
+            columns = np.flatnonzero((distances[:, k] < far) & (distances[:, k] < 150.0))
+            if len(columns):
+                board = self.signs[k][1]
+                to_the_right = ray[columns, 1] * way[k, 0] - ray[columns, 0] * way[k, 1] > 0
+                across = np.where(to_the_right, shares[columns, k], 1 - shares[columns, k])
+                down = (BOARD_FOOT + BOARD[1] - EYE - distances[columns, k] * np.tan(elevation)[:, None]) / BOARD[1]  # 0 to 1 on the board
+                rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
+                pixels = board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)] * self.city.plan.light
+                picture[:, columns] = np.where(((down >= 0) & (down <= 1))[..., None], pixels, picture[:, columns])
+
+
+def _meet(eye: np.ndarray, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where rays [width, 2] from a point meet line segments [n, 4]: the distance, infinite if they do not, and the share of the segment
+    from its start to there, both [width, n]."""
+    start, way = lines[:, :2] - eye, lines[:, 2:] - lines[:, :2]
+    cross = ray[:, None, 0] * way[:, 1] - ray[:, None, 1] * way[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = (start[:, 0] * way[:, 1] - start[:, 1] * way[:, 0]) / cross
+        share = (start[:, 0] * ray[:, None, 1] - start[:, 1] * ray[:, None, 0]) / cross
+    return np.where((share >= 0) & (share <= 1) & (far > 0.1), far, np.inf), share
+
+
+def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0) -> Image.Image:
+    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square of `size` pixels, bilinear;
+    longitude wraps round (released data)."""
+    height, width = panorama.shape[:2]
+    line = ((np.arange(size) + 0.5) / size * 2 - 1) * math.tan(math.radians(fov / 2))
+    right, up = np.meshgrid(line, -line)
+    longitude = (heading - 180.0) % 360.0 + rotation + np.degrees(np.arctan(right))
+    latitude = np.degrees(np.arctan2(up, np.hypot(1, right)))
+    x, y = longitude / 360.0 * width - 0.5, ((90.0 - latitude) / 180.0 * height - 0.5).clip(0, height - 1)
+    x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
+    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
+    x1, y1 = (x0 + 1) % width, np.minimum(y0 + 1, height - 1)
+    x0 %= width
+    upper, lower = (panorama[row, x0] * (1 - fx) + panorama[row, x1] * fx for row in (y0, y1))
+    return Image.fromarray((upper * (1 - fy) + lower * fy).round().astype(np.uint8))
+
+
+VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}  # degrees right of the heading: top row, bottom row
+
+
+def look_around(panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass") -> Image.Image:
+    """Four views in a 2 x 2 grid with a black gap of 5 pixels: front and right over back and left, or the released code's four."""
+    pixels, grid = np.asarray(panorama.convert("RGB"), dtype=float), Image.new("RGB", (2 * size + 5, 2 * size + 5))
+    for k, turn in enumerate(VIEW_LAYOUTS[layout]):
+        corner = (k % 2 * (size + 5), k // 2 * (size + 5))
+        grid.paste(view(pixels, (heading + turn) % 360.0, rotation, size), corner)
+    return grid
 
 
 # --------------------------------------------------------------------------------------------------- streets: the environment
@@ -1141,8 +1379,13 @@ class VIRL:
         text = STREET_PROMPT.substitute(
             route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)), words=words, observation=self._seen(),
             **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)})  # fmt: skip
-        self.messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+        self.messages: list[dict[str, Any]] = []
+        self._tell(text, arrived=True)
         return self._observation(), self._info()
+
+    def _tell(self, text: str, arrived: bool) -> None:
+        """A message to the model; `arrived` at a waypoint, or still where it was."""
+        self.messages.append({"role": "user", "content": text})
 
     def _plan(self, route: Route) -> tuple[list[str], list[Waypoint]]:
         """The instruction's sentences and the waypoints of a route (released data's rules)."""
@@ -1208,7 +1451,7 @@ class VIRL:
         if not ended:
             heard = "" if right else self.verdict.feedback
             next_step = "Try again." if not (right or used_up) else self._seen() if right else f"You are led on. {self._seen()}"
-            self.messages.append({"role": "user", "content": f"{heard} {next_step}".strip()})
+            self._tell(f"{heard} {next_step}".strip(), arrived=right or used_up)
         reward = self.rewards[self.verdict.verdict] + (BUDGET_PENALTY if used_up else 0.0)
         return self._observation(), reward, *self.done, self._info()
 
@@ -1258,10 +1501,45 @@ def _letters(text: str) -> str:
     return "".join(c for c in text.lower() if c.isalnum())
 
 
+class VIRLVL(VIRL):
+    """The same walk in pictures: of each waypoint one picture of four street views (paper, section 3.2), and no word of what it shows. The
+    message of the current waypoint holds the picture; those of earlier ones have lost theirs.
+
+    Args, beside those of VIRL:
+        view_layout: of the views, a key of VIEW_LAYOUTS.
+        view_size: of each view, in pixels.
+        tell_intersections: whether the model is told that it stands at one.
+    """
+
+    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, view_layout: str = "compass", view_size: int = 300,
+                 tell_intersections: bool = False, **options):  # fmt: skip
+        if view_layout not in VIEW_LAYOUTS:
+            raise ValueError(f"unknown view_layout {view_layout!r}: choose from {', '.join(VIEW_LAYOUTS)}")
+        if not isinstance(view_size, int) or not 16 <= view_size <= 2048:
+            raise ValueError("view_size must be an integer from 16 to 2048")
+        self.view_layout, self.view_size, self.tell_intersections = view_layout, view_size, tell_intersections
+        super().__init__(variant, seed, verify_iter, **options)
+        if self.world.picture is None:
+            raise ValueError(f"{options['data']} has no street_views/")
+
+    def _seen(self) -> str:
+        told = self.tell_intersections and self.waypoints[self.at].observation.endswith("; an intersection")
+        return "You are at an intersection." if told else "You see the picture."
+
+    def _tell(self, text: str, arrived: bool) -> None:
+        super()._tell(text, arrived)
+        if arrived:
+            for message in self.messages:
+                message["content"] = text_of(message["content"]).replace("<image>", "")
+            here = self.waypoints[self.at]
+            self.image = look_around(*self.world.picture(here.place), here.heading, self.view_size, self.view_layout)
+            self.messages[-1]["content"] = [{"type": "image"}, {"type": "text", "text": text}]
+
+
 # ---------------------------------------------------------------------------------------------------------------- tasks by name
 
 Environment = GeneralPoints | VIRL
-TASKS: dict[str, type[Environment]] = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL}
+TASKS: dict[str, type[Environment]] = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-vl": VIRLVL}
 
 
 def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options) -> Environment:

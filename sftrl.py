@@ -733,6 +733,7 @@ class Responder:
     def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
         self.policy, self.temperature, self.max_new_tokens, self.generator = policy, temperature, max_new_tokens, generator
         self.streams: dict[int, Stream] = {}
+        self.images: dict[int, Image.Image | None] = {}
         self.looks: dict[int, dict[str, Tensor]] = {}
 
     def __enter__(self) -> "Responder":
@@ -748,6 +749,8 @@ class Responder:
         policy = self.policy
         new = [(i, o) for i, o in zip(indices, observations) if i not in self.streams]
         for i, o in zip(indices, observations):
+            if self.images.setdefault(i, o.image) is not o.image:
+                raise ValueError("the picture changes during the episode, which models are not shown yet: choose another task")
             if i in self.streams:
                 policy.extend(self.streams[i], o.messages[-1]["content"])
         opened = {i: stream for (i, _), stream in zip(new, policy.open([(o.messages, o.image) for _, o in new]))}
@@ -1277,6 +1280,9 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--held-out", action="store_true", default=None, help="virl: the built-in city's routes that training never sees")
         group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
         group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
+        group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
+        group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
+        group.add_argument("--tell-intersections", action="store_true", default=None, help="virl-vl: say in words where there is an intersection")
         group.add_argument("--keep", type=float, help="virl: probability that such a point is kept (default: 0.5)")
 
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
@@ -1322,9 +1328,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=seed_number, default=0, help="which episode (default: %(default)s)")
     hand(sub)
 
-    sub = command("data", command_data, "Writes expert demonstrations in the released SFT format.")
-    sub.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
-    sub.add_argument("--episodes", type=size, default=1000, help="demonstrations (default: %(default)s)")
+    sub = command("data", command_data, "Writes expert demonstrations in the released SFT format, or a city of streets.")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write, or with --world the folder")
+    sub.add_argument("--world", action="store_true", help="virl: write the built-in city, its routes and, for virl-vl, its panoramas, in the released format")
+    sub.add_argument("--episodes", type=size, default=1000, help="demonstrations, or routes (default: %(default)s)")
     sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
     sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
     hand(sub)
@@ -1332,7 +1339,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
-                "held_out", "turns", "points_per_leg", "keep")  # fmt: skip
+                "held_out", "turns", "points_per_leg", "keep", "view_layout", "view_size", "tell_intersections")  # fmt: skip
 
 
 def environment_of(args: argparse.Namespace):
@@ -1427,6 +1434,15 @@ def command_play(args: argparse.Namespace) -> None:
 def command_data(args: argparse.Namespace) -> None:
     """`sftrl data`."""
     env = wrong_turns_fit(args)
+    if args.world:
+        if not isinstance(env, envs.VIRL) or args.data:
+            raise ValueError("--world writes the built-in city: choose task virl-l or virl-vl, without --data")
+        routes = envs.built_in_routes(args.turns or 7, n=args.episodes)
+        envs.write_world(Path(args.out), [routes, len(routes)], env.world.panoramas.ids, env.world.picture if args.task == "virl-vl" else None)
+        print(f"{len(routes)} routes and {len(env.world.panoramas.ids)} panoramas in {args.out}")
+        return
+    if isinstance(env, envs.VIRLVL):
+        raise ValueError("a demonstration holds one picture, a walk several: write the city with --world")
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes)]
     pictures = Path(args.out).with_suffix("")
     for i, record in enumerate(records):

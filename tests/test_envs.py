@@ -11,8 +11,9 @@ import time
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
 import pytest
-from PIL import ImageChops
+from PIL import Image, ImageChops
 
 import envs
 
@@ -679,3 +680,106 @@ def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
     for wrong in ({"variant": "visual"}, {"verify_iter": 0}, {"keep": 2}, {"points_per_leg": -1}, {"fields": "aab"}, {"odd": 1}):
         with pytest.raises(ValueError):
             envs.make("virl-l", **wrong)
+
+
+# ---- what one sees in the streets
+
+
+def test_a_view_is_the_gnomonic_projection_of_the_panorama():
+    rng = np.random.default_rng(0)
+    panorama = rng.uniform(0, 255, (12, 24, 3))
+    for heading, rotation in ((0, 0), (181, 0), (359, 77.5), (90, 300)):
+        size, picture = 9, np.asarray(envs.view(panorama, heading, rotation, 9))
+        for i in range(size):
+            for j in range(size):
+                # the pixel's direction in space: x to the right, y up, z ahead; then round by the heading
+                x, y, z = (j + 0.5) / size * 2 - 1, 1 - (i + 0.5) / size * 2, 1.0
+                longitude = (heading - 180 + rotation + math.degrees(math.atan2(x, z))) % 360
+                latitude = math.degrees(math.asin(y / math.sqrt(x * x + y * y + z * z)))
+                column, row = longitude / 360 * 24 - 0.5, min(max((90 - latitude) / 180 * 12 - 0.5, 0), 11)
+                c, r = math.floor(column), math.floor(row)
+                expected = sum(panorama[min(r + b, 11), (c + a) % 24] * (1 - abs(column - c - a)) * (1 - abs(row - r - b)) for a in (0, 1) for b in (0, 1))
+                assert np.abs(picture[i, j] - expected).max() <= 0.51
+
+
+def test_signs_stand_in_the_picture_where_geometry_puts_them():
+    city = envs.City(envs.CITIES["new york"])
+    scene, checked = envs.Scene(city), 0
+    for crossing in list(city.places)[:6]:
+        (line, board), at = scene.signs[list(city.places).index(crossing)], city.geocode(city.crossings[crossing])
+        middle = city.geocode(tuple((line[:2] + line[2:]) / 2))
+        bearing = great_circle(at, middle)[1]
+        for rotation in (0.0, 123.0, 180.0 - bearing):  # the last one puts the sign on the picture's edge
+            panorama = scene.draw(at, (720, 360), rotation)
+            heading = (bearing + 40) % 360
+            views = np.asarray(envs.look_around(panorama, rotation, heading, 100)).astype(int)
+            dark = np.abs(views - city.plan.sign[0]).max(-1) < 12
+            front, right, back, left = dark[:100, :100], dark[:100, 105:], dark[105:, :100], dark[105:, 105:]
+            column = 50 + 50 * math.tan(math.radians(-40))  # 40 degrees to the left of the heading
+            rows, columns = np.nonzero(front[:, : int(column) + 12])
+            assert len(columns) > 20 and abs(columns.mean() + 0.5 - column) < 3 and rows.mean() < 50, (crossing, rotation)
+            assert front.sum() > max(right.sum(), back.sum(), left.sum())
+            checked += 1
+    assert checked == 18
+
+
+def test_places_are_on_the_side_that_the_route_says():
+    city, rng, said = envs.City(envs.CITIES["new york"]), random.Random(3), set()
+    for _ in range(60):
+        record = city.route(rng, rng.randint(1, 7))
+        route = envs.read_routes(record)[0]
+        spots = {place["name"]: tuple(place["geocode"]) for place in city.places.values()}
+        for leg in route.legs:
+            name = next((name for name in spots if name in leg.landmark), None)
+            if name:
+                heading = math.radians(leg.heading)
+                away = [(spots[name][0] - leg.end[0]) * 111_195, (spots[name][1] - leg.end[1]) * 111_195 * math.cos(math.radians(leg.end[0]))]
+                right = away[1] * math.cos(heading) - away[0] * math.sin(heading)
+                ahead = away[0] * math.cos(heading) + away[1] * math.sin(heading)
+                side = ("right" if right > 0 else "left") + ("" if ahead >= 0 else " behind")
+                assert leg.landmark.endswith(f"is on your {side}")
+                said.add(side)
+    assert said == {"right", "left", "right behind", "left behind"}
+
+
+def with_pictures(folder, ids, rotation=30.0):
+    """street_views/ beside a hand-made folder: each panorama a ramp of grey by longitude."""
+    (folder / "street_views").mkdir()
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (32, 1, 3))
+    for name in ids.values():
+        Image.fromarray(ramp).save(folder / "street_views" / f"{name}.jpg", quality=100)
+        (folder / "street_views" / f"{name}.metadata.json").write_text(json.dumps({"rotation": rotation, "date": "2019"}))
+
+
+def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_it(tmp_path):
+    by_hand(tmp_path)
+    with pytest.raises(ValueError, match="street_views"):
+        envs.make("virl-vl", data=tmp_path)
+    with_pictures(tmp_path, envs.load_world(tmp_path).panoramas.ids)
+    env, pictures = envs.make("virl-vl", data=tmp_path, keep=0.0, view_size=16), []
+    observation, _ = env.reset(seed=0)
+    while not any(env.done):
+        said = "".join(envs.text_of(m["content"]) for m in observation.messages if m["role"] == "user")
+        assert said.count("<image>") == 1 and envs.text_of(observation.messages[-1]["content"]).startswith("<image>")
+        assert observation.image.size == (37, 37) and said.count("Starbucks") == said.count("Joe's Bar") == 1  # in the instruction
+        pictures.append(observation.image)
+        again, reward, *_ = env.step(env.wrong_reply())
+        assert reward == -1 and again.image == observation.image and sum("<image>" in envs.text_of(m["content"]) for m in again.messages) == 1
+        observation, reward, *_ = env.step(env.expert_reply())
+        assert reward == 1
+    assert len(pictures) == len(env.waypoints) == 4 and pictures[0] != pictures[1]
+    # facing 350 degrees with rotation 30: the front view is centred on longitude 200, the right one on 290
+    for corner, longitude in (((8, 8), 200), ((29, 8), 290), ((8, 29), 20), ((29, 29), 110)):
+        assert pictures[0].getpixel(corner)[0] == pytest.approx(longitude / 360 * 255, abs=8)
+    told = envs.make("virl-vl", data=tmp_path, keep=0.0, view_size=16, tell_intersections=True, view_layout="legacy")
+    told.reset()
+    assert envs.text_of(told.step(told.expert_reply())[0].messages[-1]["content"]) == "<image>You are at an intersection."
+    (tmp_path / "street_views" / "p0_0.jpg").write_bytes(b"\xff\xd8 no picture")
+    with pytest.raises(ValueError, match=r"p0_0\.jpg cannot be read"):
+        env.reset()
+    (tmp_path / "street_views" / "p0_0.jpg").unlink()
+    with pytest.raises(ValueError, match=r"p0_0\.jpg cannot be read"):
+        env.reset()
+    for wrong in ({"view_layout": "round"}, {"view_size": 3}, {"variant": "visual"}):
+        with pytest.raises(ValueError):
+            envs.make("virl-vl", data=tmp_path, **wrong)
