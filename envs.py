@@ -16,9 +16,11 @@ import inspect
 import json
 import math
 import pickle
+import pickletools
 import random
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -315,7 +317,8 @@ class Verdict(NamedTuple):
 
     verdict: str  # a key of REWARDS
     feedback: str
-    recognized: bool  # the reply was parsed and its `cards` field names the dealt cards
+    recognized: bool  # the reply was parsed and names the dealt cards, or what is seen
+    acted: bool = False  # on a route: the action is the expert's, whatever the report
 
 
 def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int, fields: Sequence[str] = FIELDS) -> Verdict:
@@ -621,7 +624,7 @@ class GeneralPoints:
         return Observation(copy.deepcopy(self.messages), self.image)
 
     def _info(self) -> dict:
-        verdict, feedback, recognized = self.verdict or (None, None, None)
+        verdict, feedback, recognized, _ = self.verdict or (None, None, None, None)
         return {"cards": list(self.cards), "numbers": list(self.numbers), "verdict": verdict, "feedback": feedback,
                 "recognized": recognized}  # fmt: skip
 
@@ -806,11 +809,25 @@ class World(NamedTuple):
     picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
 
 
-class _Plain(pickle.Unpickler):
-    """Reads pickles of dicts, tuples, lists, strings and numbers; whatever else a pickle asks for is refused."""
+# What a pickled dict from pairs of numbers to strings is made of, and nothing else.
+_NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
+_PLAIN = _NUMBERS | {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "TUPLE", "TUPLE2", "UNICODE", "BINUNICODE",
+                     "SHORT_BINUNICODE", "BINUNICODE8", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "STOP"}  # fmt: skip
 
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+def _read_pickle(data: bytes) -> Any:
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the pickle asks for something else: a
+    function to call, a memo larger than the file, pairs of pairs (whose hash could take for ever)."""
+    before = ["", ""]
+    for code, argument, _ in pickletools.genops(data):
+        if code.name not in _PLAIN:
+            raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
+        if "PUT" in code.name and int(argument) > len(data):
+            raise ValueError("its memo is too large")
+        if "TUPLE" in code.name and not _NUMBERS.issuperset(before):
+            raise ValueError("its keys are no pairs of numbers")
+        before = [before[1], code.name]
+    return pickle.loads(data)
 
 
 def load_world(folder: str | Path) -> World:
@@ -823,13 +840,12 @@ def load_world(folder: str | Path) -> World:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
     mapping = folder / "gps_pano_mapping.pkl"
     try:
-        with open(mapping, "rb") as file:
-            ids = _Plain(file).load()
+        ids = _read_pickle(mapping.read_bytes())
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{mapping} cannot be read: {error}") from None
+        raise ValueError(f"{mapping} cannot be read: {_line(error)}") from None
     if not (isinstance(ids, dict) and ids and all(_is_geocode(place) and isinstance(name, str) for place, name in ids.items())):
         raise ValueError(f"{mapping}: not a dict from (latitude, longitude) to panorama ids")
     views = folder / "street_views"
@@ -842,12 +858,17 @@ def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple
     try:
         picture = Image.open(path).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
     path = path.with_suffix(".metadata.json")
     try:
         return picture, float(json.loads(path.read_text(encoding="utf-8"))["rotation"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no rotation in degrees: {error!r}") from None
+        raise ValueError(f"{path}: no rotation in degrees: {_line(error)}") from None
+
+
+def _line(value: Any) -> str:
+    """Something foreign as one short line of an error."""
+    return " ".join(str(value).split())[:120]
 
 
 def _is_geocode(value: Any) -> bool:
@@ -875,7 +896,20 @@ class _Fault(Exception):
     """What is wrong with one route."""
 
 
-_MILESTONE_LINE = re.compile(r'^[ \t]*"(\w+)"[ \t]*:[ \t]*"(.*)"[ \t]*,?[ \t]*$', re.MULTILINE)
+def _milestones(text: str) -> list[dict[str, str]]:
+    """The blocks of milestone_info. It is no JSON: a line is "key": "value", and a value may hold quotes and braces."""
+    blocks: list[dict[str, str]] = []
+    for line in re.split("\r\n|\r|\n", text):
+        line = line.strip()
+        if line.startswith("{"):
+            blocks.append({})
+            line = line[1:].strip()
+        line = line.removesuffix("}").rstrip().removesuffix(",").rstrip()
+        key, colon, value = line[1:].partition('"')
+        value = value.strip().removeprefix(":").strip()
+        if blocks and line.startswith('"') and colon and len(value) > 1 and value[0] == value[-1] == '"':
+            blocks[-1][key] = value[1:-1]
+    return blocks
 
 
 def _field(record: Any, *names: str) -> Any:
@@ -888,7 +922,7 @@ def _field(record: Any, *names: str) -> Any:
 
 def _geocode(value: Any, field_name: str) -> Geocode:
     if not _is_geocode(value):
-        raise _Fault(f"{field_name} is no [latitude, longitude]: {str(value)[:60]}")
+        raise _Fault(f"{field_name} is no [latitude, longitude]: {_line(value)}")
     return float(value[0]), float(value[1])
 
 
@@ -900,21 +934,24 @@ def _read_route(route: Any) -> Route:
     text = _field(route, "milestone_info")
     if not isinstance(text, str):
         raise _Fault("milestone_info is no text")
-    blocks = [dict(_MILESTONE_LINE.findall(block)) for block in re.findall(r"\{([^{}]*)\}", text)]
+    blocks = _milestones(text)
     if len(blocks) != len(ends):
         raise _Fault(f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
     legs = []
     for i, (block, end) in enumerate(zip(blocks, ends)):
-        number = re.match(r"\s*(\d+(?:\.\d+)?)", block.get("to_next_intersection_heading", ""))
+        number = re.match(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)(?!\d)", block.get("to_next_intersection_heading", ""))
         if not number:
             raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
         if "landmarks" not in block:
             raise _Fault(f"milestone_info, block {i + 1}: no field landmarks")
         landmark = block["landmarks"].strip().rstrip(".") or NOTHING
+        if landmark == NOTHING and i == len(ends) - 1:  # without a sign nobody would know where to stop
+            name = (route.get("dest_place") or {}).get("name") if isinstance(route.get("dest_place"), dict) else None
+            landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
         legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), float(number[1]) % 360.0, landmark))
     heading = route.get("init_heading")
-    if heading is not None and (isinstance(heading, bool) or not isinstance(heading, (int, float)) or not math.isfinite(heading)):
-        raise _Fault(f"init_heading is no number of degrees: {str(heading)[:60]}")
+    if heading is not None and (isinstance(heading, bool) or not isinstance(heading, (int, float)) or not -360 <= heading <= 360):
+        raise _Fault(f"init_heading is no number of degrees: {_line(heading)}")
     return Route(start, float(heading) % 360.0 if heading else None, tuple(legs))
 
 
@@ -1032,11 +1069,11 @@ class City:
                 return spot
         return None
 
-    def route(self, rng: random.Random, turns: int) -> dict:
-        """A route with so many turning points, in the released format."""
+    def route(self, rng: random.Random, turns: int, quarters: Sequence[int] = (0, 1, 2, 3)) -> dict:
+        """A route with so many turning points, in the released format, to a place in some of four interleaved quarters of the city."""
         while True:
             path = self._path(rng, turns)
-            if path and path[-1] in self.places:
+            if path and path[-1] in self.places and (path[-1][0] + 2 * path[-1][1]) % 4 in quarters:
                 return self._record(rng, path)
 
     def _path(self, rng: random.Random, turns: int) -> list[tuple[int, int]] | None:
@@ -1118,22 +1155,27 @@ def _draw(seed: int, place: Geocode) -> tuple[Image.Image, float]:
     return _scene(seed).draw(place), 0.0
 
 
-def built_in_routes(turns: int = 7, seed: int = 0, n: int = 3024) -> list[dict]:
-    """The first routes of a city, all different, of one to `turns` turning points, in the released format."""
-    city, rng = _city(seed), random.Random(f"routes/{seed}")
+SPLITS = {"train": (0, 1), "valid": (2,), "test": (3,)}  # of the built-in routes, by where they lead
+
+
+@lru_cache(maxsize=None)
+def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048) -> list[dict]:
+    """Up to `n` different routes of one to `turns` turning points, in the released format. Routes of different splits lead to different
+    places, so no route, and no instruction, of one is in another."""
+    city, rng, fruitless = _city(seed), random.Random(f"routes/{seed}/{split}"), 0
     records: dict[str, dict] = {}
-    while len(records) < n:
-        record = city.route(rng, rng.randint(1, turns))
-        records.setdefault(json.dumps([record["start_place"], record["route_results"]["geocode_list"]]), record)
+    while len(records) < n and fruitless < 500:  # there are not many different routes of one turn
+        record = city.route(rng, rng.randint(1, turns), SPLITS[split])
+        key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
+        fruitless = fruitless + 1 if key in records else 0
+        records.setdefault(key, record)
     return list(records.values())
 
 
 @lru_cache(maxsize=None)
-def built_in_world(held_out: bool = False, turns: int = 7, seed: int = 0, n_routes: int = 2000, n_held_out: int = 1024) -> World:
-    """A city with `n_routes` routes; `held_out`: with the `n_held_out` next ones. Seed 0 is the training city, others have other streets
-    and other places."""
-    routes = built_in_routes(turns, seed, n_routes + n_held_out)
-    return World(read_routes(routes[n_routes:] if held_out else routes[:n_routes]), Panoramas(_city(seed).panoramas), partial(_draw, seed))
+def built_in_world(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048) -> World:
+    """A city with its routes. Seed 0 is the training city, others have other streets and other places."""
+    return World(read_routes(built_in_routes(split, turns, seed, n)), Panoramas(_city(seed).panoramas), partial(_draw, seed))
 
 
 # --------------------------------------------------------------------------------------------------- streets: what one sees there
@@ -1313,9 +1355,14 @@ class Waypoint(NamedTuple):
 
     place: Geocode
     heading: float  # where the agent looks before it acts, compass degrees
-    observation: str
+    landmark: str
+    intersection: bool
     sentence: str
     action: str
+
+    @property
+    def observation(self) -> str:
+        return self.landmark + ("; an intersection" if self.intersection else "")
 
 
 class VIRL:
@@ -1329,7 +1376,7 @@ class VIRL:
         seed: of the one random generator of this environment, which chooses route, points and the first heading.
         verify_iter: replies judged per waypoint.
         data: a folder in the released format, or a World; None takes the built-in city.
-        held_out: walk the built-in city's routes that training never sees.
+        split: of the built-in city's routes, "train", "valid" or "test".
         turns: most turning points of a built-in route.
         go_on: for evaluation: where the budget of a waypoint is used up, go on from the next one; else the route ends there.
         points_per_leg, keep: points between two turning points, each kept with probability `keep`.
@@ -1343,16 +1390,21 @@ class VIRL:
     image: Image.Image | None = None
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
-                 held_out: bool = False, turns: int = 7, go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+                 split: str = "train", turns: int = 7, go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
-        if not all(isinstance(n, int) and n >= least for n, least in ((verify_iter, 1), (turns, 1), (points_per_leg, 0))) or not 0 <= keep <= 1:
-            raise ValueError("verify_iter and turns must be integers from 1, points_per_leg one from 0, and keep a number from 0 to 1")
+        limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
+        if not all(isinstance(n, int) and low <= n <= high for n, low, high in limits) or not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
+            raise ValueError("verify_iter must be an integer from 1, turns one from 1 to 7, points_per_leg one from 0 to 100, and keep a number from 0 to 1")
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+        if not isinstance(data, (str, Path, World, type(None))):
+            raise ValueError(f"data must be a folder, not {_line(data)}")
         if len(set(fields)) != len(STREET_FIELDS):
             raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {fields!r}")
         self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
         self.points_per_leg, self.keep = points_per_leg, keep
-        self.world = built_in_world(held_out, turns) if data is None else data if isinstance(data, World) else load_world(data)
+        self.world = built_in_world(split, turns) if data is None else data if isinstance(data, World) else load_world(data)
         self.random = random.Random(seed)
         self.waypoints: list[Waypoint] = []
 
@@ -1370,8 +1422,8 @@ class VIRL:
             number = self.random.randrange(len(routes))
         elif isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(routes):
             raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
+        self.sentences, self.waypoints = self._plan(number)
         self.number = number
-        self.sentences, self.waypoints = self._plan(routes[number])
         self.at = self.judged = self.told = 0  # the current waypoint, replies judged there, the waypoint of the last reply
         self.failed, self.done = False, (False, False)
         self.verdict: Verdict | None = None
@@ -1387,10 +1439,11 @@ class VIRL:
         """A message to the model; `arrived` at a waypoint, or still where it was."""
         self.messages.append({"role": "user", "content": text})
 
-    def _plan(self, route: Route) -> tuple[list[str], list[Waypoint]]:
+    def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
         """The instruction's sentences and the waypoints of a route (released data's rules)."""
+        route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
-        at, seen = self._standing(route.start), NOTHING
+        at, seen, intersection = self._standing(route.start, number), NOTHING, False
         sentences: list[str] = []
         waypoints: list[Waypoint] = []
         for k, leg in enumerate(route.legs):
@@ -1398,20 +1451,20 @@ class VIRL:
             relative, compass = relative_word(turn), compass_word(leg.heading)
             sentences.append(f"Turn {relative} to face {compass}." if relative else f"Go straight on, facing {compass}.")
             action = f"turn_direction({compass if self.variant == 'id' else relative})" if relative else "forward()"
-            waypoints.append(Waypoint(at, heading, seen, sentences[-1], action))
-            end, place = self._standing(leg.end), leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark
+            waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
+            end, place = self._standing(leg.end, number), leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark
             goal = ("the destination" if last else "an intersection") + ("" if leg.landmark == NOTHING else f": {place}")
             sentences.append(f"Move forward to {goal}.")
             for between in self._between(at, end):
-                waypoints.append(Waypoint(between, leg.heading, NOTHING, sentences[-1], "forward()"))
-            at, heading, seen = end, leg.heading, leg.landmark + ("" if last else "; an intersection")
-        waypoints.append(Waypoint(at, heading, seen, sentences[-1], "stop()"))
+                waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
+            at, heading, seen, intersection = end, leg.heading, leg.landmark, not last
+        waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
         return sentences, waypoints
 
-    def _standing(self, place: Geocode) -> Geocode:
+    def _standing(self, place: Geocode, number: int) -> Geocode:
         near = self.world.panoramas.nearest(place)
         if near is None:
-            raise ValueError(f"route {self.number}: no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+            raise ValueError(f"route {number}: no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
         return near
 
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
@@ -1459,13 +1512,13 @@ class VIRL:
         return Observation(copy.deepcopy(self.messages), self.image)
 
     def _info(self) -> dict:
-        verdict, feedback, recognized = self.verdict or (None, None, None)
+        verdict, feedback, recognized, acted = self.verdict or (None, None, None, None)
         return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints], "verdict": verdict,
-                "feedback": feedback, "recognized": recognized}  # fmt: skip
+                "feedback": feedback, "recognized": recognized, "acted": acted}  # fmt: skip
 
     def _reply(self, action: str) -> str:
         now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
-        return json.dumps(dict(zip(self.fields, (now.observation, now.sentence, action))))
+        return json.dumps(dict(zip(self.fields, (now.observation, now.sentence, action))), ensure_ascii=False)
 
     def expert_reply(self) -> str:
         """A reply that the verifier accepts now."""
@@ -1475,7 +1528,7 @@ class VIRL:
 
     def wrong_reply(self) -> str:
         """The right report with another action."""
-        right = self.waypoints[self.at].action
+        right = self.waypoints[min(self.at, len(self.waypoints) - 1)].action
         actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
         return self._reply(self.random.choice([action for action in actions if action != right]))
 
@@ -1488,17 +1541,17 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not all(isinstance(part, str) for part in (report, sentence, action)):
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
-    landmark = waypoint.observation.split(";")[0]
-    if _letters(report) not in (_letters(waypoint.observation), _letters(landmark)):
-        return Verdict("wrong_observation", "That is not what is seen here.", False)
-    if _letters(action) != _letters(waypoint.action):
+    acted = "".join(action.lower().split()) == waypoint.action.replace(" ", "")
+    if _letters(report) not in (_letters(waypoint.observation), _letters(waypoint.landmark)):
+        return Verdict("wrong_observation", "That is not what is seen here.", False, acted)
+    if not acted:
         return Verdict("wrong_action", "That action is wrong here.", True)
-    return Verdict("correct", "Correct.", True)
+    return Verdict("correct", "Correct.", True, True)
 
 
 def _letters(text: str) -> str:
-    """Letters and digits alone, in lower case."""
-    return "".join(c for c in text.lower() if c.isalnum())
+    """Letters with their marks and digits alone, in lower case."""
+    return "".join(c for c in unicodedata.normalize("NFC", text.lower()) if c.isalnum() or unicodedata.category(c)[0] == "M")
 
 
 class VIRLVL(VIRL):
@@ -1523,7 +1576,7 @@ class VIRLVL(VIRL):
             raise ValueError(f"{options['data']} has no street_views/")
 
     def _seen(self) -> str:
-        told = self.tell_intersections and self.waypoints[self.at].observation.endswith("; an intersection")
+        told = self.tell_intersections and self.waypoints[self.at].intersection
         return "You are at an intersection." if told else "You see the picture."
 
     def _tell(self, text: str, arrived: bool) -> None:
@@ -1568,6 +1621,7 @@ class Turn:
     feedback: str
     recognized: bool
     waypoint: int = 0
+    acted: bool = False  # the expert's action, whatever the report
 
 
 @dataclass
@@ -1605,7 +1659,7 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
         still = []
         for i, reply in zip(running, replies, strict=True):
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], info["feedback"], info["recognized"], info.get("waypoint", 0)))
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], info["feedback"], info["recognized"], info.get("waypoint", 0), info.get("acted", False)))
             episodes[i].success = terminated
             if not (terminated or truncated):
                 still.append(i)
@@ -1641,7 +1695,7 @@ def _record(env: Environment) -> dict:
 def foundation_walk(rng: random.Random, turns: int, points_per_leg: int) -> dict:
     """One walk of the corpus of the tiny "foundation model", in one of 20 cities that no study uses, by either rule, in a form whose fields
     the prompt names and which is never the task's own."""
-    env = VIRL(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5, data=built_in_world(False, turns, rng.randint(1, 20), 200, 0),
+    env = VIRL(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5, data=built_in_world("train", turns, rng.randint(1, 20), 200),
                points_per_leg=points_per_leg, fields=rng.sample(_FIELD_WORDS, 3))  # fmt: skip
     return imperfect_demonstration(env)
 

@@ -54,15 +54,18 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
 
 def step_summary(episodes: Sequence[envs.Episode]) -> dict:
     """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the expert's action was found
-    within the budget; the same at the first reply and by kind of action; `steps` has it for each route. Its standard error counts routes,
+    within the budget, whatever the report; the same at the first reply and by kind of action; `steps` has it for each route. Its standard error counts routes,
     for the waypoints of one route go wrong together."""
     within: list[list[bool]] = []
     first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
     for episode in episodes:
-        solved = {turn.waypoint for turn in episode.turns if turn.verdict == "correct"}
-        tries = Counter(turn.waypoint for turn in episode.turns)
-        within.append([k in solved for k in range(len(episode.asked))])
-        first += [k in solved and tries[k] == 1 for k in range(len(episode.asked))]
+        acted, at_once = set(), {}
+        for turn in episode.turns:
+            at_once.setdefault(turn.waypoint, turn.acted)
+            if turn.acted:
+                acted.add(turn.waypoint)
+        within.append([k in acted for k in range(len(episode.asked))])
+        first += [at_once.get(k, False) for k in range(len(episode.asked))]
         for action, right in zip(episode.asked, within[-1]):
             kinds[action.partition("(")[0].removesuffix("_direction")].append(right)
     n = sum(map(len, within))

@@ -76,7 +76,7 @@ def street_texts() -> list[str]:
     records = [envs.foundation_walk(rng, **TINY_WALKS) for _ in range(500)]
     records += [envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1) for variant in envs.VIRL.rules for seed in range(100)]
     texts = [turn["value"] for record in records for turn in record["conversations"]]
-    return texts + [envs.judge_step(reply, envs.Waypoint((0, 0), 0, "", "", "")).feedback for reply in ("", "{'current observation': x}")]
+    return texts + [envs.judge_step(reply, envs.Waypoint((0, 0), 0, "", False, "", "")).feedback for reply in ("", "{'current observation': x}")]
 
 
 # By model, what its tokenizer learns from and, as a pattern, what stands alone in it.
@@ -983,7 +983,6 @@ class Study:
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
     options: dict = field(default_factory=dict)  # of the environments: what makes them small enough for the tiny model
-    evaluation: dict = field(default_factory=dict)  # further ones of the test's environments
     grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that `--search` tries for both arms
 
     def scaled(self, scale: float) -> "Study":
@@ -1024,7 +1023,6 @@ STUDIES["virl-l"] = Study(
     verify_iter=2,
     tiny="tiny-streets",
     options=TINY_WALKS,
-    evaluation={"held_out": True},
 )  # fmt: skip
 SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
 
@@ -1085,9 +1083,10 @@ def place_in(args: argparse.Namespace, model: str) -> str:
     return str(path.relative_to(args.out)) if path.is_relative_to(args.out) else model
 
 
-def maker(args: argparse.Namespace, study: Study, variant: str = "id", **more):
-    """A maker of the study's environments; training takes variant "id"."""
-    return lambda: envs.make(args.task, variant, verify_iter=study.verify_iter, **study.options, **more)
+def maker(args: argparse.Namespace, study: Study, variant: str = "id", series: str = "train"):
+    """A maker of the study's environments; training takes variant "id". `series` "valid" and "test": routes that training does not walk."""
+    split = {"split": series} if issubclass(envs.TASKS[args.task], envs.VIRL) else {}
+    return lambda: envs.make(args.task, variant, verify_iter=study.verify_iter, **study.options, **split)
 
 
 def stage_settings(args: argparse.Namespace, study: Study, stage: str, model: str, seed: int) -> dict:
@@ -1130,8 +1129,7 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
         missing = [v for v in variants if not results.find(**place, variant=v, episodes=args.hands)]
         policy = load_policy(args, str(path)) if missing else None
         for variant in missing:
-            more = study.evaluation if series == "test" else {}
-            environments = [maker(args, study, variant, **more)() for _ in range(args.hands)]
+            environments = [maker(args, study, variant, series)() for _ in range(args.hands)]
             result, episodes = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
                                                  initial=reference if temperature else None)  # fmt: skip
             results.add({"task": args.task, **place, "flops": line["flops"], "variant": variant, **result,
@@ -1171,7 +1169,7 @@ def search_rates(args, study: Study, base: str, out: Path) -> None:
         tried = []
         for lr in study.grid:
             train_arm(args, study, arm, init, folder / f"{arm}-{lr:g}", SEARCH_SEED, lr)
-            environments = [maker(args, study)() for _ in range(args.hands)]
+            environments = [maker(args, study, series="valid")() for _ in range(args.hands)]
             result, _ = evaluate.evaluate(load_policy(args, str(checkpoints(folder / f"{arm}-{lr:g}")[-1])), environments, 1.0,
                                           study.max_new_tokens, "valid")  # fmt: skip
             tried.append((result[headline], lr))
@@ -1277,7 +1275,7 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--font-size", type=float, help="gp-vl: the ranks' share of a card's height (default: 0.17)")
         group.add_argument("--prompt", metavar="FILE", help="gp: a prompt template of your own; placeholders as in envs.PROMPT")
         group.add_argument("--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)")
-        group.add_argument("--held-out", action="store_true", default=None, help="virl: the built-in city's routes that training never sees")
+        group.add_argument("--split", help="virl: of the built-in city's routes, train, valid or test (default: train)")
         group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
         group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
         group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
@@ -1339,7 +1337,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
-                "held_out", "turns", "points_per_leg", "keep", "view_layout", "view_size", "tell_intersections")  # fmt: skip
+                "split", "turns", "points_per_leg", "keep", "view_layout", "view_size", "tell_intersections")  # fmt: skip
 
 
 def environment_of(args: argparse.Namespace):
@@ -1437,7 +1435,7 @@ def command_data(args: argparse.Namespace) -> None:
     if args.world:
         if not isinstance(env, envs.VIRL) or args.data:
             raise ValueError("--world writes the built-in city: choose task virl-l or virl-vl, without --data")
-        routes = envs.built_in_routes(args.turns or 7, n=args.episodes)
+        routes = envs.built_in_routes(args.split or "train", args.turns or 7, n=args.episodes)
         envs.write_world(Path(args.out), [routes, len(routes)], env.world.panoramas.ids, env.world.picture if args.task == "virl-vl" else None)
         print(f"{len(routes)} routes and {len(env.world.panoramas.ids)} panoramas in {args.out}")
         return

@@ -593,11 +593,19 @@ def altered(**changes):
         (altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "(")), None, ("block 3", "to_next_intersection_heading")),
         (altered(milestone_info=ROUTE["milestone_info"].replace('"landmarks": "No', '"l": "No')), None, ("block 2", "landmarks")),
         (altered(init_heading="west"), None, ("route 0", "init_heading")),
+        (altered(init_heading=10**400), None, ("route 0", "init_heading")),
+        (altered(start_place__relocated_geocode=["a\nb", 2]), None, ("route 0", "latitude")),
+        (altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "9" * 400 + " (")), None, ("block 3", "to_next_intersection_heading")),
         (altered(start_place__relocated_geocode=[41.0, -73.98]), None, ("route 0", "no panorama within 20 m")),
         (None, b"", ("gps_pano_mapping.pkl", "cannot be read")),
-        (None, pickle.dumps(Bomb()), ("gps_pano_mapping.pkl", "builtins.print")),
+        (None, pickle.dumps(Bomb()), ("gps_pano_mapping.pkl", "GLOBAL")),
+        (None, pickle.dumps(Bomb(), 0), ("gps_pano_mapping.pkl", "GLOBAL")),
+        (None, b"\x80\x04})" + b"\x85" * 10**6 + b"K\x01s.", ("gps_pano_mapping.pkl", "EMPTY_TUPLE")),  # the hash of a deep tuple
+        (None, b"\x80\x04}K\x01K\x01" + b"\x86" * 10**6 + b"K\x01s.", ("gps_pano_mapping.pkl", "pairs of numbers")),
+        (None, b"\x80\x04}r" + (64_000_000).to_bytes(4, "little") + b".", ("gps_pano_mapping.pkl", "memo")),  # a gigabyte for nine bytes
         (None, pickle.dumps({"a": "b"}), ("gps_pano_mapping.pkl", "not a dict")),
-        (None, pickle.dumps([1]), ("gps_pano_mapping.pkl", "not a dict")),
+        (None, pickle.dumps([1]), ("gps_pano_mapping.pkl", "EMPTY_LIST")),
+        (None, pickle.dumps({(1, 2): 3}), ("gps_pano_mapping.pkl", "not a dict")),
     ],
 )
 def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, capsys, content, ids, words):
@@ -608,11 +616,11 @@ def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, capsys, conte
 
 
 def test_the_expert_finishes_every_built_in_route_in_both_action_spaces():
-    seen = {}
-    for held_out in (False, True):
+    ends, told = {}, {}
+    for split in envs.SPLITS:
         for variant in ("id", "rule"):
-            env = envs.make("virl-l", variant, held_out=held_out, keep=0.2)
-            for number in range(0, len(env.world.routes), 2 if held_out else 5):
+            env = envs.make("virl-l", variant, split=split, keep=0.2)
+            for number in range(0, len(env.world.routes), 5 if split == "train" else 2):
                 env.reset(seed=number, options={"route": number})
                 while not any(env.done):
                     *_, reward, _, _, _ = env.step(env.expert_reply())
@@ -620,9 +628,11 @@ def test_the_expert_finishes_every_built_in_route_in_both_action_spaces():
                 assert env.done == (True, False)
                 turns = [w.action for w in env.waypoints if w.action.startswith("turn")]
                 assert all(action[len("turn_direction(") : -1] in env.rules[variant] for action in turns)
-        seen[held_out] = {(route.start, tuple(leg.end for leg in route.legs)) for route in env.world.routes}
-        assert {len(route.legs) for route in env.world.routes} == set(range(2, 9))
-    assert not seen[True] & seen[False] and len(seen[False]) == 2000 and len(seen[True]) == 1024
+        ends[split] = {route.legs[-1].end for route in env.world.routes}
+        told[split] = {(route.start, tuple(leg.end for leg in route.legs)) for route in env.world.routes}
+        assert {len(route.legs) for route in env.world.routes} == set(range(2, 9)) and len(told[split]) == len(env.world.routes) == 2048
+    assert not ends["train"] & ends["valid"] and not ends["train"] & ends["test"] and not ends["valid"] & ends["test"]
+    assert 100 < len(envs.make("virl-l", turns=1, split="test").world.routes) < 2048 == len(envs.make("virl-l", turns=3, split="test").world.routes)
 
 
 def test_a_world_written_and_read_back_gives_the_same_episodes(tmp_path):
@@ -658,6 +668,27 @@ def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(
         assert env.step(env.expert_reply())[1:4] == (0.0, False, True)
 
 
+def test_milestones_with_odd_but_legal_text(tmp_path):
+    odd = ROUTE["milestone_info"].replace("Starbucks", 'The "{Old}" Mill; café').replace("\n", "\r\n").replace("270 (", "-90 (")
+    odd = odd.replace("The destination Joe's Bar is on your right", "No landmarks nearby")
+    content = altered(milestone_info=odd, init_heading=0)
+    env = envs.make("virl-l", data=by_hand(tmp_path, content), keep=0.0)
+    env.reset()
+    assert [w.landmark for w in env.waypoints[1:]] == ['The "{Old}" Mill; café is on your left behind', "No landmarks nearby", "The destination Joe's Bar"]
+    assert env.waypoints[1].heading == 270 and env.world.routes[0].heading is None
+    for protocol in range(2, 6):
+        assert envs._read_pickle(pickle.dumps(env.world.panoramas.ids, protocol)) == env.world.panoramas.ids
+    env.step(env.expert_reply())
+    assert "café" in env.expert_reply()
+    for report, verdict in (('The "{Old}" Mill', "wrong_observation"), ('the "{old}" mill; cafe\u0301 is on your left behind', "correct")):
+        assert env.step(json.dumps(json.loads(env.expert_reply()) | {"current observation": report}))[4]["verdict"] == verdict
+    for action in ("t-u-r-n_direction(north)", "turn_direction(northeast)!", "turn_direction(north)", ""):
+        env.reset(), env.step(env.expert_reply()), env.step(env.expert_reply())
+        env.step(json.dumps(json.loads(env.expert_reply()) | {"action": action}))
+        assert env.verdict.verdict == "wrong_action", action
+    assert env.step(json.dumps(json.loads(env.expert_reply()) | {"action": " Turn_Direction( NorthEast ) "}))[4]["verdict"] == "correct"
+
+
 def test_an_invented_intersection_is_a_wrong_observation(tmp_path):
     env = envs.make("virl-l", data=by_hand(tmp_path), keep=0.0)
     env.reset()
@@ -677,7 +708,8 @@ def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
         slowest = max(slowest, min(times))
         assert info["verdict"] in envs.STREET_REWARDS and reward == envs.STREET_REWARDS[info["verdict"]] - 1 and truncated
     assert slowest < 0.010
-    for wrong in ({"variant": "visual"}, {"verify_iter": 0}, {"keep": 2}, {"points_per_leg": -1}, {"fields": "aab"}, {"odd": 1}):
+    for wrong in ({"variant": "visual"}, {"verify_iter": 0}, {"keep": 2}, {"keep": "x"}, {"points_per_leg": -1}, {"turns": 8}, {"split": "all"},
+                  {"data": 5}, {"fields": "aab"}, {"odd": 1}):  # fmt: skip
         with pytest.raises(ValueError):
             envs.make("virl-l", **wrong)
 

@@ -28,7 +28,7 @@ def test_summary_counts_successes_first_replies_and_verdicts():
 
 def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     def turns(*marks):
-        return [envs.Turn("", 0.0, "correct" if right else "wrong_action", "", True, k) for k, right in marks]
+        return [envs.Turn("", 0.0, "correct" if right else "wrong_action", "", True, k, right) for k, right in marks]
 
     actions = ["turn_direction(left)", "forward()", "stop()"]
     routes = [envs.Episode("", actions, turns((0, True), (1, False), (1, True), (2, True)), True),
@@ -40,10 +40,12 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     assert result["steps"] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-4)
     assert result["step_accuracy_se"] == pytest.approx(math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3))  # routes of one length: that of a mean
     assert evaluate.summary(routes, envs.STREET_REWARDS)["outcomes"] == "200"
+    routes[1].turns[0] = envs.Turn("", 0.0, "wrong_observation", "", False, 0, True)  # a wrong report, but the expert's action
+    assert evaluate.step_summary(routes)["first_step_accuracy"] == pytest.approx(6 / 9)
 
 
 def test_evaluation_walks_every_route_to_its_end(policy):
-    environments = [envs.make("virl-l", held_out=True, points_per_leg=0, verify_iter=1) for _ in range(3)]
+    environments = [envs.make("virl-l", split="test", points_per_leg=0, verify_iter=1) for _ in range(3)]
     result, episodes = evaluate.evaluate(policy, environments, 1.0, 4)
     assert result["waypoints"] == sum(len(e.turns) for e in episodes) == sum(len(e.asked) for e in episodes)
     assert result["step_accuracy"] == result["success"] == 0 and set(result["verdicts"]) == set(envs.STREET_REWARDS)
