@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -362,8 +363,12 @@ def test_visual_study_in_miniature(tmp_path):
     assert (tmp_path / "figures/recognition.png").exists()
 
 
-def test_study_of_routes_in_miniature(tmp_path):
-    cli("study", "--task", "virl-l", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6)
+def test_study_of_routes_in_miniature(tmp_path, monkeypatch):
+    study = sftrl.STUDIES["virl-l"]
+    short = replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4)  # a model that knows nothing would write to the end each time
+    monkeypatch.setitem(sftrl.STUDIES, "virl-l", replace(study, rl=short, max_new_tokens=4, count=2))
+    args = ("study", "--task", "virl-l", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6)
+    assert sftrl.main([str(arg) for arg in args]) == 0
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in ("id", "rule")}
     assert all(0 <= p["step_accuracy"] <= 1 and len(p["steps"]) == p["episodes"] == 6 for p in lines)
