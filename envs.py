@@ -1652,7 +1652,7 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
     """
     starts = [env.reset(seeds[i] if seeds else None, options[i] if options else None) for i, env in enumerate(environments)]
     observations = [observation for observation, _ in starts]
-    episodes = [Episode(text_of(o.messages[0]["content"]), info.get("cards") or info["actions"]) for o, info in starts]
+    episodes = [Episode(text_of(o.messages[0]["content"]), info["actions"] if "actions" in info else info["cards"]) for o, info in starts]
     running = list(range(len(environments)))
     while running:
         replies = respond(running, [observations[i] for i in running])

@@ -287,11 +287,12 @@ class SayDigit:
     """A trivial task with the environments' interface: the reply has to start with the digit of the prompt."""
 
     fields = ("digit",)
+    rewards = {"correct": 1.0, "unparsed": 0.0}
 
     def __init__(self):
         self.random = random.Random(0)
 
-    def reset(self, seed=None):
+    def reset(self, seed=None, options=None):
         self.random.seed(seed)
         self.digit = self.random.choice("37")
         return envs.Observation([{"role": "user", "content": self.digit}]), {"cards": []}
