@@ -946,7 +946,8 @@ def _read_route(route: Any) -> Route:
             raise _Fault(f"milestone_info, block {i + 1}: no field landmarks")
         landmark = block["landmarks"].strip().rstrip(".") or NOTHING
         if landmark == NOTHING and i == len(ends) - 1:  # without a sign nobody would know where to stop
-            name = (route.get("dest_place") or {}).get("name") if isinstance(route.get("dest_place"), dict) else None
+            place = route.get("dest_place")
+            name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
         legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), float(number[1]) % 360.0, landmark))
     heading = route.get("init_heading")
@@ -955,7 +956,8 @@ def _read_route(route: Any) -> Route:
     return Route(start, float(heading) % 360.0 if heading else None, tuple(legs))
 
 
-def write_world(folder: Path, content: Any, ids: dict[Geocode, str], picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None) -> None:
+def write_world(folder: Path, content: Any, ids: dict[Geocode, str],
+                picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None) -> None:  # fmt: skip
     """Writes a folder that `load_world` reads; `picture` as in World."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "route_infos.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -1001,7 +1003,8 @@ class CityPlan(NamedTuple):
 
 def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of points [..., 2] the distance to the nearest street of [n, 4], the metres along it, and which one that is; all [...]."""
-    nearest, along, number = np.full(points.shape[:-1], np.inf, points.dtype), np.zeros(points.shape[:-1], points.dtype), np.zeros(points.shape[:-1], int)
+    shape = points.shape[:-1]
+    nearest, along, number = np.full(shape, np.inf, points.dtype), np.zeros(shape, points.dtype), np.zeros(shape, int)
     for k, (x1, y1, x2, y2) in enumerate(streets.tolist()):  # one after the other: all at once would need much memory
         length = math.hypot(x2 - x1, y2 - y1)
         dx, dy = (x2 - x1) / length, (y2 - y1) / length
@@ -1179,7 +1182,6 @@ def built_in_world(split: str = "train", turns: int = 7, seed: int = 0, n: int =
 
 
 # --------------------------------------------------------------------------------------------------- streets: what one sees there
-
 
 EYE, BOARD, BOARD_FOOT = 2.5, (6, 4), 3.2  # metres: height of the camera; of signs width and height, and what is free below them
 
@@ -1390,7 +1392,8 @@ class VIRL:
     image: Image.Image | None = None
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
-                 split: str = "train", turns: int = 7, go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+                 split: str = "train", turns: int = 7, go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5,
+                 fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
@@ -1464,7 +1467,7 @@ class VIRL:
     def _standing(self, place: Geocode, number: int) -> Geocode:
         near = self.world.panoramas.nearest(place)
         if near is None:
-            raise ValueError(f"route {number}: no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+            raise ValueError(f"route {number}: gps_pano_mapping.pkl has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
         return near
 
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
