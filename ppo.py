@@ -296,8 +296,9 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
 
 
 def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: dict[str, Any], config: PPOConfig,
-                    names: Sequence[str] = tuple(envs.REWARDS)) -> dict[str, float]:  # fmt: skip
-    """What the rollout says, over all ranks: return, success, verdicts, lengths, and how much of the return the critic explains."""
+                    names: Sequence[str]) -> dict[str, float]:  # fmt: skip
+    """What the rollout says, over all ranks: return, success, verdicts (`names`: those that the task knows), lengths, and how much of the
+    return the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
     discounted = sum(turn.reward * config.gamma**k for episode in episodes for k, turn in enumerate(episode.turns))
     verdicts = sorted(names)

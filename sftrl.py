@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -1043,7 +1044,7 @@ def run_study(args: argparse.Namespace) -> None:
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
     for stage, lr in given.items():
         getattr(study, stage).lr = lr
-    if not (tiny := args.model == "tiny"):  # pictures and routes of full size, and replies in a tokenizer that was not made for them
+    if not (tiny := args.model in ("tiny", study.tiny)):  # pictures and routes of full size, and replies in a tokenizer that was not made for them
         study.options, study.max_new_tokens, study.rl.max_new_tokens = {}, 256, 256
     out.mkdir(parents=True, exist_ok=True)
     results = evaluate.Results(out / "results.jsonl")
@@ -1286,7 +1287,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
     sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
     sub.add_argument("--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)")
-    sub.add_argument("--model", default="tiny", help="tiny (for routes, tiny-streets), a folder or a Hub id; other models are their own base (default: %(default)s)")
+    sub.add_argument("--model", default="tiny", help="tiny (the task's own built-in model), a folder or a Hub id; those are their own base (default: %(default)s)")
     sub.add_argument("--hands", type=size, default=1024, help="evaluation hands per point (default: %(default)s)")
     sub.add_argument("--scale", type=positive, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
     for stage in ("init", "sft", "rl"):
@@ -1340,11 +1341,16 @@ TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", 
                 "split", "turns", "points_per_leg", "keep", "view_layout", "view_size", "tell_intersections")  # fmt: skip
 
 
+load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
+
+
 def environment_of(args: argparse.Namespace):
     """The environment that a command's options describe."""
     options = {name: value for name in TASK_OPTIONS if (value := getattr(args, name)) is not None}
     if args.prompt:
         options["prompt"] = Path(args.prompt).read_text(encoding="utf8")
+    if args.data and issubclass(envs.TASKS.get(args.task, object), envs.VIRL):
+        options["data"] = load_world_once(args.data)
     return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
 
 
@@ -1416,7 +1422,8 @@ def command_play(args: argparse.Namespace) -> None:
         nonlocal observation
         observation, reward, terminated, truncated, info = env.step(reply)
         goes_on = not (terminated or truncated)
-        print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {observation.messages[-1]['content'] if goes_on else info['feedback']}")
+        told = envs.text_of(observation.messages[-1]["content"]) if goes_on else info["feedback"]
+        print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {told}")
         return goes_on
 
     if args.model:
@@ -1458,6 +1465,15 @@ def complain(message: str) -> None:
         print(f"sftrl: {message}", file=sys.stderr)
 
 
+def leave(status: int) -> None:
+    """Ends a process of torchrun with this exit status, without the interpreter's own end: FSDP's caches keep gloo's threads alive, and one that
+    lets go of a tensor while the interpreter shuts down aborts the process (seen with torch 2.13; pytorch issue 190489)."""
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for Ctrl-C."""
     args = build_parser().parse_args(argv)
@@ -1471,21 +1487,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torch.cuda.is_available():
             torch.cuda.set_device(best_device())
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    status = 0
     try:
         args.run(args)
-        return 0
     except (ValueError, OSError) as error:
         complain(f"error: {error}")
-        return 2
+        status = 2
     except FloatingPointError as error:
         complain(f"stopped, for a number is not finite: {error}; the last checkpoint is kept")
-        return 1
+        status = 1
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from the last saved state")
-        return 130
-    finally:
-        if distributed:
-            dist.destroy_process_group()
+        status = 130
+    if distributed:
+        leave(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def worker(kind: str, task: str, out: Path) -> None:
     import envs
     import ppo
     import sft
+    import sftrl
 
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -56,7 +57,7 @@ def worker(kind: str, task: str, out: Path) -> None:
     policy.keep_initial_weights()
     optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
     batch = ppo.collect(policy, streams, episodes, config, "formula", first=True)
-    metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(policy, streams, episodes, batch, config)
+    metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(policy, streams, episodes, batch, config, env.rewards)
     policy.save(out / "ppo")
 
     environments = [envs.make(task, verify_iter=1 + 4 * policy.rank, **small) for _ in range(2 + 6 * policy.rank)]
@@ -66,7 +67,7 @@ def worker(kind: str, task: str, out: Path) -> None:
     if policy.rank == 0:
         (out / "metrics.json").write_text(json.dumps(metrics))
     if world > 1:
-        dist.destroy_process_group()
+        sftrl.leave(0)
 
 
 @pytest.fixture(scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "gp-vl", 4e-6)], ids=["text", "pictures"])

@@ -407,6 +407,25 @@ def test_data_writes_what_sft_reads(tmp_path):
     assert "cannot be read" in cli("sft", "--out", tmp_path / "broken", "--demos", path, "--steps", 1, "--batch-size", 2, check=2).stderr
 
 
+def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys):
+    assert sftrl.main(["data", "--task", "virl-l", "--world", "--episodes", "3", "--out", str(tmp_path)]) == 0
+    assert envs.load_world(tmp_path).routes == envs.built_in_world().routes[:3]
+    model = ["evaluate", "--model", "tiny-streets", "--task", "virl-l", "--data", str(tmp_path), "--points-per-leg", "0", "--max-new-tokens", "2"]
+    capsys.readouterr()
+    assert sftrl.main([*model, "--transcripts", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["episodes"] == 3  # all routes
+    assert sftrl.main(["data", "--world", "--out", str(tmp_path)]) == 2 and "--world" in capsys.readouterr().err
+
+
+def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
+    env = envs.make("virl-vl", keep=0.0, view_size=16)
+    env.reset(options={"route": 5})
+    args = ["play", "--task", "virl-vl", "--route", "5", "--keep", "0", "--view-size", "16", "--reply", env.expert_reply(), "--reply", "x"]
+    assert sftrl.main(args) == 0
+    said = capsys.readouterr().out
+    assert "verifier: [correct +1] <image>You see the picture." in said and "Try again." in said and "{'type'" not in said
+
+
 def test_play_shows_prompt_expert_and_verdict():
     out = cli("play", "--cards", "A 3 K 10", "--reply", "hello").stdout
     assert "A, 3, K, 10" in out and '"formula": "10+10+3+1=24"' in out and "[unparsed -3]" in out
