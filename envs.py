@@ -1576,7 +1576,7 @@ class VIRLVL(VIRL):
         self.view_layout, self.view_size, self.tell_intersections = view_layout, view_size, tell_intersections
         super().__init__(variant, seed, verify_iter, **options)
         if self.world.picture is None:
-            raise ValueError(f"{options['data']} has no street_views/")
+            raise ValueError("the routes have no panoramas: there is no street_views/ beside them")
 
     def _seen(self) -> str:
         told = self.tell_intersections and self.waypoints[self.at].intersection

@@ -54,8 +54,8 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
 
 def step_summary(episodes: Sequence[envs.Episode]) -> dict:
     """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the expert's action was found
-    within the budget, whatever the report; the same at the first reply and by kind of action; `steps` has it for each route. Its standard error counts routes,
-    for the waypoints of one route go wrong together."""
+    within the budget, whatever the report; the same at the first reply and by kind of action; `steps` has it for each route. Its standard
+    error counts routes, for the waypoints of one route go wrong together."""
     within: list[list[bool]] = []
     first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
     for episode in episodes:
