@@ -983,6 +983,7 @@ class CityPlan(NamedTuple):
     centre: Geocode
     words: tuple[str, ...]  # first words of the names of places
     trades: tuple[str, ...]  # and second ones
+    layout: str = "new york"  # cities of one layout differ in nothing that chance decides
     block: tuple[float, float] = (140.0, 90.0)  # east-west and north-south
     turned: float = 29.0  # degrees that the grid is turned against north
     jitter: float = 0.06  # of the crossings, as a share of a block
@@ -996,6 +997,7 @@ class CityPlan(NamedTuple):
     awnings: tuple[Color, ...] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
     sign: tuple[Color, Color] = ((24, 30, 60), (250, 246, 230))  # board and letters
     capitals: bool = False  # lettering of the signs
+    bold: int = 0  # and how much thicker it is, in pixels of a board 240 wide
     sky: tuple[Color, Color] = ((96, 150, 210), (200, 220, 238))  # overhead and at the horizon
     light: float = 1.0
     road: Color = (70, 70, 74)
@@ -1021,7 +1023,7 @@ class City:
     and north of the plan's centre, by column and row; `geocode` makes latitude and longitude of metres."""
 
     def __init__(self, plan: CityPlan, seed: int = 0, size: int = 7):
-        self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
+        self.plan, rng = plan, random.Random(f"{plan.layout}/{seed}")
         cos, sin = math.cos(math.radians(plan.turned)), math.sin(math.radians(plan.turned))
         across, along = ([side * (i + plan.jitter * rng.uniform(-0.5, 0.5)) for i in range(size)] for side in plan.block)
         self.crossings: dict[tuple[int, int], tuple[float, float]] = {}
@@ -1135,50 +1137,108 @@ def _side(turn: float) -> str:
 
 # ------------------------------------------------------------------------------------------------- streets: the built-in world
 
-_WORDS = ("Amber", "Bishop", "Cedar", "Delta", "Elm", "Falcon", "Golden", "Harbor", "Ivory", "Juniper", "King", "Laurel", "Maple", "North",
-          "Orchid", "Pearl")  # fmt: skip
-_TRADES = ("Bakery", "Bank", "Books", "Cafe", "Cinema", "Deli", "Florist", "Hotel", "Market", "Museum", "Pharmacy", "Theatre")
-CITIES = {
-    "new york": CityPlan("new york", (40.7527, -73.9772), _WORDS, _TRADES),
-}
+_NEW_YORK = CityPlan("new york", (40.7527, -73.9772), tuple("Amber Bishop Cedar Delta Elm Falcon Golden Harbor Ivory Juniper King Laurel Maple North Orchid Pearl".split()),
+                     tuple("Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split()))  # fmt: skip
+
+
+def _plan(name: str, centre: Geocode, words: str, trades: str, **differences) -> CityPlan:
+    return _NEW_YORK._replace(name=name, centre=centre, words=tuple(words.split()), trades=tuple(trades.split()), layout=name, **differences)
+
+
+# The training city, and nine that differ from it in every group of DIFFERENCES.
+CITIES = {plan.name: plan for plan in (
+    _NEW_YORK,
+    _plan("milan", (45.4642, 9.1900), "Aurora Brera Corvo Dante Edera Fiore Giglio Lauro", "Osteria Panificio Libreria Gelateria Farmacia Albergo Galleria Teatro",
+          block=(95.0, 120.0), turned=-12.0, jitter=0.3, diagonals=0.2, street=13.0, pavement=1.6, road=(98, 92, 86), heights=(14.0, 24.0), window=(0.34, 0.62),
+          walls=((214, 170, 108), (226, 196, 140), (196, 132, 92), (232, 214, 178)), glass=(74, 66, 60), awnings=((120, 30, 40), (232, 224, 200)),
+          sign=((122, 24, 30), (240, 214, 150)), sky=((110, 160, 224), (236, 226, 206)), light=1.08),
+    _plan("new delhi", (28.6315, 77.2167), "Ashok Bharat Chandni Ganga Himal Indra Kamal Lotus", "Bhawan Bazaar Dhaba Emporium Mandir Sweets Sarees Tailors",
+          block=(170.0, 150.0), turned=8.0, jitter=0.4, diagonals=0.25, street=26.0, pavement=2.0, road=(104, 98, 90), heights=(7.0, 16.0), window=(0.6, 0.4),
+          walls=((232, 224, 206), (206, 120, 92), (236, 190, 130), (178, 196, 190)), glass=(50, 52, 58), awnings=((240, 140, 20), (20, 140, 70), (230, 60, 120)),
+          sign=((250, 200, 30), (150, 20, 30)), capitals=True, bold=2, sky=((170, 172, 160), (226, 208, 172)), light=0.94),
+    _plan("buenos aires", (-34.6037, -58.3816), "Alvear Borges Cortez Defensa Estrella Florida Gaucho Luna", "Parrilla Confiteria Kiosco Milonga Heladeria Almacen Imprenta Ferreteria",
+          block=(110.0, 110.0), turned=0.0, jitter=0.02, diagonals=0.03, street=15.0, pavement=2.2, road=(84, 84, 80), heights=(10.0, 34.0), window=(0.3, 0.7),
+          walls=((228, 228, 220), (190, 200, 206), (216, 196, 168), (150, 160, 150)), glass=(40, 56, 54), awnings=((90, 170, 220), (250, 250, 250)),
+          sign=((90, 170, 220), (20, 24, 40)), bold=1, sky=((60, 130, 220), (170, 210, 240)), light=1.12),
+    _plan("london", (51.5154, -0.1410), "Albany Baker Chelsea Dover Eaton Fleet Grosvenor Kensington", "Arms Bookshop Chemist Inn Ironmonger Stationer Tearoom Tobacconist",
+          block=(120.0, 70.0), turned=-24.0, jitter=0.45, diagonals=0.15, street=16.0, pavement=3.6, road=(60, 62, 66), heights=(10.0, 20.0), window=(0.36, 0.56),
+          walls=((136, 66, 52), (154, 84, 66), (226, 222, 212), (118, 60, 50)), glass=(92, 100, 108), awnings=((20, 40, 80), (10, 70, 50), (60, 10, 30)),
+          sign=((10, 60, 44), (226, 190, 90)), sky=((138, 144, 150), (184, 188, 190)), light=0.82),
+    _plan("hong kong", (22.2830, 114.1580), "Bauhinia Canton Dragon Fortune Jade Kowloon Lantern Phoenix", "Dimsum Noodles Jewellery Herbs Seafood Mahjong Tailoring Electronics",
+          block=(80.0, 60.0), turned=40.0, jitter=0.35, diagonals=0.12, street=12.0, pavement=1.8, road=(52, 52, 56), heights=(30.0, 90.0), window=(0.7, 0.44),
+          walls=((170, 176, 172), (198, 178, 170), (140, 150, 160), (206, 206, 190)), glass=(30, 66, 78), awnings=((220, 30, 60), (30, 160, 90), (240, 220, 40)),
+          sign=((224, 20, 60), (255, 240, 120)), capitals=True, bold=1, sky=((150, 160, 176), (190, 196, 204)), light=0.88),
+    _plan("melbourne", (-37.8136, 144.9631), "Acacia Banksia Carlton Eureka Fitzroy Grevillea Jacaranda Kookaburra", "Brewery Butcher Espresso Gallery Grocer Milkbar Records Surfwear",
+          block=(200.0, 100.0), turned=20.0, jitter=0.0, diagonals=0.0, street=30.0, pavement=4.5, road=(88, 84, 84), heights=(9.0, 60.0), window=(0.52, 0.6),
+          walls=((96, 104, 110), (206, 206, 204), (160, 130, 110), (70, 76, 84)), glass=(120, 150, 160), awnings=((60, 60, 60), (200, 80, 30)),
+          sign=((250, 250, 250), (30, 30, 30)), sky=((90, 150, 230), (226, 236, 244)), light=1.05),
+    _plan("lagos", (6.4550, 3.3841), "Adeola Balogun Chidi Ebony Folake Ikoyi Jollof Kola", "Buka Fabrics Fashions Motors Plaza Suya Supermart Ventures",
+          block=(130.0, 140.0), turned=-35.0, jitter=0.5, diagonals=0.1, street=20.0, pavement=1.0, road=(120, 100, 80), heights=(5.0, 18.0), window=(0.5, 0.34),
+          walls=((236, 206, 96), (120, 176, 150), (226, 150, 110), (240, 236, 220)), glass=(44, 48, 50), awnings=((0, 120, 60), (230, 120, 20), (120, 40, 130)),
+          sign=((0, 120, 60), (255, 255, 255)), capitals=True, bold=2, sky=((180, 190, 196), (232, 220, 196)), light=1.0),
+    _plan("san francisco", (37.7793, -122.4193), "Alcatraz Bayview Castro Divisadero Embarcadero Filbert Geary Presidio", "Burrito Cannery Creamery Sourdough Tattoo Taqueria Vinyl Yoga",
+          block=(125.0, 84.0), turned=-9.0, jitter=0.08, diagonals=0.3, street=22.0, pavement=3.4, road=(92, 92, 96), heights=(8.0, 15.0), window=(0.5, 0.66),
+          walls=((186, 214, 214), (240, 214, 200), (206, 196, 226), (248, 236, 196)), glass=(70, 84, 110), awnings=((240, 240, 240), (90, 120, 170)),
+          sign=((240, 236, 226), (40, 80, 140)), bold=1, sky=((190, 198, 206), (214, 218, 220)), light=0.92),
+    _plan("cape town", (-33.9249, 18.4241), "Agulhas Bokaap Constantia Disa Erica Fynbos Gansbaai Karoo", "Biltong Cellars Curios Lodge Pottery Rooibos Shebeen Winery",
+          block=(150.0, 110.0), turned=15.0, jitter=0.25, diagonals=0.18, street=19.0, pavement=2.6, road=(78, 76, 80), heights=(6.0, 14.0), window=(0.4, 0.44),
+          walls=((240, 110, 120), (90, 180, 200), (246, 206, 90), (150, 200, 120)), glass=(58, 60, 80), awnings=((250, 250, 240), (60, 60, 120)),
+          sign=((60, 36, 20), (250, 230, 200)), sky=((40, 110, 210), (190, 224, 250)), light=1.15),
+)}  # fmt: skip
+DIFFERENCES = {"names": ("words", "trades"), "blocks": ("layout", "block", "turned", "jitter", "diagonals"), "streets": ("street", "pavement", "road"),
+               "facades": ("heights", "window"), "palette": ("walls", "glass", "awnings"), "signs": ("sign", "capitals", "bold"),
+               "weather": ("sky", "light")}  # fmt: skip
+TEST_CITIES = tuple(name for name in CITIES if name != _NEW_YORK.name)
+
+
+def city_plan(name: str, differences: Sequence[str] = tuple(DIFFERENCES)) -> CityPlan:
+    """A city of CITIES, or New York at its place with only some of its differences (keys of DIFFERENCES)."""
+    city = CITIES[name]
+    return _NEW_YORK._replace(name=name, centre=city.centre, **{part: getattr(city, part) for group in differences for part in DIFFERENCES[group]})
 
 
 @lru_cache(maxsize=None)
-def _city(seed: int) -> City:
-    return City(CITIES["new york"], seed)
+def _city(name: str, seed: int, differences: tuple[str, ...]) -> City:
+    return City(city_plan(name, differences), seed)
 
 
 @lru_cache(maxsize=None)
-def _scene(seed: int) -> "Scene":
-    return Scene(_city(seed))
+def _scene(*city) -> "Scene":
+    return Scene(_city(*city))
 
 
 @lru_cache(maxsize=256)
-def _draw(seed: int, place: Geocode) -> tuple[Image.Image, float]:
-    return _scene(seed).draw(place), 0.0
+def _draw(cities: tuple, place: Geocode) -> tuple[Image.Image, float]:
+    nearest = min(cities, key=lambda city: distance(CITIES[city[0]].centre, place))
+    return _scene(*nearest).draw(place), 0.0
 
 
 SPLITS = {"train": (0, 1), "valid": (2,), "test": (3,)}  # of the built-in routes, by where they lead
 
 
 @lru_cache(maxsize=None)
-def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048) -> list[dict]:
-    """Up to `n` different routes of one to `turns` turning points, in the released format. Routes of different splits lead to different
-    places, so no route, and no instruction, of one is in another."""
-    city, rng, fruitless = _city(seed), random.Random(f"routes/{seed}/{split}"), 0
+def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048, cities: tuple[str, ...] = (_NEW_YORK.name,),
+                    differences: tuple[str, ...] = tuple(DIFFERENCES)) -> list[dict]:  # fmt: skip
+    """Up to `n` different routes of one to `turns` turning points, in the released format, as many in each of the cities. Routes of different
+    splits lead to different places, so no route, and no instruction, of one is in another. Seed 0 is the streets and places of the study."""
     records: dict[str, dict] = {}
-    while len(records) < n and fruitless < 500:  # there are not many different routes of one turn
-        record = city.route(rng, rng.randint(1, turns), SPLITS[split])
-        key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
-        fruitless = fruitless + 1 if key in records else 0
-        records.setdefault(key, record)
+    for city in cities:
+        streets, rng, fruitless, enough = _city(city, seed, differences), random.Random(f"routes/{seed}/{split}"), 0, len(records) + max(1, n // len(cities))
+        while len(records) < enough and fruitless < 500:  # there are not many different routes of one turn
+            record = streets.route(rng, rng.randint(1, turns), SPLITS[split])
+            key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
+            fruitless = fruitless + 1 if key in records else 0
+            records.setdefault(key, record)
     return list(records.values())
 
 
 @lru_cache(maxsize=None)
-def built_in_world(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048) -> World:
-    """A city with its routes. Seed 0 is the training city, others have other streets and other places."""
-    return World(read_routes(built_in_routes(split, turns, seed, n)), Panoramas(_city(seed).panoramas), partial(_draw, seed))
+def built_in_world(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048, cities: tuple[str, ...] = (_NEW_YORK.name,),
+                   differences: tuple[str, ...] = tuple(DIFFERENCES)) -> World:  # fmt: skip
+    """Those routes and all panoramas of the cities."""
+    keys = tuple((city, seed, differences) for city in cities)
+    ids = {place: name for key in keys for place, name in _city(*key).panoramas.items()}
+    return World(read_routes(built_in_routes(split, turns, seed, n, cities, differences)), Panoramas(ids), partial(_draw, keys))
 
 
 # --------------------------------------------------------------------------------------------------- streets: what one sees there
@@ -1191,7 +1251,7 @@ class Scene:
 
     def __init__(self, city: City):
         self.city, plan = city, city.plan
-        rng, half = random.Random(f"facades of {plan.name}"), plan.street / 2
+        rng, half = random.Random(f"facades of {plan.layout}"), plan.street / 2
         walls, buildings = [], []
         for k, (x1, y1, x2, y2) in enumerate(city.streets):
             length = math.hypot(x2 - x1, y2 - y1)
@@ -1217,13 +1277,15 @@ class Scene:
     def _sign(self, at: tuple[float, float], name: str) -> tuple[np.ndarray, np.ndarray]:
         """A board that stands out from the facade at a point, to be read from both sides: where it starts and ends, and its pixels."""
         wall = nearest_street(np.array(at), self.walls)[2]
-        board, letters = self.city.plan.sign
-        text, font = (name.upper() if self.city.plan.capitals else name).replace(" ", "\n"), ImageFont.load_default(40)
+        plan = self.city.plan
+        board, letters = plan.sign
+        text, font = (name.upper() if plan.capitals else name).replace(" ", "\n"), ImageFont.load_default(40)
         picture = Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
         draw = ImageDraw.Draw(picture)
-        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center")
+        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center", stroke_width=plan.bold)
         font = ImageFont.load_default(40 * min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top)))
-        draw.multiline_text((picture.width / 2, picture.height / 2), text, fill=letters, font=font, anchor="mm", align="center")
+        draw.multiline_text((picture.width / 2, picture.height / 2), text, fill=letters, font=font, anchor="mm", align="center",
+                            stroke_width=plan.bold)  # fmt: skip
         return np.array([*at, *(np.array(at) + BOARD[0] * self.normals[wall])]), np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
@@ -1378,8 +1440,10 @@ class VIRL:
         seed: of the one random generator of this environment, which chooses route, points and the first heading.
         verify_iter: replies judged per waypoint.
         data: a folder in the released format, or a World; None takes the built-in city.
-        split: of the built-in city's routes, "train", "valid" or "test".
+        split: of the built-in routes, "train", "valid" or "test".
         turns: most turning points of a built-in route.
+        city: of CITIES, or "others", all but New York; None takes the variant's, New York but for "visual".
+        differences: from New York that the city has, keys of DIFFERENCES; None takes all.
         go_on: for evaluation: where the budget of a waypoint is used up, go on from the next one; else the route ends there.
         points_per_leg, keep: points between two turning points, each kept with probability `keep`.
         fields: the names of the three fields of a reply.
@@ -1392,8 +1456,8 @@ class VIRL:
     image: Image.Image | None = None
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
-                 split: str = "train", turns: int = 7, go_on: bool = False, points_per_leg: int = 5, keep: float = 0.5,
-                 fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+                 split: str = "train", turns: int = 7, city: str | None = None, differences: Sequence[str] | None = None, go_on: bool = False,
+                 points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
@@ -1401,13 +1465,19 @@ class VIRL:
             raise ValueError("verify_iter must be an integer from 1, turns one from 1 to 7, points_per_leg one from 0 to 100, and keep a number from 0 to 1")
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+        city, differences = city or ("others" if variant == "visual" else _NEW_YORK.name), tuple(DIFFERENCES if differences is None else differences)
+        if city not in (*CITIES, "others"):
+            raise ValueError(f"unknown city {city!r}: choose from {', '.join(CITIES)}, others")
+        if unknown := [group for group in differences if group not in DIFFERENCES]:
+            raise ValueError(f"unknown difference {unknown[0]!r}: choose from {', '.join(DIFFERENCES)}")
         if not isinstance(data, (str, Path, World, type(None))):
             raise ValueError(f"data must be a folder, not {_line(data)}")
         if len(set(fields)) != len(STREET_FIELDS):
             raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {fields!r}")
         self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
         self.points_per_leg, self.keep = points_per_leg, keep
-        self.world = built_in_world(split, turns) if data is None else data if isinstance(data, World) else load_world(data)
+        self.built_in = {"split": split, "turns": turns, "cities": TEST_CITIES if city == "others" else (city,), "differences": differences}
+        self.world = built_in_world(**self.built_in) if data is None else data if isinstance(data, World) else load_world(data)
         self.random = random.Random(seed)
         self.waypoints: list[Waypoint] = []
 
@@ -1562,10 +1632,13 @@ class VIRLVL(VIRL):
     message of the current waypoint holds the picture; those of earlier ones have lost theirs.
 
     Args, beside those of VIRL:
+        variant: also "visual": the training rule in other cities.
         view_layout: of the views, a key of VIEW_LAYOUTS.
         view_size: of each view, in pixels.
         tell_intersections: whether the model is told that it stands at one.
     """
+
+    rules = VIRL.rules | {"visual": COMPASS}
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, view_layout: str = "compass", view_size: int = 300,
                  tell_intersections: bool = False, **options):  # fmt: skip
@@ -1674,25 +1747,33 @@ def demonstration(env: Environment, wrong_turns: int = 0, author: Callable[[Any]
     """One SFT record in the released format: at each waypoint of a route, or once for a hand of cards, `wrong_turns` wrong replies with the
     verifier's feedback, then the expert's.
 
-    An `author` writes the last reply in the expert's place; a visual task adds the picture as "image". Raises ValueError if the budget
-    ends before the last reply.
+    An `author` writes the last reply in the expert's place; a visual task adds the picture as "image". On a walk with pictures the record
+    ends at a waypoint drawn at random, whose picture it shows. Raises ValueError if the budget ends before the last reply.
     """
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
     env.reset()
-    for _ in range(env.decisions):
+    last = _last_decision(env)
+    for k in range(last + 1):
         for _ in range(wrong_turns):
             env.step(env.wrong_reply())
-        env.step(author(env) if author else env.expert_reply())
-    return _record(env)
+        reply = author(env) if author else env.expert_reply()
+        if k < last:
+            env.step(reply)
+    return _record(env, reply)
 
 
-def _record(env: Environment) -> dict:
-    """The episode up to its last reply, in the released format."""
-    end = next(i for i in reversed(range(len(env.messages))) if env.messages[i]["role"] == "assistant") + 1
+def _last_decision(env: Environment) -> int:
+    """Where a record ends: with the episode, or on a walk with pictures at any waypoint, for a record has one picture."""
+    return env.random.randrange(env.decisions) if isinstance(env, VIRLVL) else env.decisions - 1
+
+
+def _record(env: Environment, reply: str) -> dict:
+    """The conversation so far and one more reply, in the released format."""
     speaker = {"user": "human", "assistant": "gpt"}
+    messages = [*env.messages, {"role": "assistant", "content": reply}]
     image = {"image": env.image} if env.image else {}
-    return image | {"conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in env.messages[:end]]}
+    return image | {"conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]}
 
 
 def foundation_walk(rng: random.Random, turns: int, points_per_leg: int) -> dict:
@@ -1708,13 +1789,18 @@ def imperfect_demonstration(env: Environment) -> dict:
 
     A quarter are revisions, after one, two or four wrong tries (as the budget allows). One in ten of the last answers is wrong too; half of
     them, where the cards are told in words, come from people who multiply with an "x". A model that learned from these is unsure, knows
-    how to try again, and has a bad habit. On a route one reply in five takes a wrong action, and is told so.
+    how to try again, and has a bad habit. On a route one reply in five is wrong; then it is told so and tries again, or the record ends.
     """
     if isinstance(env, VIRL):
         env.reset()
-        while not any(env.done):
-            env.step(env.wrong_reply() if env.random.random() < 0.2 else env.expert_reply())
-        return _record(env)
+        last = _last_decision(env)
+        while True:
+            wrong = env.random.random() < 0.2
+            reply = env.wrong_reply() if wrong else env.expert_reply()
+            last_try = env.judged + 1 == env.verify_iter
+            if wrong and last_try or env.at == last and (not wrong or env.random.random() < 0.5):
+                return _record(env, reply)
+            env.step(reply)
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     cls, careless = type(env), 0 if isinstance(env, GeneralPointsVL) else 50
     author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, careless, 90 - careless))[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from PIL import Image
 
 import envs
 
@@ -23,11 +24,14 @@ def standard_error(p: float, n: int) -> float:
     return math.sqrt(p * (1 - p) / n) if n else 0.0
 
 
+PICTURES = ("own", "blank", "shuffled")
+
+
 def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, series: str = "test",
-             initial=None) -> tuple[dict, list[envs.Episode]]:  # fmt: skip
+             initial=None, pictures: str = "own") -> tuple[dict, list[envs.Episode]]:  # fmt: skip
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series, or walks route i of its world.
 
-    Temperature 0 is greedy. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
+    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
     the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes of each rank. `outcomes` holds one digit per
     hand: the number of the reply that solved it, 0 if none did (a tenth reply and later ones count as 9); for a route, of the waypoint that
     took most replies.
@@ -41,15 +45,36 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
         for env in environments:
             env.go_on = True  # so that accuracy speaks of all waypoints, and not of those before the first failure
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
-        episodes = envs.play([environments[i] for i in own], respond, seeds, options)
+        player = respond if pictures == "own" else Disguise(respond, pictures)
+        episodes = envs.play([environments[i] for i in own], player, seeds, options)
     result = {}
     if initial is not None:
-        total, tokens = policy.sum(*kl_sums(policy, initial, [respond.streams[i] for i in range(min(len(own), 128))]))
+        total, tokens = policy.sum(*kl_sums(policy, initial, [stream for i in range(min(len(own), 128)) for stream in respond.streams[i]]))
         result["kl_to_init"] = total / tokens
     episodes = policy.gather(episodes)
     if routes:
         result |= step_summary(episodes)
     return summary(episodes, environments[0].rewards) | result, episodes
+
+
+class Disguise:
+    """Plays like `respond`, which is shown grey pictures ("blank") or those of other episodes ("shuffled"): what a policy can do without
+    seeing. Raises ValueError where there are no pictures, or those of a single episode."""
+
+    def __init__(self, respond: Callable, how: str):
+        self.respond, self.how = respond, how
+        self.instead: dict[int, tuple[Image.Image, Image.Image]] = {}  # by environment: its own picture and the one it is shown
+
+    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
+        own = [observation.image for observation in observations]
+        if None in own or len(indices) < 2 and not self.instead:
+            raise ValueError(f"{self.how} pictures need a task with pictures and at least two episodes")
+        newest = {i: image for i, (image, _) in self.instead.items()} | dict(zip(indices, own))
+        others = dict(zip(newest, [*list(newest.values())[1:], next(iter(newest.values()))]))
+        for i, image in zip(indices, own):
+            if i not in self.instead or self.instead[i][0] is not image:
+                self.instead[i] = image, Image.new("RGB", image.size, "grey") if self.how == "blank" else others[i].copy()
+        return self.respond(indices, [envs.Observation(o.messages, self.instead[i][1]) for i, o in zip(indices, observations)])
 
 
 def step_summary(episodes: Sequence[envs.Episode]) -> dict:
@@ -191,15 +216,14 @@ class Results:
 
 
 # What a task's success is measured by (paper, section 4). Of routes it is the mean over routes in the paired differences.
-HEADLINES = {"gp-l": "success", "gp-vl": "success", "virl-l": "step_accuracy"}
-VARIANTS = {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"}
+HEADLINES = {"gp-l": "success", "gp-vl": "success", "virl-l": "step_accuracy", "virl-vl": "step_accuracy"}
 
 
-def _claims(variants: Sequence[str], headline: str) -> list[tuple[str, str, str, float, str, str, int]]:
-    """What the paper found, as (claim, measure, variant, temperature, arm at its end, compared with, expected sign)."""
+def _claims(where: dict[str, str], headline: str) -> list[tuple[str, str, str, float, str, str, int]]:
+    """What the paper found, as (claim, measure, variant, temperature, arm at its end, compared with, expected sign); `where`: the variants
+    and what the report calls them."""
     claims = []
-    for variant in variants:
-        words = VARIANTS[variant]
+    for variant, words in where.items():
         sft, sign = ("ends above init", +1) if variant == "id" else ("ends below init", -1)
         for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
             claims += [(f"RL ends above init {words}{decoding}", headline, variant, temperature, "rl", "init", +1),
@@ -217,7 +241,8 @@ def _claims(variants: Sequence[str], headline: str) -> list[tuple[str, str, str,
 
 # Success, or per-step accuracy, in percent that the paper reports, of init, SFT and RL, by (task, variant); its temperature is .2.
 PAPER = {("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0}, ("gp-vl", "rule"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
-         ("gp-vl", "visual"): {"init": 23.6, "sft": 13.7, "rl": 41.2}, ("virl-l", "rule"): {"init": 80.8, "sft": 1.3, "rl": 91.8}}  # fmt: skip
+         ("gp-vl", "visual"): {"init": 23.6, "sft": 13.7, "rl": 41.2}, ("virl-l", "rule"): {"init": 80.8, "sft": 1.3, "rl": 91.8},
+         ("virl-vl", "rule"): {"init": 35.7, "sft": 2.5, "rl": 45.0}}  # fmt: skip
 
 
 def verdict(d: dict, sign: int) -> str:
@@ -240,14 +265,16 @@ def _interval(pair: tuple[float, float] | None) -> str:
 
 def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of claims."""
-    task, variants = settings["task"], [v for v in VARIANTS if results.find(arm="init", variant=v)]
+    task = settings["task"]
     headline, words = HEADLINES[task], WORDS[task.partition("-")[0]]
+    where = {v: text for v, text in words["where"].items() if results.find(arm="init", variant=v)}
+    variants = list(where)
     last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in variants for t in (1.0, 0.0)}
     last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
     last |= {("base", v, t): results.find(arm="base", series="test", variant=v, temperature=t) for v in variants for t in (1.0, 0.0)}
     claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for text, measure, variant, temperature, arm, other, sign in _claims(variants, headline):
+    for text, measure, variant, temperature, arm, other, sign in _claims(where, headline):
         a, b = last[arm, variant, temperature], last[other, variant, temperature]
         d, paper = difference(a, b, measure), PAPER.get((task, variant), {}) if measure == headline and temperature else {}
         claims.append(f"| {text} | {_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
@@ -256,9 +283,9 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     n = last["init", "id", 1.0][0]["episodes"]
     seeds = [p["seed"] for p in last["init", "id", 1.0]]
     base_reading = [f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and {_percent(p['success'])}% of the "
-                    f"hands {VARIANTS[p['variant']]} (greedy)." for p in results.find(series="reading")]  # fmt: skip
+                    f"hands {where[p['variant']]} (greedy)." for p in results.find(series="reading")]  # fmt: skip
     columns = [*words["columns"], "KL"] + ["recognition"] * ("visual" in variants)
-    head = [f"{VARIANTS[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)]
+    head = [f"{where[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)]
     lines = [f"# Study {task}: does post-training teach the rule, or only its examples?", "",
              f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation {words['hands']} per point, the same for every checkpoint; {words['measure']} "
              f"in percent within {settings['verify_iter']} replies. " + " ".join([words[v] for v in variants] + base_reading), "",
@@ -266,7 +293,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
              "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
              "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
              "## Checkpoints", "", f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the policy's own replies"
-             + ("; recognition counts the replies that name the cards." if "visual" in variants else "."), "",
+             + ("; recognition counts the replies that report what is seen." if "visual" in variants else "."), "",
              f"| checkpoint | decoding | {' | '.join(head)} | other rule: {words['last']} |", "|---" * (len(head) + 3) + "|"]  # fmt: skip
     for name in ("base", "init", "sft", "sft best", "rl"):
         for t in (1.0, 0.0):
@@ -280,7 +307,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
               + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.", "",
               "## Curves", "", f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].", "",
-              f"| arm | compute, 10^12 FLOP | {' | '.join(VARIANTS[v] for v in variants)} |", "|---" * (len(variants) + 2) + "|"]  # fmt: skip
+              f"| arm | compute, 10^12 FLOP | {' | '.join(where.values())} |", "|---" * (len(variants) + 2) + "|"]  # fmt: skip
     for arm, points in curves(results, variants, headline).items():
         for p in points:
             spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in variants]
@@ -295,18 +322,21 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
 
 # The report's words for the two worlds. "columns" and "last" are measures that `_cell` knows.
 WORDS = {
-    "gp": {"id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
+    "gp": {"where": {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"},
+           "id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
            "visual": "Other colour: red suits, the training rule.", "hands": "hands", "measure": "success",
            "columns": ("success", "first reply", "illegal"), "last": "wrong numbers",
            "cells": "Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the tiny corpus's bad habit); wrong "
                     "numbers are replies that use a number which the rule in force does not give",
            "titles": {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13", "visual": "other colour: red suits"},
            "axis": "success within budget, %"},
-    "virl": {"id": "In distribution: turns by the compass, on routes that training never walks.", "rule": "Other rule: left and right, on the same routes.",
-             "hands": "routes", "measure": "per-step accuracy", "columns": ("steps", "first reply of each step", "routes"), "last": "turns",
+    "virl": {"where": {"id": "in distribution", "rule": "under the other rule", "visual": "in other cities"},
+             "id": "In distribution: turns by the compass, on routes that training never walks.", "rule": "Other rule: left and right, on the same routes.",
+             "visual": "Other cities: the training rule in nine cities that training never sees.", "hands": "routes", "measure": "per-step accuracy", "columns": ("steps", "first reply of each step", "routes"), "last": "turns",
              "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
                       "routes the share of routes without a fault",
-             "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right"}, "axis": "waypoints passed within budget, %"},
+             "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right",
+                        "visual": "other cities"}, "axis": "waypoints passed within budget, %"},
 }  # fmt: skip
 
 

@@ -8,9 +8,9 @@ One update:
     update      a few epochs of minibatches: clipped policy loss, clipped value loss, entropy, KL to the initial policy
 
 An action is a token (`ratio="token"`, the default) or, as in the paper, a whole reply (`ratio="reply"`). The reward of a turn falls on
-the last token of its reply. Everything is a tensor [B, T]: B episodes, T tokens of the longest one, with a mask that is 1 where the
-policy chose the token. The mask comes from the sampler, never from comparing ids with a padding id. In visual tasks the batch also
-holds the B pictures, which only the policy looks into.
+the last token of its reply. Everything is a tensor [B, T]: B rows, T tokens of the longest one, with a mask that is 1 where the
+policy chose the token. The mask comes from the sampler, never from comparing ids with a padding id. A row is an episode, or on a walk
+with pictures what was said at one waypoint; then the batch also holds the B pictures, which only the policy looks into.
 
 Of the policy (`Policy` in sftrl.py) this module uses: responder, collate, forward, backward, step, shift_value, set_lr, sum,
 largest, initial_weights, generator, decode, flops, rank, world.
@@ -20,11 +20,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import envs
 
@@ -36,8 +37,8 @@ class PPOConfig:
     lr: float = 1e-6
     value_lr: float = 1e-4
     episodes: int = 256  # per update
-    minibatch_size: int = 128  # episodes per optimizer step
-    microbatch_size: int = 64  # episodes per forward pass and rank
+    minibatch_size: int = 128  # episodes' worth of rows per optimizer step
+    microbatch_size: int = 64  # rows per forward pass and rank
     epochs: int = 4
     steps: int = 20  # updates
     flops: float = math.inf  # 6 N per trained token, 2 N per generated or scored token
@@ -135,8 +136,9 @@ def per_reply(x: Tensor, starts: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- from episode to batch
 
 
-def rollout(policy, environments: Sequence, config: PPOConfig, step: int) -> tuple[list, list[envs.Episode]]:
-    """Plays one episode in each of this rank's environments: the token streams and the episodes, in the same order.
+def rollout(policy, environments: Sequence, config: PPOConfig, step: int) -> tuple[list[list], list[envs.Episode]]:
+    """Plays one episode in each of this rank's environments: the token streams of each episode (one, or on a walk with pictures one for each
+    waypoint) and the episodes, in the same order.
 
     Hands and samples are a function of (seed, step, rank), so a resumed run sees what the unbroken one would have seen.
     """
@@ -147,27 +149,27 @@ def rollout(policy, environments: Sequence, config: PPOConfig, step: int) -> tup
     return [respond.streams[i] for i in range(len(episodes))], episodes
 
 
-def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConfig, answer_field: str,
+def collect(policy, streams: list[list], episodes: list[envs.Episode], config: PPOConfig, answer_field: str,
             first: bool = False) -> dict[str, Any]:  # fmt: skip
-    """The batch of one update: tokens, masks, rewards, old log-probabilities, values, advantages and returns.
+    """The batch of one update: tokens, masks, rewards, old log-probabilities, values, advantages and returns; a row for each stream.
 
     `answer_field` is the name of the field where a reply's thought ends. In the `first` update the value head is shifted by a constant,
     so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an error that all tokens share does not cancel.
     Along a solved reply the advantage would grow towards its end (lam^k R, k tokens before it), and its early tokens could fall below
     the mean and be unlearned.
 
-    Rows are sorted by length, so that neighbours share a microbatch with little padding. `mask` marks the policy's tokens, `actions`
-    what has a ratio: the same tokens, or the first token of each reply.
+    `mask` marks the policy's tokens, `actions` what has a ratio: the same tokens, or the first token of each reply.
     """
-    pairs = sorted(zip(streams, episodes), key=lambda pair: len(pair[0]))
-    batch = policy.collate([stream for stream, _ in pairs])
+    rows, rows_of_episode = arrange(policy, streams)
+    batch = policy.collate(rows)
     batch["rewards"], starts, weights = (torch.zeros_like(batch["mask"]) for _ in range(3))
-    for b, (stream, episode) in enumerate(pairs):
-        for (start, stop), turn in zip(stream.replies, episode.turns, strict=True):
+    for own, episode in zip(rows_of_episode, episodes):
+        replies = [(b, start, stop) for b in own for start, stop in rows[b].replies]
+        for (b, start, stop), turn in zip(replies, episode.turns, strict=True):
             batch["rewards"][b, stop - 1] = turn.reward
             starts[b, start] = 1
             if config.ratio == "reply":
-                answer = start + thought_length(policy, stream.ids[start:stop], answer_field)
+                answer = start + thought_length(policy, rows[b].ids[start:stop], answer_field)
                 weights[b, start:answer], weights[b, answer:stop] = config.thought_coef, 1
     if config.ratio == "reply":
         batch["actions"], batch["weights"] = starts, weights
@@ -176,21 +178,53 @@ def collect(policy, streams: list, episodes: list[envs.Episode], config: PPOConf
     # One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever precision sampled the tokens.
     scores = score(policy, batch, config, values=True)
     if first:
-        _, returns = gae(batch["rewards"], torch.zeros_like(scores["value"]), batch["actions"], config.gamma, 1.0)
+        _, returns = gae_of_episodes(rows_of_episode, batch["rewards"], torch.zeros_like(scores["value"]), batch["actions"], config.gamma, 1.0)
         error, count = policy.sum(((returns - scores["value"]) * batch["actions"]).sum(), batch["actions"].sum())
         policy.shift_value(error / count)
         scores["value"] += error / count
     sampled = torch.zeros_like(batch["mask"])
-    for b, (stream, _) in enumerate(pairs):
+    for b, stream in enumerate(rows):
         sampled[b, : len(stream)] = torch.tensor(stream.logp)
     batch["sampler_gap"] = (sampled - scores["logp"]).abs()
     batch["old_logp"], batch["old_values"] = action_logp(scores["logp"], batch), scores["value"] * batch["actions"]
     if config.kl_coef:
         with policy.initial_weights():
             batch["initial_logp"] = score(policy, batch, config)["logp"]
-    batch["advantages"], batch["returns"] = gae(batch["rewards"], batch["old_values"], batch["actions"], config.gamma, config.lam)
+    batch["advantages"], batch["returns"] = gae_of_episodes(
+        rows_of_episode, batch["rewards"], batch["old_values"], batch["actions"], config.gamma, config.lam)  # fmt: skip
     batch["advantages"] = whiten(policy, batch["advantages"], batch["actions"])
     return batch
+
+
+def arrange(policy, streams: list[list]) -> tuple[list, list[list[int]]]:
+    """The rows of a batch, and of each episode its rows in the order of time.
+
+    Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as many: where episodes have several
+    rows, a rank with fewer adds copies of its shortest one that train nothing.
+    """
+    rows = [(e, k, stream) for e, own in enumerate(streams) for k, stream in enumerate(own)]
+    *_, short = min(rows, key=lambda row: len(row[2]))
+    spare = replace(short, mask=[0] * len(short), logp=[0.0] * len(short), replies=[])
+    rows += [(None, 0, spare)] * int(policy.largest(len(rows)) - len(rows))
+    rows.sort(key=lambda row: len(row[2]))
+    rows_of_episode = [[0] * len(own) for own in streams]
+    for b, (e, k, _) in enumerate(rows):
+        if e is not None:
+            rows_of_episode[e][k] = b
+    return [stream for _, _, stream in rows], rows_of_episode
+
+
+def gae_of_episodes(rows_of_episode: list[list[int]], rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+                    lam: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`gae` where an episode may have several rows, one after another in time: they are joined, so that the value of a row's end is that
+    of the next row's beginning. Arguments and results as in `gae`, all [B, T]; `rows_of_episode` lists the rows of each episode in
+    order."""
+    joined = [pad_sequence([x[rows].flatten() for rows in rows_of_episode], batch_first=True) for x in (rewards, values, mask)]
+    advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
+    for out, long in zip((advantages, returns), gae(*joined, gamma, lam)):
+        for rows, line in zip(rows_of_episode, long):
+            out[rows] = line[: len(rows) * out.shape[1]].view(len(rows), -1)
+    return advantages, returns
 
 
 def thought_length(policy, ids: list[int], answer_field: str) -> int:
@@ -246,14 +280,16 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
     """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is logged.
 
     Policy and value loss are normalised by the number of actions in the global minibatch, entropy and KL by that of tokens. Every rank
-    has the same number of episodes, hence of minibatches and microbatches. Raises FloatingPointError on a non-finite loss or gradient.
+    has the same number of rows, hence of minibatches and microbatches; a minibatch has the share of them that `minibatch_size` is of
+    the episodes. Raises FloatingPointError on a non-finite loss or gradient.
     """
     sums: Counter[str] = Counter()
     largest, norms, first_ratio = 1.0, [], None
     warming = step < config.value_warmup
     shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    size = math.ceil(len(batch["ids"]) * min(1.0, config.minibatch_size / config.episodes))
     for _ in range(config.epochs):
-        for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(max(1, config.minibatch_size // policy.world)):
+        for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(size):
             rows = rows.sort().values.to(batch["ids"].device)  # rows are in order of length: sorted ones pad least
             actions, tokens = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
             microbatches = rows.split(config.microbatch_size)
@@ -295,7 +331,7 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
                     "first_ratio_error": policy.largest(first_ratio)}  # fmt: skip
 
 
-def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: dict[str, Any], config: PPOConfig,
+def episode_metrics(policy, streams: list[list], episodes: list[envs.Episode], batch: dict[str, Any], config: PPOConfig,
                     names: Sequence[str]) -> dict[str, float]:  # fmt: skip
     """What the rollout says, over all ranks: return, success, verdicts (`names`: those that the task knows), lengths, and how much of the
     return the critic explains."""
@@ -308,7 +344,7 @@ def episode_metrics(policy, streams: list, episodes: list[envs.Episode], batch: 
     error, act = batch["returns"] - batch["old_values"], batch["actions"]
     n, replies, solved, first, ret, tokens, actions, gap, error1, error2, return1, return2, *by_verdict = policy.sum(
         len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and e.most_tries() == 1 for e in episodes), discounted,
-        sum(sum(stream.mask) for stream in streams), act.sum(), batch["sampler_gap"].sum(), (error * act).sum(), (error**2 * act).sum(),
+        sum(sum(stream.mask) for own in streams for stream in own), act.sum(), batch["sampler_gap"].sum(), (error * act).sum(), (error**2 * act).sum(),
         (batch["returns"] * act).sum(), (batch["returns"] ** 2 * act).sum(),
         *(counts[v] for v in verdicts), *(rewards[v] for v in verdicts))  # fmt: skip
     variance = return2 / actions - (return1 / actions) ** 2

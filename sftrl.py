@@ -339,6 +339,7 @@ class Policy(nn.Module):
         ids = self._after_reply(feedback)
         stream.context(ids[1:] if stream.ids[-1] == ids[0] else ids)
 
+    _ROLES = {"human": "user", "gpt": "assistant"}  # of the released data's speakers
     _PICTURE_INPUTS = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "image_grid_thw"}  # of Llava, Mllama and Qwen-VL
 
     def open(self, conversations: Sequence[tuple[list[dict], Image.Image | None]]) -> list[Stream]:
@@ -375,20 +376,27 @@ class Policy(nn.Module):
 
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
         """Demonstrations in the released format as token streams, built turn by turn exactly as `Responder` builds them; "image" holds a
-        picture or its path. `loss_on`: "all" replies, or the "last", whose forerunners then have mask 0."""
-        opened = []
+        picture or its path. Replies before the message with the picture (its text has "<image>") are context: they answered other pictures.
+        `loss_on`: "all" other replies, or the "last", whose forerunners then have mask 0."""
+        opened, read = [], []  # conversations up to the message with the picture, and how many turns those are
         for record in records:
-            image, text = record.get("image"), record["conversations"][0]["value"]
+            image, turns = record.get("image"), record["conversations"]
             if isinstance(image, str):
                 try:
                     image = Image.open(image).convert("RGB")
                 except OSError as error:
                     raise ValueError(f"picture {image} cannot be read: {error}") from None
-            opened.append(([{"role": "user", "content": envs.parts_of(text) if image else text}], image))
+            shown = next((k for k, turn in enumerate(turns) if image and "<image>" in turn["value"]), 0)
+            messages = [{"role": self._ROLES[turn["from"]], "content": turn["value"]} for turn in turns[: shown + 1]]
+            if image:
+                messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
+            opened.append((messages, image))
+            read.append(shown + 1)
         streams = self.open(opened)
-        replies, at = self.tokenize([turn["value"] for r in records for turn in r["conversations"][1::2]]), 0
-        for record, stream in zip(records, streams):
-            for turn in record["conversations"][1:]:
+        rest = [record["conversations"][n:] for record, n in zip(records, read)]
+        replies, at = self.tokenize([turn["value"] for turns in rest for turn in turns[::2]]), 0
+        for turns, stream in zip(rest, streams):
+            for turn in turns:
                 if turn["from"] == "human":
                     self.extend(stream, turn["value"])
                 else:
@@ -729,11 +737,12 @@ def _as_list(value: Any) -> list:
 
 
 class Responder:
-    """Answers the environments of `envs.play` by sampling from a policy; `streams[i]` is environment i's conversation in tokens."""
+    """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's conversation in tokens: one stream,
+    or on a walk with pictures one for each waypoint, opened anew with the picture seen there and the words of the walk so far."""
 
     def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
         self.policy, self.temperature, self.max_new_tokens, self.generator = policy, temperature, max_new_tokens, generator
-        self.streams: dict[int, Stream] = {}
+        self.streams: dict[int, list[Stream]] = {}
         self.images: dict[int, Image.Image | None] = {}
         self.looks: dict[int, dict[str, Tensor]] = {}
 
@@ -747,21 +756,22 @@ class Responder:
         self.looks.clear()
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
-        policy = self.policy
-        new = [(i, o) for i, o in zip(indices, observations) if i not in self.streams]
+        policy, new = self.policy, []
         for i, o in zip(indices, observations):
-            if self.images.setdefault(i, o.image) is not o.image:
-                raise ValueError("the picture changes during the episode, which models are not shown yet: choose another task")
-            if i in self.streams:
-                policy.extend(self.streams[i], o.messages[-1]["content"])
-        opened = {i: stream for (i, _), stream in zip(new, policy.open([(o.messages, o.image) for _, o in new]))}
-        self.streams |= opened
-        if pictures := {i: stream.picture for i, stream in opened.items() if stream.picture}:
-            self.looks |= dict(zip(pictures, policy.look(self._model, list(pictures.values()))))
-        drawn = policy.sample(self._model, [self.streams[i].ids for i in indices], self.max_new_tokens, self.temperature, self.generator,
+            if i in self.streams and self.images[i] is o.image:
+                policy.extend(self.streams[i][-1], o.messages[-1]["content"])
+            else:
+                self.images[i] = o.image
+                new.append((i, o))
+        for (i, _), stream in zip(new, opened := policy.open([(o.messages, o.image) for _, o in new])):
+            self.streams.setdefault(i, []).append(stream)
+        if any(stream.picture for stream in opened):
+            self.looks |= dict(zip((i for i, _ in new), policy.look(self._model, [stream.picture for stream in opened])))
+        now = [self.streams[i][-1] for i in indices]
+        drawn = policy.sample(self._model, [stream.ids for stream in now], self.max_new_tokens, self.temperature, self.generator,
                               [self.looks[i] for i in indices] if self.looks else None)  # fmt: skip
-        for i, (ids, logp) in zip(indices, drawn):
-            self.streams[i].reply(ids, logp)
+        for stream, (ids, logp) in zip(now, drawn):
+            stream.reply(ids, logp)
         return [policy.decode(ids) for ids, _ in drawn]
 
 
@@ -980,6 +990,7 @@ class Study:
     rl: ppo.PPOConfig
     flops: float  # of each arm, after init
     count: int = 6  # checkpoints of each arm
+    hands: int = 1024  # or routes, in the evaluation of a checkpoint
     verify_iter: int = 3  # of training and evaluation; the paper's 5 would double the time of a seed
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
@@ -1021,6 +1032,7 @@ STUDIES["virl-l"] = Study(
     rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=256, minibatch_size=64, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
                      max_new_tokens=48),
     flops=3e13,
+    hands=256,
     verify_iter=2,
     tiny="tiny-streets",
     options=TINY_WALKS,
@@ -1038,9 +1050,10 @@ def run_study(args: argparse.Namespace) -> None:
     """All stages for all seeds, each from where it stands; then the report."""
     if args.task not in STUDIES:
         raise ValueError(f"there is no study of task {args.task!r}: choose from {', '.join(STUDIES)}")
+    study, out = STUDIES[args.task].scaled(args.scale), Path(args.out)
+    args.hands = args.hands or study.hands
     if args.hands < 2:
         raise ValueError("--hands must be at least 2, for an interval")
-    study, out = STUDIES[args.task].scaled(args.scale), Path(args.out)
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
     for stage, lr in given.items():
         getattr(study, stage).lr = lr
@@ -1278,6 +1291,8 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)")
         group.add_argument("--split", help="virl: of the built-in city's routes, train, valid or test (default: train)")
         group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
+        group.add_argument("--city", help=f"virl: {', '.join(envs.CITIES)}, or others, all but the first (default: new york; others with --variant visual)")
+        group.add_argument("--differences", nargs="*", metavar="GROUP", help=f"virl: in what a city differs from new york, of {', '.join(envs.DIFFERENCES)} (default: all)")
         group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
         group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
         group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
@@ -1288,7 +1303,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
     sub.add_argument("--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)")
     sub.add_argument("--model", default="tiny", help="tiny (the task's own built-in model), a folder or a Hub id; those are their own base (default: %(default)s)")
-    sub.add_argument("--hands", type=size, default=1024, help="evaluation hands per point (default: %(default)s)")
+    sub.add_argument("--hands", type=size, help="evaluation hands, or routes, per point (default: 1024 hands, 256 routes)")
     sub.add_argument("--scale", type=positive, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
     for stage in ("init", "sft", "rl"):
         sub.add_argument(f"--{stage}-lr", type=positive, help=f"learning rate of the {stage} stage (default: the tiny model's)")
@@ -1314,6 +1329,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=number(float, least=0), default=1.0, help="sampling temperature; 0 is greedy (default: %(default)s)")
     sub.add_argument("--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)")
     sub.add_argument("--transcripts", type=number(int, least=0), default=2, help="episodes to print (default: %(default)s)")
+    sub.add_argument("--save", metavar="DIR", help="visual tasks: write the pictures of those episodes")
+    sub.add_argument("--pictures", choices=evaluate.PICTURES, default="own", help="visual tasks: a control that shows others instead (default: %(default)s)")
     hand(sub)
 
     sub = command("play", command_play, "One episode for the eye: prompt, expert reply, and the verdict on a reply.")
@@ -1338,7 +1355,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
-                "split", "turns", "points_per_leg", "keep", "view_layout", "view_size", "tell_intersections")  # fmt: skip
+                "split", "turns", "city", "differences", "points_per_leg", "keep", "view_layout", "view_size", "tell_intersections")  # fmt: skip
 
 
 load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
@@ -1393,10 +1410,12 @@ def command_evaluate(args: argparse.Namespace) -> None:
     n = args.episodes or (len(env.world.routes) if isinstance(env, envs.VIRL) else 234)
     environments = [env, *(environment_of(args) for _ in range(n - 1))]
     policy = load_policy(args, args.model)
-    result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens)
+    result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens, pictures=args.pictures)
     if policy.rank == 0:
-        for episode in episodes[: args.transcripts]:
+        for i, episode in enumerate(episodes[: args.transcripts]):
             print_transcript(episode)
+            if args.save:
+                save_pictures(environments[i], episode, f"test/{i}", {"route": i} if isinstance(env, envs.VIRL) else None, Path(args.save) / str(i))
         print(json.dumps({key: value for key, value in result.items() if key not in ("outcomes", "recognized", "steps")}, indent=1))
 
 
@@ -1405,6 +1424,18 @@ def print_transcript(episode: envs.Episode) -> None:
     print(f"--- {'solved' if episode.success else 'not solved'}\nuser: {episode.prompt}")
     for turn in episode.turns:
         print(f"model: {turn.reply}\nverifier: [{turn.verdict} {turn.reward:+g}] {turn.feedback}")
+
+
+def save_pictures(env, episode: envs.Episode, seed: str, options: dict | None, folder: Path) -> None:
+    """Plays an episode's replies again and writes the pictures it showed: `folder`/<number of the first reply to it>.png."""
+    observation, _ = env.reset(seed, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = None
+    for k, turn in enumerate(episode.turns):
+        if observation.image is not saved:
+            saved = observation.image
+            saved.save(folder / f"{k}.png")
+        observation, *_ = env.step(turn.reply)
 
 
 def command_play(args: argparse.Namespace) -> None:
@@ -1442,12 +1473,10 @@ def command_data(args: argparse.Namespace) -> None:
     if args.world:
         if not isinstance(env, envs.VIRL) or args.data:
             raise ValueError("--world writes the built-in city: choose task virl-l or virl-vl, without --data")
-        routes = envs.built_in_routes(args.split or "train", args.turns or 7, n=args.episodes)
+        routes = envs.built_in_routes(**env.built_in, n=args.episodes)
         envs.write_world(Path(args.out), [routes, len(routes)], env.world.panoramas.ids, env.world.picture if args.task == "virl-vl" else None)
         print(f"{len(routes)} routes and {len(env.world.panoramas.ids)} panoramas in {args.out}")
         return
-    if isinstance(env, envs.VIRLVL):
-        raise ValueError("a demonstration holds one picture, a walk several: write the city with --world")
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes)]
     pictures = Path(args.out).with_suffix("")
     for i, record in enumerate(records):

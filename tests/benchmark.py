@@ -75,7 +75,7 @@ def main() -> None:
     for task, verify_iter in (("gp-l", 1), ("gp-l", 3), ("gp-vl", 3)):
         study = sftrl.STUDIES[task]
         config, micro = replace(study.rl, episodes=args.episodes), study.rl.microbatch_size
-        environments = [envs.make(task, verify_iter=verify_iter, **study.pictures) for _ in range(args.episodes)]
+        environments = [envs.make(task, verify_iter=verify_iter, **study.options) for _ in range(args.episodes)]
         ratios: dict[str, list[float]] = {"rollout": [], "update": [], "iteration": [], "share of padding": []}
         for repeat in range(args.repeats + 1):  # the first one warms up
             start = time.perf_counter()
@@ -85,6 +85,7 @@ def main() -> None:
             scored = time.perf_counter()
             ppo.update(policy, optimizers, batch, config, 0)
             updated = time.perf_counter()
+            streams = [stream for own in streams for stream in own]
             with policy.rollout_weights() as model:
                 bare_rolled = bare_rollout(policy, model, streams)
             order = torch.randperm(len(streams)).split(config.minibatch_size)

@@ -21,6 +21,18 @@ def torchrun(n, *args):
     return done
 
 
+def walk(env, route: int) -> list[dict]:
+    """The demonstrations of every waypoint of a route."""
+    import envs
+
+    env.reset(seed=route, options={"route": route})
+    records = []
+    while not any(env.done):
+        records.append(envs._record(env, env.expert_reply()))
+        env.step(env.expert_reply())
+    return records
+
+
 def worker(kind: str, task: str, out: Path) -> None:
     """One SFT step, then one PPO update on the same conversations, then a rollout that stops unevenly; saves weights and metrics."""
     import torch.distributed as dist
@@ -38,9 +50,9 @@ def worker(kind: str, task: str, out: Path) -> None:
     policy = make_policy(kind)
     if world > 1:
         policy.shard()
-    small = SMALL if task == "gp-vl" else {}
+    small = {"gp-vl": SMALL, "virl-vl": {"view_size": 16, "turns": 1, "points_per_leg": 1}}.get(task, {})
     env = envs.make(task, seed=2, **small)
-    records = [envs.demonstration(env, wrong_turns=k % 3) for k in range(8)]
+    records = [envs.demonstration(env, wrong_turns=k % 2) for k in range(8)]
 
     # plain gradient descent, so that the step shows the gradient itself and not only its sign as Adam's first step does
     optimizers = [torch.optim.SGD(list(policy.parameters()), lr=0.5)]
@@ -50,10 +62,12 @@ def worker(kind: str, task: str, out: Path) -> None:
     policy.save(out / "sft")
 
     config = ppo.PPOConfig(episodes=8, minibatch_size=8, microbatch_size=2, epochs=2, entropy_coef=0.1, kl_coef=0.1)
-    streams, episodes = policy.streams(records[policy.rank :: world]), []
-    for k, record in list(enumerate(records))[policy.rank :: world]:
-        turns = record["conversations"][1::2]
-        episodes.append(envs.Episode("", [], [envs.Turn(t["value"], -1.0 - k + 6.0 * (t is turns[-1]), "correct", "", True) for t in turns], True))
+    streams, episodes = [], []
+    for k in list(range(8))[policy.rank :: world]:
+        chain = [records[k]] if task == "gp-l" else walk(env, k)  # of unlike length, so the ranks have unlike numbers of rows
+        streams.append(policy.streams(chain, "all" if task == "gp-l" else "last"))
+        n = sum(len(stream.replies) for stream in streams[-1])
+        episodes.append(envs.Episode("", [], [envs.Turn("", -1.0 - k + 6.0 * (j == n - 1), "correct", "", True) for j in range(n)], True))
     policy.keep_initial_weights()
     optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
     batch = ppo.collect(policy, streams, episodes, config, "formula", first=True)
@@ -70,7 +84,7 @@ def worker(kind: str, task: str, out: Path) -> None:
         sftrl.leave(0)
 
 
-@pytest.fixture(scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "gp-vl", 4e-6)], ids=["text", "pictures"])
+@pytest.fixture(scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 4e-6)], ids=["text", "pictures"])
 def one_and_two(tmp_path_factory, request):
     """The folders of one process and of two, and how far apart their weights may be."""
     *model, tolerance = request.param

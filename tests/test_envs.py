@@ -635,6 +635,58 @@ def test_the_expert_finishes_every_built_in_route_in_both_action_spaces():
     assert 100 < len(envs.make("virl-l", turns=1, split="test").world.routes) < 2048 == len(envs.make("virl-l", turns=3, split="test").world.routes)
 
 
+@pytest.mark.parametrize("city", envs.TEST_CITIES)
+def test_the_expert_finishes_the_routes_of_every_city(city):
+    for variant in ("id", "rule"):
+        env = envs.make("virl-l", variant, city=city)
+        assert len(env.world.routes) == 2048
+        for number in range(0, 2048, 32):
+            env.reset(seed=number, options={"route": number})
+            while not any(env.done):
+                assert env.step(env.expert_reply())[1] == 1
+            assert env.done == (True, False)
+
+
+def test_the_differences_of_a_city_are_switched_alone():
+    york = envs.CITIES["new york"]
+    fields = [part for group in envs.DIFFERENCES.values() for part in group]
+    assert sorted(fields + ["name", "centre"]) == sorted(york._fields)
+    for city in envs.TEST_CITIES:
+        assert envs.city_plan(city) == envs.CITIES[city]
+        assert envs.city_plan(city, ()) == york._replace(name=city, centre=envs.CITIES[city].centre)
+        for group, parts in envs.DIFFERENCES.items():
+            plan = envs.city_plan(city, (group,))
+            changed = {part for part in york._fields if getattr(plan, part) != getattr(york, part)} - {"name", "centre"}
+            assert changed and changed <= set(parts), (city, group)
+    words = [word for plan in envs.CITIES.values() for word in plan.words + plan.trades]
+    assert len(words) == len(set(words))
+    # the walk of another city without a difference is New York's, metre for metre
+    home, away = (envs.make("virl-l", city=city, differences=[]) for city in ("new york", "lagos"))
+    for number in (0, 7, 2047):
+        for env in (home, away):
+            env.reset(seed=1, options={"route": number})
+        assert [w[1:] for w in home.waypoints] == [(pytest.approx(w.heading, abs=0.2), *w[2:]) for w in away.waypoints]
+    pictures = [env.world.picture(env.waypoints[0].place)[0].resize((64, 32)) for env in (home, away)]
+    assert np.abs(np.subtract(*(np.asarray(p, dtype=float) for p in pictures))).mean() < 3
+    dark = envs.make("virl-l", city="london", differences=["weather"])
+    dark.reset(seed=1, options={"route": 2047})
+    seen = np.asarray(dark.world.picture(dark.waypoints[0].place)[0].resize((64, 32)), dtype=float)
+    assert seen.mean() < np.asarray(pictures[0], dtype=float).mean() - 10
+
+
+def test_the_visual_variant_walks_all_other_cities_by_the_training_rule():
+    env = envs.make("virl-vl", "visual", view_size=16)
+    starts = [min(envs.CITIES.values(), key=lambda plan: envs.distance(plan.centre, route.start)).name for route in env.world.routes]
+    assert {name: starts.count(name) for name in starts} == dict.fromkeys(envs.TEST_CITIES, 2048 // 9) and env.rules["visual"] == envs.COMPASS
+    for name in envs.TEST_CITIES:  # each place shows its own city
+        env.reset(options={"route": starts.index(name)})
+        own = np.asarray(envs._scene(name, 0, tuple(envs.DIFFERENCES)).draw(env.waypoints[0].place))
+        assert np.array_equal(np.asarray(env.world.picture(env.waypoints[0].place)[0]), own)
+    for wrong in ({"city": "atlantis"}, {"differences": ["smell"]}):
+        with pytest.raises(ValueError, match="unknown"):
+            envs.make("virl-l", **wrong)
+
+
 def test_a_world_written_and_read_back_gives_the_same_episodes(tmp_path):
     city, rng = envs.City(envs.CITIES["new york"]), random.Random(4)
     content = [[city.route(rng, turns) for turns in range(1, 6)], 5]
@@ -812,6 +864,6 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
     (tmp_path / "street_views" / "p0_0.jpg").unlink()
     with pytest.raises(ValueError, match=r"p0_0\.jpg cannot be read"):
         env.reset()
-    for wrong in ({"view_layout": "round"}, {"view_size": 3}, {"variant": "visual"}):
+    for wrong in ({"view_layout": "round"}, {"view_size": 3}, {"variant": "red"}):
         with pytest.raises(ValueError):
             envs.make("virl-vl", data=tmp_path, **wrong)

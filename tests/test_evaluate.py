@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, make_policy
@@ -128,7 +129,7 @@ def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
         envs.play(environments, respond, [f"test/{i}" for i in range(64)])
     exact = []
     with torch.no_grad():
-        for stream in (respond.streams[i] for i in range(64)):
+        for (stream,) in (respond.streams[i] for i in range(64)):
             ids = torch.tensor([stream.ids])
             p, q = (m.model(input_ids=ids).logits[0].log_softmax(-1) for m in (policy, other))
             exact += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item() for t, chosen in enumerate(stream.mask) if chosen]
@@ -163,3 +164,25 @@ def test_report_states_what_the_points_say(tmp_path):
     assert [p["flops"] for p in curve] == [0, 1e12, 2e12] and len(curve[1]["rule"]) == 2
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_controls_show_grey_pictures_or_those_of_other_episodes():
+    shown, environments = [], [envs.make("virl-vl", view_size=16, turns=1, points_per_leg=0, verify_iter=2) for _ in range(3)]
+
+    def expert(indices, observations):
+        shown.extend((i, environments[i].at, environments[i].image, o.image) for i, o in zip(indices, observations))
+        return [environments[i].wrong_reply() if not environments[i].judged else environments[i].expert_reply() for i in indices]
+
+    for how in ("blank", "shuffled"):
+        shown.clear()
+        assert all(e.success for e in envs.play(environments, evaluate.Disguise(expert, how), seeds=[1, 2, 3]))
+        seen: dict = {}
+        for i, at, own, picture in shown:
+            assert picture is seen.setdefault((i, at), picture) and picture is not own  # one for each waypoint, for both tries there
+            colors = picture.getcolors(2)
+            assert (colors is not None and len(colors) == 1) == (how == "blank")
+            if how == "shuffled":
+                assert any(np.array_equal(picture, other) for j, _, other, _ in shown if j != i) and picture.size == own.size
+        assert len({id(picture) for picture in seen.values()}) == len(seen) == sum(env.decisions for env in environments)
+    with pytest.raises(ValueError, match="need a task with pictures"):
+        envs.play([envs.make("gp-l")], evaluate.Disguise(expert, "blank"))

@@ -147,11 +147,12 @@ def small_config(**changes):
 
 
 def played(policy, config, verify_iter=3, task="gp-l"):
-    environments = [envs.make(task, verify_iter=verify_iter, **(SMALL if task == "gp-vl" else {})) for _ in range(config.episodes)]
+    small = {"gp-vl": SMALL, "virl-vl": {"view_size": 16, "turns": 1, "points_per_leg": 1}}.get(task, {})
+    environments = [envs.make(task, verify_iter=verify_iter, **small) for _ in range(config.episodes)]
     return ppo.rollout(policy, environments, config, step=0)
 
 
-@pytest.mark.parametrize("kind, task", [("llava", "gp-l"), ("llava", "virl-l"), ("mllama", "gp-l"), *((kind, "gp-vl") for kind in SIGHTED)])
+@pytest.mark.parametrize("kind, task", [("llava", "gp-l"), ("llava", "virl-l"), ("mllama", "gp-l"), ("llava", "virl-vl"), *((kind, "gp-vl") for kind in SIGHTED)])
 @pytest.mark.parametrize("ratio", ["token", "reply"])
 def test_first_ratio_is_one_and_moves_after_a_step(kind, task, ratio):
     policy, config = make_policy(kind), small_config(ratio=ratio, thought_coef=0.5)
@@ -166,9 +167,10 @@ def test_batch_masks_rewards_and_old_logp_say_what_the_sampler_did(policy):
     config = small_config(temperature=0.7)
     streams, episodes = played(policy, config)
     batch = ppo.collect(policy, streams, episodes, config, "formula")
-    order = sorted(range(6), key=lambda i: len(streams[i]))
+    order = sorted(range(6), key=lambda i: len(streams[i][0]))
     for b, i in enumerate(order):
-        stream, n = streams[i], len(streams[i])
+        (stream,) = streams[i]
+        n = len(stream)
         assert batch["ids"][b, :n].tolist() == stream.ids and batch["mask"][b, :n].tolist() == stream.mask
         assert not batch["mask"][b, n:].any()
         torch.testing.assert_close(batch["old_logp"][b, :n], torch.tensor(stream.logp), rtol=0, atol=1e-5)
@@ -183,11 +185,50 @@ def test_advantages_run_across_the_waypoints_of_a_route(policy):
     n = len(stream.replies)
     episode = envs.Episode("", [], [envs.Turn("", float(k), "correct", "", True, k) for k in range(n)], True)
     stream.logp = [0.0] * len(stream)
-    batch = ppo.collect(policy, [stream], [episode], config, "action")
+    batch = ppo.collect(policy, [[stream]], [episode], config, "action")
     assert n == env.decisions > 2 and batch["rewards"].sum() == n * (n - 1) / 2
     for k, (start, stop) in enumerate(stream.replies):
         expected = sum(j * config.gamma ** (j - k) for j in range(k, n))
         torch.testing.assert_close(batch["returns"][0, start:stop], torch.full((stop - start,), expected), rtol=1e-5, atol=1e-5)
+
+
+class Guided:
+    """Plays a walk with pictures: the first reply at each waypoint is the model's own, the second the expert's."""
+
+    def __init__(self, respond, environments):
+        self.respond, self.environments = respond, environments
+
+    def __call__(self, indices, observations):
+        own = self.respond(indices, observations)
+        return [self.environments[i].expert_reply() if self.environments[i].judged else reply for i, reply in zip(indices, own)]
+
+
+@pytest.mark.parametrize("kind", ["llava", "mllama"])
+def test_a_walk_with_pictures_has_a_row_for_each_waypoint_and_its_advantages_run_across_them(kind):
+    policy, config = make_policy(kind), small_config(lam=0.9, microbatch_size=4)
+    torch.nn.init.normal_(policy.value_head[-1].weight)
+    environments = [envs.make("virl-vl", verify_iter=2, view_size=16, turns=1, points_per_leg=1) for _ in range(3)]
+    with policy.responder(1.0, 12, policy.generator("walk")) as respond:
+        episodes = envs.play(environments, Guided(respond, environments), seeds=range(3))
+    streams = [respond.streams[i] for i in range(3)]
+    batch = ppo.collect(policy, streams, episodes, config, "action")
+    assert len(batch["ids"]) == sum(env.decisions for env in environments) and len({len(own) for own in streams}) > 1
+    for own, env, episode in zip(streams, environments, episodes):
+        assert [len(stream.replies) for stream in own] == [2] * env.decisions and episode.success
+        rows = [next(b for b in range(len(batch["ids"])) if batch["ids"][b, : len(stream)].tolist() == stream.ids) for stream in own]
+        assert len(set(rows)) == len(own)
+        for b, stream in zip(rows, own):  # each waypoint is scored with its own picture, as it was sampled
+            assert torch.equal(batch["pictures"][b]["pixel_values"], stream.picture["pixel_values"])
+            torch.testing.assert_close(batch["old_logp"][b, : len(stream)], torch.tensor(stream.logp), rtol=0, atol=2e-5)
+        tokens = [(b, t, k) for b, stream in zip(rows, own) for k, (start, stop) in enumerate(stream.replies) for t in range(start, stop)]
+        value, advantage, turn = 0.0, 0.0, iter(reversed(episode.turns))
+        for (b, t, k), later in zip(reversed(tokens), [None, *reversed(tokens)]):  # naive: token by token, from the end of the walk
+            new_turn = later is None or later[0] != b or later[2] != k
+            discount = config.gamma if new_turn else 1.0
+            reward, own_value = next(turn).reward if new_turn else 0.0, batch["old_values"][b, t].item()
+            advantage = reward + discount * value - own_value + discount * config.lam * advantage
+            assert batch["returns"][b, t].item() == pytest.approx(advantage + own_value, abs=1e-4)
+            value = own_value
 
 
 def test_the_first_update_shifts_the_values_to_the_mean_return():
@@ -199,7 +240,7 @@ def test_the_first_update_shifts_the_values_to_the_mean_return():
     again = ppo.collect(policy, streams, episodes, config, "formula")
     # the mean return by hand: every token of a reply is followed by the rewards of its turn and, discounted, of the later ones
     total, count = 0.0, 0
-    for stream, episode in zip(streams, episodes):
+    for (stream,), episode in zip(streams, episodes):
         for k, (start, stop) in enumerate(stream.replies):
             total += (stop - start) * sum(turn.reward * config.gamma**j for j, turn in enumerate(episode.turns[k:]))
             count += stop - start

@@ -169,3 +169,22 @@ def test_a_non_finite_loss_stops_before_the_weights_change(policy):
     with pytest.raises(FloatingPointError):
         list(sft.train(policy, policy.optimizers(1e-3), lambda step: records(2), config))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, policy.parameters()))
+
+
+def test_a_record_of_a_walk_shows_one_picture_and_trains_the_replies_to_it(policy):
+    env = envs.make("virl-vl", seed=3, view_size=16, turns=2, points_per_leg=1)
+    waypoints = set()
+    for _ in range(12):
+        record = envs.demonstration(env, wrong_turns=1)
+        turns = [turn["value"] for turn in record["conversations"]]
+        shown = [k for k, value in enumerate(turns) if "<image>" in value]
+        assert shown == [len(turns) - 4] and record["image"] is env.image  # the last waypoint: picture, wrong reply, feedback, right reply
+        waypoints.add(env.at)
+        (stream,) = policy.streams([record])
+        said = [policy.decode(stream.ids[start:stop]) for start, stop in stream.replies]
+        assert said == turns[-3::2] and sum(stream.mask) == sum(stop - start for start, stop in stream.replies)
+        assert envs.judge_step(turns[-1], env.waypoints[env.at]).verdict == "correct" != envs.judge_step(turns[-3], env.waypoints[env.at]).verdict
+        observation = envs.Observation(env.messages[:-2], env.image)  # as the walk itself opens it
+        (opened,) = policy.open([(observation.messages, observation.image)])
+        assert stream.ids[: len(opened)] == opened.ids
+    assert len(waypoints) > 2

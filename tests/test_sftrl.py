@@ -9,10 +9,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import MODELS, SIGHTED, SMALL, make_policy
+from PIL import Image
 
 import envs
 import sftrl
@@ -28,7 +30,7 @@ def sampled(policy, n=6, verify_iter=3, max_new_tokens=12, temperature=1.0, task
     environments = [envs.make(task, verify_iter=verify_iter, **(SMALL if task == "gp-vl" else {})) for _ in range(n)]
     with policy.responder(temperature, max_new_tokens, policy.generator("test")) as respond:
         envs.play(environments, respond, [f"test/{i}" for i in range(n)])
-    return [respond.streams[i] for i in range(n)]
+    return [respond.streams[i][0] for i in range(n)]
 
 
 # ---- the tiny model
@@ -415,6 +417,27 @@ def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys
     assert sftrl.main([*model, "--transcripts", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 3  # all routes
     assert sftrl.main(["data", "--world", "--out", str(tmp_path)]) == 2 and "--world" in capsys.readouterr().err
+
+
+def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_controls(tmp_path, capsys):
+    streets = ["--task", "virl-vl", "--turns", "1", "--points-per-leg", "0", "--view-size", "16"]
+    evaluation = ["evaluate", "--model", "tiny-streets", *streets, "--episodes", "2", "--max-new-tokens", "2", "--transcripts", "1"]
+    results = []
+    for more in (["--save", str(tmp_path / "pictures")], ["--pictures", "blank"], ["--pictures", "shuffled"], ["--variant", "visual", "--city", "lagos"]):
+        assert sftrl.main([*evaluation, *more]) == 0
+        results.append(capsys.readouterr().out)
+        assert '"step_accuracy"' in results[-1] and '"recognition"' in results[-1]
+    env = envs.make("virl-vl", turns=1, points_per_leg=0, view_size=16, go_on=True)
+    observation, _ = env.reset("test/0", {"route": 0})
+    pictures = sorted((tmp_path / "pictures" / "0").glob("*.png"), key=lambda path: int(path.stem))
+    assert len(pictures) == env.decisions and not (tmp_path / "pictures" / "1").exists()
+    assert np.array_equal(Image.open(pictures[0]), observation.image)
+    assert sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--pictures", "blank"]) == 2
+    for wrong in (["--city", "atlantis"], ["--differences", "smell"]):
+        assert sftrl.main(["play", "--task", "virl-l", *wrong]) == 2 and "unknown" in capsys.readouterr().err
+    assert sftrl.main(["data", "--task", "virl-l", "--turns", "1", "--city", "lagos", "--world", "--episodes", "3", "--out", str(tmp_path / "lagos")]) == 0
+    read = envs.load_world(tmp_path / "lagos").routes
+    assert read == envs.built_in_world("train", 1, n=3, cities=("lagos",)).routes
 
 
 def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
