@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1197,9 +1197,23 @@ def city_plan(name: str, differences: Sequence[str] = tuple(DIFFERENCES)) -> Cit
     return _NEW_YORK._replace(name=name, centre=city.centre, **{part: getattr(city, part) for group in differences for part in DIFFERENCES[group]})
 
 
+ANYWHERE = "anywhere"  # a city of the foundation model's corpus: New York's looks, made-up names
+
+
+def _made_up(rng: random.Random) -> str:
+    """A name of two or three syllables."""
+    syllables = (rng.choice(("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")) + rng.choice("aeiou") + rng.choice(("", "", *"dlmnrst"))
+                 for _ in range(rng.randint(2, 3)))  # fmt: skip
+    return "".join(syllables).capitalize()
+
+
 @lru_cache(maxsize=None)
 def _city(name: str, seed: int, differences: tuple[str, ...]) -> City:
-    return City(city_plan(name, differences), seed)
+    if name != ANYWHERE:
+        return City(city_plan(name, differences), seed)
+    rng = random.Random(f"names/{seed}")
+    words, trades = ({_made_up(rng): None for _ in range(12)} for _ in range(2))
+    return City(_NEW_YORK._replace(name=name, words=tuple(words), trades=tuple(trades)), seed)
 
 
 @lru_cache(maxsize=None)
@@ -1207,10 +1221,15 @@ def _scene(*city) -> "Scene":
     return Scene(_city(*city))
 
 
-@lru_cache(maxsize=256)
-def _draw(cities: tuple, place: Geocode) -> tuple[Image.Image, float]:
-    nearest = min(cities, key=lambda city: distance(CITIES[city[0]].centre, place))
-    return _scene(*nearest).draw(place), 0.0
+def _draw(width: int, cities: tuple, place: Geocode) -> tuple[Image.Image, float]:
+    nearest = min(cities, key=lambda city: distance(_city(*city).plan.centre, place))
+    return _scene(*nearest).draw(place, (width, width // 2)), 0.0
+
+
+@lru_cache(maxsize=None)
+def _album(width: int) -> Callable:
+    """`_draw` with a memory of 400 MB."""
+    return lru_cache(maxsize=2**28 // width**2)(partial(_draw, width))
 
 
 SPLITS = {"train": (0, 1), "valid": (2,), "test": (3,)}  # of the built-in routes, by where they lead
@@ -1219,26 +1238,28 @@ SPLITS = {"train": (0, 1), "valid": (2,), "test": (3,)}  # of the built-in route
 @lru_cache(maxsize=None)
 def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048, cities: tuple[str, ...] = (_NEW_YORK.name,),
                     differences: tuple[str, ...] = tuple(DIFFERENCES)) -> list[dict]:  # fmt: skip
-    """Up to `n` different routes of one to `turns` turning points, in the released format, as many in each of the cities. Routes of different
+    """Up to `n` different routes of one to `turns` turning points, in the released format, as many in each of the cities, in turn. Routes of different
     splits lead to different places, so no route, and no instruction, of one is in another. Seed 0 is the streets and places of the study."""
-    records: dict[str, dict] = {}
+    of_city = []
     for city in cities:
-        streets, rng, fruitless, enough = _city(city, seed, differences), random.Random(f"routes/{seed}/{split}"), 0, len(records) + max(1, n // len(cities))
-        while len(records) < enough and fruitless < 500:  # there are not many different routes of one turn
+        streets, rng, fruitless = _city(city, seed, differences), random.Random(f"routes/{seed}/{split}"), 0
+        records: dict[str, dict] = {}
+        while len(records) < max(1, n // len(cities)) and fruitless < 500:  # there are not many different routes of one turn
             record = streets.route(rng, rng.randint(1, turns), SPLITS[split])
             key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
             fruitless = fruitless + 1 if key in records else 0
             records.setdefault(key, record)
-    return list(records.values())
+        of_city.append(records.values())
+    return [record for one_of_each in zip_longest(*of_city) for record in one_of_each if record]
 
 
 @lru_cache(maxsize=None)
 def built_in_world(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048, cities: tuple[str, ...] = (_NEW_YORK.name,),
-                   differences: tuple[str, ...] = tuple(DIFFERENCES)) -> World:  # fmt: skip
-    """Those routes and all panoramas of the cities."""
+                   differences: tuple[str, ...] = tuple(DIFFERENCES), width: int = 1024) -> World:  # fmt: skip
+    """Those routes and all panoramas of the cities, pictures of so many pixels across."""
     keys = tuple((city, seed, differences) for city in cities)
     ids = {place: name for key in keys for place, name in _city(*key).panoramas.items()}
-    return World(read_routes(built_in_routes(split, turns, seed, n, cities, differences)), Panoramas(ids), partial(_draw, keys))
+    return World(read_routes(built_in_routes(split, turns, seed, n, cities, differences)), Panoramas(ids), partial(_album(width), keys))
 
 
 # --------------------------------------------------------------------------------------------------- streets: what one sees there
@@ -1374,17 +1395,23 @@ def _meet(eye: np.ndarray, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarr
     return np.where((share >= 0) & (share <= 1) & (far > 0.1), far, np.inf), share
 
 
+@lru_cache(maxsize=8)
+def _sight(size: int, fov: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a view lie, in degrees: of a column how far to the right [size], of a pixel how high [size, size]."""
+    line = ((np.arange(size) + 0.5) / size * 2 - 1) * math.tan(math.radians(fov / 2))
+    right, up = np.meshgrid(line, -line)
+    return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
+
+
 def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0) -> Image.Image:
     """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square of `size` pixels, bilinear;
     longitude wraps round (released data)."""
     height, width = panorama.shape[:2]
-    line = ((np.arange(size) + 0.5) / size * 2 - 1) * math.tan(math.radians(fov / 2))
-    right, up = np.meshgrid(line, -line)
-    longitude = (heading - 180.0) % 360.0 + rotation + np.degrees(np.arctan(right))
-    latitude = np.degrees(np.arctan2(up, np.hypot(1, right)))
+    sideways, latitude = _sight(size, fov)
+    longitude = (heading - 180.0) % 360.0 + rotation + sideways
     x, y = longitude / 360.0 * width - 0.5, ((90.0 - latitude) / 180.0 * height - 0.5).clip(0, height - 1)
     x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
-    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
+    fx, fy = (x - x0)[:, None], (y - y0)[..., None]
     x1, y1 = (x0 + 1) % width, np.minimum(y0 + 1, height - 1)
     x0 %= width
     upper, lower = (panorama[row, x0] * (1 - fx) + panorama[row, x1] * fx for row in (y0, y1))
@@ -1454,6 +1481,7 @@ class VIRL:
     rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn, by variant
     rewards = STREET_REWARDS
     image: Image.Image | None = None
+    panorama_width = 1024
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
                  split: str = "train", turns: int = 7, city: str | None = None, differences: Sequence[str] | None = None, go_on: bool = False,
@@ -1477,7 +1505,7 @@ class VIRL:
         self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
         self.points_per_leg, self.keep = points_per_leg, keep
         self.built_in = {"split": split, "turns": turns, "cities": TEST_CITIES if city == "others" else (city,), "differences": differences}
-        self.world = built_in_world(**self.built_in) if data is None else data if isinstance(data, World) else load_world(data)
+        self.world = built_in_world(**self.built_in, width=self.panorama_width) if data is None else data if isinstance(data, World) else load_world(data)
         self.random = random.Random(seed)
         self.waypoints: list[Waypoint] = []
 
@@ -1635,18 +1663,21 @@ class VIRLVL(VIRL):
         variant: also "visual": the training rule in other cities.
         view_layout: of the views, a key of VIEW_LAYOUTS.
         view_size: of each view, in pixels.
+        panorama_width: of the built-in cities' panoramas, in pixels.
         tell_intersections: whether the model is told that it stands at one.
     """
 
     rules = VIRL.rules | {"visual": COMPASS}
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, view_layout: str = "compass", view_size: int = 300,
-                 tell_intersections: bool = False, **options):  # fmt: skip
+                 panorama_width: int = 1024, tell_intersections: bool = False, **options):  # fmt: skip
         if view_layout not in VIEW_LAYOUTS:
             raise ValueError(f"unknown view_layout {view_layout!r}: choose from {', '.join(VIEW_LAYOUTS)}")
         if not isinstance(view_size, int) or not 16 <= view_size <= 2048:
             raise ValueError("view_size must be an integer from 16 to 2048")
-        self.view_layout, self.view_size, self.tell_intersections = view_layout, view_size, tell_intersections
+        if not isinstance(panorama_width, int) or not 64 <= panorama_width <= 8192:
+            raise ValueError("panorama_width must be an integer from 64 to 8192")
+        self.view_layout, self.view_size, self.tell_intersections, self.panorama_width = view_layout, view_size, tell_intersections, panorama_width
         super().__init__(variant, seed, verify_iter, **options)
         if self.world.picture is None:
             raise ValueError("the routes have no panoramas: there is no street_views/ beside them")
@@ -1776,12 +1807,15 @@ def _record(env: Environment, reply: str) -> dict:
     return image | {"conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]}
 
 
-def foundation_walk(rng: random.Random, turns: int, points_per_leg: int) -> dict:
-    """One walk of the corpus of the tiny "foundation model", in one of 20 cities that no study uses, by either rule, in a form whose fields
-    the prompt names and which is never the task's own."""
-    env = VIRL(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5, data=built_in_world("train", turns, rng.randint(1, 20), 200),
-               points_per_leg=points_per_leg, fields=rng.sample(_FIELD_WORDS, 3))  # fmt: skip
-    return imperfect_demonstration(env)
+def foundation_walk(rng: random.Random, turns: int, points_per_leg: int, cities: Sequence[str] = ("new york",), **pictures) -> dict:
+    """One walk of the corpus of the tiny "foundation model", by either rule, in a form whose fields the prompt names and which is never the
+    task's own. It leads through streets that no study uses: one of 20 cities, or of 4 if it is walked in `pictures` (options of VIRLVL), with the
+    names of one of `cities`; ANYWHERE has made-up ones."""
+    seed, city, width = rng.randint(1, 4 if pictures else 20), rng.choice(cities), pictures.get("panorama_width", 1024)
+    cls = VIRLVL if pictures else VIRL
+    return imperfect_demonstration(cls(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5,
+                                       data=built_in_world("train", turns, seed, 200, (city,), width=width), points_per_leg=points_per_leg,
+                                       fields=rng.sample(_FIELD_WORDS, 3), **pictures))  # fmt: skip
 
 
 def imperfect_demonstration(env: Environment) -> dict:

@@ -53,7 +53,9 @@ CHAT_TEMPLATE = (
 
 
 TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.45}  # of the visual tasks: a rank is about 10 pixels high
-TINY_WALKS = {"turns": 3, "points_per_leg": 2}  # about 7 waypoints a route
+TINY_WALKS = {"turns": 3, "points_per_leg": 1}  # about 6 waypoints a route
+TINY_VIEWS = {"view_size": 64, "panorama_width": 256}
+NAMED_CITIES = ("new york", envs.ANYWHERE)  # whose names the corpus of walks in pictures has: the test cities' are to be copied, letter by letter
 
 
 def card_texts() -> list[str]:
@@ -74,7 +76,7 @@ def card_texts() -> list[str]:
 def street_texts() -> list[str]:
     """What is said on a walk."""
     rng = random.Random(0)
-    records = [envs.foundation_walk(rng, **TINY_WALKS) for _ in range(500)]
+    records = [envs.foundation_walk(rng, cities=NAMED_CITIES, **TINY_WALKS) for _ in range(500)]
     records += [envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1) for variant in envs.VIRL.rules for seed in range(100)]
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     return texts + [envs.judge_step(reply, envs.Waypoint((0, 0), 0, "", False, "", "")).feedback for reply in ("", "{'current observation': x}")]
@@ -963,13 +965,16 @@ def fresh_batches(env, demonstrate, batch_size: int, label: str):
 
 
 def foundation_batches(task: str, batch_size: int, options: dict):
-    """The corpus of the tiny base, step by step; for "gp-vl" a step of text, one of card reading, one of hands shown. `options` are those of
-    the study's environments."""
+    """The corpus of the tiny base, step by step; for "gp-vl" a step of text, one of card reading, one of hands shown; for "virl-vl" a step of
+    walks told in words and one of walks shown. `options` are those of the study's environments."""
 
     def batch(step: int) -> list[dict]:
         rng = random.Random(f"base/{step}")
         if task == "virl-l":
             return [envs.foundation_walk(rng, **options) for _ in range(batch_size)]
+        if task == "virl-vl":
+            chosen = options if step % 2 else {name: options[name] for name in TINY_WALKS}
+            return [envs.foundation_walk(rng, cities=NAMED_CITIES, **chosen) for _ in range(batch_size)]
         if task == "gp-vl" and step % 3 == 1:
             return [envs.reading_record(rng, **options) for _ in range(batch_size)]
         return [envs.foundation_record(rng, options if task == "gp-vl" and step % 3 == 2 else None) for _ in range(batch_size)]
@@ -1026,8 +1031,8 @@ STUDIES["gp-vl"] = replace(
     options=TINY_PICTURES,
 )
 STUDIES["virl-l"] = Study(
-    base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=600, warmup=0.05, muon=True),
-    init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=40),
+    base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=150, warmup=0.05, muon=True),
+    init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60),
     sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=8, steps=10**9),
     rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=256, minibatch_size=64, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
                      max_new_tokens=48),
@@ -1037,6 +1042,13 @@ STUDIES["virl-l"] = Study(
     tiny="tiny-streets",
     options=TINY_WALKS,
 )  # fmt: skip
+STUDIES["virl-vl"] = replace(
+    STUDIES["virl-l"],
+    base=replace(STUDIES["virl-l"].base, steps=360),
+    rl=replace(STUDIES["virl-l"].rl, episodes=128, max_new_tokens=80),
+    max_new_tokens=80,
+    options=TINY_WALKS | TINY_VIEWS,
+)
 SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
 
 
@@ -1296,6 +1308,7 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
         group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
         group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
+        group.add_argument("--panorama-width", type=size, help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)")
         group.add_argument("--tell-intersections", action="store_true", default=None, help="virl-vl: say in words where there is an intersection")
         group.add_argument("--keep", type=float, help="virl: probability that such a point is kept (default: 0.5)")
 
@@ -1355,7 +1368,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
-                "split", "turns", "city", "differences", "points_per_leg", "keep", "view_layout", "view_size", "tell_intersections")  # fmt: skip
+                "split", "turns", "city", "differences", "points_per_leg", "keep", "view_layout", "view_size", "panorama_width", "tell_intersections")  # fmt: skip
 
 
 load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import random
+import re
 import time
 from fractions import Fraction
 from functools import lru_cache
@@ -674,10 +675,25 @@ def test_the_differences_of_a_city_are_switched_alone():
     assert seen.mean() < np.asarray(pictures[0], dtype=float).mean() - 10
 
 
+def test_the_corpus_of_walks_in_pictures_ends_at_any_waypoint_and_has_names_of_its_own():
+    rng, ends = random.Random(5), set()
+    known = {word for plan in envs.CITIES.values() for word in plan.words + plan.trades}
+    for _ in range(60):
+        record = envs.foundation_walk(rng, 1, 1, cities=(envs.ANYWHERE,), view_size=16, panorama_width=64)
+        turns = [turn["value"] for turn in record["conversations"]]
+        assert record["image"].size == (37, 37) and sum("<image>" in turn for turn in turns) == 1
+        fields = re.findall(r'"([a-z]+)": "\.\.\."', turns[0])
+        assert len(fields) == 3 and not set(fields) & set(envs.STREET_FIELDS) and all(field in turns[-1] for field in fields)
+        assert not known & set(re.findall("[A-Z][a-z]+", turns[0])), turns[0]
+        ends.add(sum("You see the picture." in turn for turn in turns))  # waypoints walked
+    assert len(ends) > 2
+
+
 def test_the_visual_variant_walks_all_other_cities_by_the_training_rule():
     env = envs.make("virl-vl", "visual", view_size=16)
     starts = [min(envs.CITIES.values(), key=lambda plan: envs.distance(plan.centre, route.start)).name for route in env.world.routes]
     assert {name: starts.count(name) for name in starts} == dict.fromkeys(envs.TEST_CITIES, 2048 // 9) and env.rules["visual"] == envs.COMPASS
+    assert starts[:18] == 2 * list(envs.TEST_CITIES)  # in turn, so that a few routes are from all cities
     for name in envs.TEST_CITIES:  # each place shows its own city
         env.reset(options={"route": starts.index(name)})
         own = np.asarray(envs._scene(name, 0, tuple(envs.DIFFERENCES)).draw(env.waypoints[0].place))
