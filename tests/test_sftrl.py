@@ -311,6 +311,11 @@ def cli(*args, check=0, env=None):
     return done
 
 
+def inside(*args):
+    """A command in this process, which need not import everything again: its exit status."""
+    return sftrl.main([str(arg) for arg in args])
+
+
 TINY_PPO = ("--steps", 6, "--episodes", 8, "--minibatch-size", 4, "--max-new-tokens", 8, "--epochs", 1, "--lr", 1e-3, "--value-warmup", 2)
 
 
@@ -354,7 +359,7 @@ def test_a_killed_run_goes_on_to_bit_identical_weights(tmp_path):
 
 
 def test_visual_study_in_miniature(tmp_path):
-    cli("study", "--task", "gp-vl", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6)
+    assert inside("study", "--task", "gp-vl", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6) == 0
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in ("id", "rule", "visual")}
     assert all(0 <= p["recognition"] <= 1 for p in lines)
@@ -373,7 +378,7 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
     monkeypatch.setitem(sftrl.STUDIES, task, small)
     variants = ("id", "rule", "visual") if task == "virl-vl" else ("id", "rule")
     args = ("study", "--task", task, "--out", tmp_path, "--seeds", 1, "--scale", 0.0005, "--hands", 2)
-    assert sftrl.main([str(arg) for arg in args]) == 0
+    assert inside(*args) == 0
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in variants}
     assert all(0 <= p["step_accuracy"] <= 1 and len(p["steps"]) == p["episodes"] == 2 for p in lines)
@@ -397,20 +402,21 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path):
     before = (tmp_path / "results.jsonl").read_text()
     (tmp_path / "report.md").unlink()
     start = time.time()
-    cli(*args)
+    assert inside(*args) == 0
     assert (tmp_path / "results.jsonl").read_text() == before and (tmp_path / "report.md").read_text() == report and time.time() - start < 60
 
 
-def test_data_writes_what_sft_reads(tmp_path):
+def test_data_writes_what_sft_reads(tmp_path, capsys):
     path = tmp_path / "demos.json"
-    cli("data", "--out", path, "--episodes", 6, "--wrong-turns", 1)
+    assert inside("data", "--out", path, "--episodes", 6, "--wrong-turns", 1) == 0
     assert len(json.loads(path.read_text())) == 6
-    cli("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4)
-    cli("data", "--task", "gp-vl", "--out", path, "--episodes", 2, "--size", 128, 64)
+    assert inside("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4) == 0
+    assert inside("data", "--task", "gp-vl", "--out", path, "--episodes", 2, "--size", 128, 64) == 0
     assert all((tmp_path / record["image"]).exists() and "<image>" in record["conversations"][0]["value"] for record in json.loads(path.read_text()))
-    cli("sft", "--out", tmp_path / "seen", "--demos", path, "--steps", 1, "--batch-size", 2)
+    assert inside("sft", "--out", tmp_path / "seen", "--demos", path, "--steps", 1, "--batch-size", 2) == 0
     next((tmp_path / "demos").iterdir()).write_bytes(b"no picture")
-    assert "cannot be read" in cli("sft", "--out", tmp_path / "broken", "--demos", path, "--steps", 1, "--batch-size", 2, check=2).stderr
+    assert inside("sft", "--out", tmp_path / "broken", "--demos", path, "--steps", 1, "--batch-size", 2) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys):
