@@ -31,19 +31,18 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
              initial=None, pictures: str = "own") -> tuple[dict, list[envs.Episode]]:  # fmt: skip
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series, or walks route i of its world.
 
-    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of
-    the k3 estimate of KL(policy || initial), in nats per token, over the first 128 episodes of each rank. `outcomes` holds one digit per
-    hand: the number of the reply that solved it, 0 if none did (a tenth reply and later ones count as 9); for a route, of the waypoint that
-    took most replies.
+    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With `initial`, another policy, the
+    result holds `kl_to_init`: the mean over the sampled reply tokens of the k3 estimate of KL(policy || initial), in nats per token, over
+    the first 128 episodes of each rank. `outcomes` holds one digit per hand: the number of the reply that solved it, 0 if none did (a tenth
+    reply and later ones count as 9); for a route, of the waypoint that took most replies.
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
     own = range(len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world)
-    seeds, options = [f"{series}/{i}" for i in own], None
     if routes := isinstance(environments[0], envs.VIRL):
-        options = [{"route": i % len(environments[i].world.routes)} for i in own]
         for env in environments:
             env.go_on = True  # so that accuracy speaks of all waypoints, and not of those before the first failure
+    seeds, options = zip(*(start(environments[i], series, i) for i in own))
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
         player = respond if pictures == "own" else Disguise(respond, pictures)
         episodes = envs.play([environments[i] for i in own], player, seeds, options)
@@ -55,6 +54,11 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
     if routes:
         result |= step_summary(episodes)
     return summary(episodes, environments[0].rewards) | result, episodes
+
+
+def start(env, series: str, i: int) -> tuple[str, dict | None]:
+    """Seed and options of `env.reset` for hand or route i of a series."""
+    return f"{series}/{i}", {"route": i % len(env.world.routes)} if isinstance(env, envs.VIRL) else None
 
 
 class Disguise:
@@ -332,7 +336,8 @@ WORDS = {
            "axis": "success within budget, %"},
     "virl": {"where": {"id": "in distribution", "rule": "under the other rule", "visual": "in other cities"},
              "id": "In distribution: turns by the compass, on routes that training never walks.", "rule": "Other rule: left and right, on the same routes.",
-             "visual": "Other cities: the training rule in nine cities that training never sees.", "hands": "routes", "measure": "per-step accuracy", "columns": ("steps", "first reply of each step", "routes"), "last": "turns",
+             "visual": "Other cities: the training rule in nine cities that training never sees.", "hands": "routes",
+             "measure": "per-step accuracy", "columns": ("steps", "first reply of each step", "routes"), "last": "turns",
              "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
                       "routes the share of routes without a fault",
              "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right",

@@ -287,7 +287,7 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
     largest, norms, first_ratio = 1.0, [], None
     warming = step < config.value_warmup
     shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    size = math.ceil(len(batch["ids"]) * min(1.0, config.minibatch_size / config.episodes))
+    size = math.ceil(len(batch["ids"]) * config.minibatch_size / config.episodes)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(size):
             rows = rows.sort().values.to(batch["ids"].device)  # rows are in order of length: sorted ones pad least

@@ -388,7 +388,7 @@ class Policy(nn.Module):
                     image = Image.open(image).convert("RGB")
                 except OSError as error:
                     raise ValueError(f"picture {image} cannot be read: {error}") from None
-            shown = next((k for k, turn in enumerate(turns) if image and "<image>" in turn["value"]), 0)
+            shown = next((k for k in range(0, len(turns), 2) if image and "<image>" in turns[k]["value"]), 0)
             messages = [{"role": self._ROLES[turn["from"]], "content": turn["value"]} for turn in turns[: shown + 1]]
             if image:
                 messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
@@ -1422,13 +1422,15 @@ def command_evaluate(args: argparse.Namespace) -> None:
     env = environment_of(args)
     n = args.episodes or (len(env.world.routes) if isinstance(env, envs.VIRL) else 234)
     environments = [env, *(environment_of(args) for _ in range(n - 1))]
+    if args.save and not isinstance(env, (envs.GeneralPointsVL, envs.VIRLVL)):
+        raise ValueError(f"task {args.task!r} has no pictures to --save")
     policy = load_policy(args, args.model)
     result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens, pictures=args.pictures)
     if policy.rank == 0:
         for i, episode in enumerate(episodes[: args.transcripts]):
             print_transcript(episode)
             if args.save:
-                save_pictures(environments[i], episode, f"test/{i}", {"route": i} if isinstance(env, envs.VIRL) else None, Path(args.save) / str(i))
+                save_pictures(environments[i], episode, evaluate.start(environments[i], "test", i), Path(args.save) / str(i))
         print(json.dumps({key: value for key, value in result.items() if key not in ("outcomes", "recognized", "steps")}, indent=1))
 
 
@@ -1439,9 +1441,9 @@ def print_transcript(episode: envs.Episode) -> None:
         print(f"model: {turn.reply}\nverifier: [{turn.verdict} {turn.reward:+g}] {turn.feedback}")
 
 
-def save_pictures(env, episode: envs.Episode, seed: str, options: dict | None, folder: Path) -> None:
-    """Plays an episode's replies again and writes the pictures it showed: `folder`/<number of the first reply to it>.png."""
-    observation, _ = env.reset(seed, options)
+def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], folder: Path) -> None:
+    """Plays an episode's replies again from its `start` and writes the pictures it showed: `folder`/<number of the first reply to it>.png."""
+    observation, _ = env.reset(*start)
     folder.mkdir(parents=True, exist_ok=True)
     saved = None
     for k, turn in enumerate(episode.turns):

@@ -443,6 +443,7 @@ def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_c
     assert len(pictures) == env.decisions and not (tmp_path / "pictures" / "1").exists()
     assert np.array_equal(Image.open(pictures[0]), observation.image)
     assert sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--pictures", "blank"]) == 2
+    assert sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--save", str(tmp_path)]) == 2 and "no pictures" in capsys.readouterr().err
     for wrong in (["--city", "atlantis"], ["--differences", "smell"]):
         assert sftrl.main(["play", "--task", "virl-l", *wrong]) == 2 and "unknown" in capsys.readouterr().err
     assert sftrl.main(["data", "--task", "virl-l", "--turns", "1", "--city", "lagos", "--world", "--episodes", "3", "--out", str(tmp_path / "lagos")]) == 0
