@@ -1627,6 +1627,10 @@ class VIRL:
             raise RuntimeError("call reset() before expert_reply()")
         return self._reply(self.waypoints[min(self.at, len(self.waypoints) - 1)].action)
 
+    def careless_reply(self) -> str:
+        """The expert's reply, but at the destination it walks on."""
+        return self._reply("forward()") if self.at == len(self.waypoints) - 1 else self.expert_reply()
+
     def wrong_reply(self) -> str:
         """The right report with another action."""
         right = self.waypoints[min(self.at, len(self.waypoints) - 1)].action
@@ -1823,14 +1827,15 @@ def imperfect_demonstration(env: Environment) -> dict:
 
     A quarter are revisions, after one, two or four wrong tries (as the budget allows). One in ten of the last answers is wrong too; half of
     them, where the cards are told in words, come from people who multiply with an "x". A model that learned from these is unsure, knows
-    how to try again, and has a bad habit. On a route one reply in five is wrong; then it is told so and tries again, or the record ends.
+    how to try again, and has a bad habit. On a route one reply in five is wrong, and six walkers in ten do not stop at the destination; they
+    are told so and try again, or the record ends.
     """
     if isinstance(env, VIRL):
         env.reset()
-        last = _last_decision(env)
+        last, careless = _last_decision(env), env.random.random() < 0.6
         while True:
-            wrong = env.random.random() < 0.2
-            reply = env.wrong_reply() if wrong else env.expert_reply()
+            reply = env.wrong_reply() if env.random.random() < 0.2 else env.careless_reply() if careless else env.expert_reply()
+            wrong = judge_step(reply, env.waypoints[env.at], env.fields).verdict != "correct"
             last_try = env.judged + 1 == env.verify_iter
             if wrong and last_try or env.at == last and (not wrong or env.random.random() < 0.5):
                 return _record(env, reply)

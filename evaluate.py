@@ -333,7 +333,7 @@ WORDS = {
            "cells": "Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the tiny corpus's bad habit); wrong "
                     "numbers are replies that use a number which the rule in force does not give",
            "titles": {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13", "visual": "other colour: red suits"},
-           "axis": "success within budget, %"},
+           "axis": "success within budget, %", "reads": "name the cards"},
     "virl": {"where": {"id": "in distribution", "rule": "under the other rule", "visual": "in other cities"},
              "id": "In distribution: turns by the compass, on routes that training never walks.", "rule": "Other rule: left and right, on the same routes.",
              "visual": "Other cities: the training rule in nine cities that training never sees.", "hands": "routes",
@@ -341,7 +341,7 @@ WORDS = {
              "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
                       "routes the share of routes without a fault",
              "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right",
-                        "visual": "other cities"}, "axis": "waypoints passed within budget, %"},
+                        "visual": "other cities"}, "axis": "waypoints passed within budget, %", "reads": "report what is seen"},
 }  # fmt: skip
 
 
@@ -426,4 +426,4 @@ def draw(results: Results, variants: Sequence[str], folder: Path, headline: str,
             axis.plot(x, y, markersize=4, alpha=0.8, **look)
             axis.annotate("end", (x[-1], y[-1]), color=look["color"])
 
-        panels("recognition.png", "replies that name the cards, %", path)
+        panels("recognition.png", f"replies that {words['reads']}, %", path)

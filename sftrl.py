@@ -1162,7 +1162,12 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
                          "checkpoint": place_in(args, str(path))}, write=policy.rank == 0)  # fmt: skip
             if policy.rank == 0:
                 with open(Path(args.out) / "transcripts.jsonl", "a") as file:
-                    file.writelines(json.dumps(place | {"variant": variant} | e.transcript()) + "\n" for e in episodes[:2])
+                    for i, (env, episode) in enumerate(zip(environments, episodes[:2])):
+                        pictures = {}
+                        if env.image and not temperature:  # the ends of the curves, to be looked at
+                            pictures = {"pictures": f"pictures/{owner}-{arm}-{line['step']}-{variant}/{i}"}
+                            save_pictures(env, episode, evaluate.start(env, series, i), Path(args.out) / pictures["pictures"])
+                        file.write(json.dumps(place | {"variant": variant} | pictures | episode.transcript()) + "\n")
 
     for arm, path in tqdm(arms, desc=f"{folder.name}/evaluation", disable=policy_rank() > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"):
         point(arm, path, "test", variants, 1.0)

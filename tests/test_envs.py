@@ -689,6 +689,24 @@ def test_the_corpus_of_walks_in_pictures_ends_at_any_waypoint_and_has_names_of_i
     assert len(ends) > 2
 
 
+def test_six_walkers_in_ten_of_the_corpus_walk_past_the_destination_and_do_so_again_when_told():
+    env, first, again = envs.make("virl-l", turns=1, points_per_leg=0, verify_iter=5), [], []
+    for seed in range(400):
+        env.random.seed(seed)
+        replies = [turn["value"] for turn in envs.imperfect_demonstration(env)["conversations"][1::2]]
+        if env.at < len(env.waypoints) - 1:
+            continue  # the budget ended on the way
+        actions = [envs.parse_reply(reply, env.fields)["action"] for reply in replies if '"Move forward to the destination' in reply]
+        there = actions[sum(w.sentence.startswith("Move forward to the destination") for w in env.waypoints) - 1 :]
+        first.append(there[0] == "forward()")
+        again += [action == "forward()" for action in there[1:] if there[0] == "forward()"]
+    assert 0.5 < np.mean(first) < 0.63 and np.mean(again) > 0.6 and len(again) > 50
+    env.reset(0)
+    while env.at < len(env.waypoints) - 1:
+        assert env.step(env.careless_reply())[4]["verdict"] == "correct"
+    assert env.step(env.careless_reply())[4]["verdict"] == "wrong_action"
+
+
 def test_the_visual_variant_walks_all_other_cities_by_the_training_rule():
     env = envs.make("virl-vl", "visual", view_size=16)
     starts = [min(envs.CITIES.values(), key=lambda plan: envs.distance(plan.centre, route.start)).name for route in env.world.routes]
