@@ -1472,7 +1472,7 @@ class VIRL:
         city: of CITIES, or "others", all but New York; None takes the variant's, New York but for "visual".
         differences: from New York that the city has, keys of DIFFERENCES; None takes all.
         go_on: for evaluation: where the budget of a waypoint is used up, go on from the next one; else the route ends there.
-        points_per_leg, keep: points between two turning points, each kept with probability `keep`.
+        points_per_leg, drop: points between two turning points, each left out with probability `drop`.
         fields: the names of the three fields of a reply.
 
     Raises ValueError for a wrong argument and for files that cannot be used.
@@ -1485,12 +1485,12 @@ class VIRL:
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
                  split: str = "train", turns: int = 7, city: str | None = None, differences: Sequence[str] | None = None, go_on: bool = False,
-                 points_per_leg: int = 5, keep: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+                 points_per_leg: int = 5, drop: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
-        if not all(isinstance(n, int) and low <= n <= high for n, low, high in limits) or not isinstance(keep, (int, float)) or not 0 <= keep <= 1:
-            raise ValueError("verify_iter must be an integer from 1, turns one from 1 to 7, points_per_leg one from 0 to 100, and keep a number from 0 to 1")
+        if not all(isinstance(n, int) and low <= n <= high for n, low, high in limits) or not isinstance(drop, (int, float)) or not 0 <= drop <= 1:
+            raise ValueError("verify_iter must be an integer from 1, turns one from 1 to 7, points_per_leg one from 0 to 100, and drop a number from 0 to 1")
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
         city, differences = city or ("others" if variant == "visual" else _NEW_YORK.name), tuple(DIFFERENCES if differences is None else differences)
@@ -1503,7 +1503,7 @@ class VIRL:
         if len(set(fields)) != len(STREET_FIELDS):
             raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {fields!r}")
         self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
-        self.points_per_leg, self.keep = points_per_leg, keep
+        self.points_per_leg, self.drop = points_per_leg, drop
         self.built_in = {"split": split, "turns": turns, "cities": TEST_CITIES if city == "others" else (city,), "differences": differences}
         self.world = built_in_world(**self.built_in, width=self.panorama_width) if data is None else data if isinstance(data, World) else load_world(data)
         self.random = random.Random(seed)
@@ -1574,7 +1574,7 @@ class VIRL:
         if distance(a, b) > 5:
             for k in range(1, self.points_per_leg + 1):
                 share = k / (self.points_per_leg + 1)
-                if self.random.random() < self.keep:
+                if self.random.random() < 1 - self.drop:
                     near = self.world.panoramas.nearest((a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share))
                     if near is not None and near not in found and min(distance(near, a), distance(near, b)) > 8:
                         found.append(near)

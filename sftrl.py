@@ -17,11 +17,13 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import envs
@@ -177,6 +180,16 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
+TRAINED = ("all", "language", "language+adapter")  # parts of a model; the adapter stands between vision tower and language model
+
+
+def _recomputed(forward, *args, **kwargs):
+    """Runs a block so that the backward pass computes its activations again. There is no dropout, so no random state to keep."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 class RoomyLayer(transformers.cache_utils.DynamicLayer):
     """One layer of a key-value cache with room for `room` more tokens from the start. The library's own layer copies all keys and
     values for every token; in long conversations that is a third of the decoding time."""
@@ -274,7 +287,8 @@ class Policy(nn.Module):
                 model = auto.from_pretrained(name, dtype=torch.float32)
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-        policy = cls(model.to(device or best_device()), processor, **options).to(device or best_device())
+        device = device or best_device()
+        policy = cls(model.to(device), processor, **options).to(device)
         head = Path(name) / "value_head.safetensors"
         if head.exists():
             try:
@@ -283,11 +297,55 @@ class Policy(nn.Module):
                 raise ValueError(f"{head} does not fit this model: {' '.join(str(error).split())[:200]}") from None
         return policy
 
+    @classmethod
+    def load_shards(cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options) -> "Policy":
+        """`load`, `choose` and `shard` for many processes: rank 0 alone reads the weights, into host memory, and sends each rank its parts,
+        tensor by tensor. A collective call."""
+        rank, device = dist.get_rank(), best_device()
+        read: list[Any] = [None, None]
+        if rank == 0:
+            try:
+                whole = cls.load(name, torch.device("cpu"), **options)
+                read = [None, (type(whole.model), whole.model.config, whole.model.generation_config, whole.processor)]
+            except (ValueError, OSError) as error:  # all ranks end with it
+                read = [error, None]
+        dist.broadcast_object_list(read)
+        if read[0]:
+            raise read[0]
+        architecture, config, generation_config, processor = read[1]
+        with torch.device("meta"):  # shapes without memory
+            model = architecture(config)
+        model.generation_config = generation_config
+        policy = cls(model, processor, **options).to("meta").choose(train, recompute).shard(param_dtype)
+        policy.to_empty(device=device)
+        policy.model.tie_weights()
+        set_model_state_dict(policy, whole.state_dict() if rank == 0 else {},
+                             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))  # fmt: skip
+        buffers = dict(whole.named_buffers()) if rank == 0 else {}
+        for key, buffer in policy.named_buffers():  # those too that no checkpoint holds, such as RoPE frequencies
+            if rank == 0:
+                buffer.copy_(buffers[key])
+            dist.broadcast(buffer, 0)
+        return policy
+
+    def choose(self, train: str = "all", recompute: bool = False) -> "Policy":
+        """Which part of the model is trained (`train`, one of TRAINED), and whether the blocks' activations are computed again in the
+        backward pass in place of being kept, the vision tower's too: a third more work for a fraction of the memory. Before `shard`."""
+        for name, p in self.model.named_parameters():
+            parts = set(name.split("."))
+            part = "adapter" if parts & {"multi_modal_projector", "merger"} else "tower" if parts & {"vision_tower", "vision_model", "visual"} else "language"
+            p.requires_grad_(train == "all" or part in train.split("+"))
+        for block in self._blocks() if recompute else ():
+            block.forward = partial(_recomputed, block.forward)
+        return self
+
+    def _blocks(self) -> list[nn.Module]:
+        return [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
+
     def shard(self, param_dtype: torch.dtype = torch.float32) -> "Policy":
         """FSDP2: every block of the model, then the root. The value head stays in fp32."""
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-        blocks = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
-        for block in reversed(blocks):  # inner ones first
+        for block in reversed(self._blocks()):  # inner ones first
             fully_shard(block, mp_policy=precision)
         fully_shard(self.value_head)
         return fully_shard(self, mp_policy=precision)
@@ -627,13 +685,14 @@ class Policy(nn.Module):
                    muon: bool = False) -> list[torch.optim.Optimizer]:  # fmt: skip
         """AdamW on the model and, if `value_lr` is given, the value head at its own rate. With `muon`, the language model's
         matrices are trained by Muon at the same rate: pre-training from random weights takes about half the steps."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         matrices = {p for name, p in self.model.named_parameters() if muon and p.ndim == 2 and "language_model.layers" in name}
-        groups = [{"params": [p for p in self.model.parameters() if p not in matrices], "lr": lr}]
+        groups = [{"params": [p for p in trained if p not in matrices], "lr": lr}]
         if value_lr:
             groups.append({"params": list(self.value_head.parameters()), "lr": value_lr})
         optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)]
         if matrices:
-            chosen = [p for p in self.model.parameters() if p in matrices]
+            chosen = [p for p in trained if p in matrices]
             optimizers.append(torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
@@ -780,11 +839,53 @@ class Responder:
 # ---------------------------------------------------------------------------------------------------------------- run folders
 
 
+class NotSaved(Exception):
+    """A run could not write its files; what stood there still stands."""
+
+
+def settle(path: Path) -> None:
+    """Brings a file, or a folder with all that is in it, from the system's memory onto the disk."""
+    for part in (*path.rglob("*"), path):
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file aside and moves it into place: it appears whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
+    settle(aside)
     os.replace(aside, path)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder: it is gone whole or not at all."""
+    aside = folder.with_name("discarded.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+class Interruption:
+    """Inside, a first Ctrl-C (or SIGTERM) is only noted, so that what is being done can be ended and saved; a second one counts at once."""
+
+    def __enter__(self) -> "Interruption":
+        self.noted = False
+        if threading.current_thread() is threading.main_thread():  # no other thread hears of signals
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, *signal_and_frame) -> None:
+        if self.noted:
+            raise KeyboardInterrupt
+        self.noted = True
+
+    def __exit__(self, *error) -> None:
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)
 
 
 def git_revision() -> str | None:
@@ -836,7 +937,7 @@ class Run:
         if policy.rank == 0:
             for path in checkpoints(self.folder):
                 if step_of(path) > step:
-                    shutil.rmtree(path)
+                    discard(path)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 kept = [json.dumps(line) + "\n" for line in read_lines(self.folder / name) if line["step"] <= step]
                 write_whole(self.folder / name, "".join(kept))
@@ -854,22 +955,40 @@ class Run:
 
     def save_checkpoint(self, policy: Policy, step: int) -> None:
         """Writes checkpoint-<step>/ aside and moves it into place."""
-        aside, final = self.folder / "checkpoint.tmp", self.folder / f"checkpoint-{step}"
-        if policy.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-        policy.save(aside)
-        if policy.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
+        with self._writing("checkpoint.tmp") as aside:
+            if policy.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+            policy.save(aside)
+            if policy.rank == 0:
+                settle(aside)
+                if (final := self.folder / f"checkpoint-{step}").exists():
+                    discard(final)
+                aside.rename(final)
 
-    def save_state(self, policy: Policy, optimizers: list[torch.optim.Optimizer], step: int, flops: float) -> None:
-        """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step)."""
+    def save_state(self, policy: Policy, optimizers: list[torch.optim.Optimizer], step: int, flops: float, keep: int | None = None) -> None:
+        """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step). Then all but the newest `keep`
+        checkpoints may go."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optim = get_state_dict(policy, optimizers, options=options)
         if policy.rank == 0:
-            torch.save({"model": model, "optimizer": optim, "step": step, "flops": flops}, self.folder / "resume.tmp")
-            os.replace(self.folder / "resume.tmp", self.folder / "resume.pt")
+            with self._writing("resume.tmp") as aside:
+                torch.save({"model": model, "optimizer": optim, "step": step, "flops": flops}, aside)
+                settle(aside)
+                os.replace(aside, self.folder / "resume.pt")
+            for old in checkpoints(self.folder)[:-keep] if keep else ():
+                discard(old)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """A path aside, which goes again if writing fails. Raises NotSaved, whichever library met the full disk."""
+        aside = self.folder / name
+        try:
+            yield aside
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.unlink(missing_ok=True)
+            raise NotSaved(f"{aside.with_suffix('')} could not be written: {' '.join(str(error).split())[:200]}") from None
 
 
 def plain(settings: dict) -> dict:
@@ -893,34 +1012,40 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=step_of)
 
 
-def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], count: int, save_every: int) -> None:
+def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], count: int, save_every: int,
+              keep: int | None) -> None:  # fmt: skip
     """Trains in a run folder, from where it stands to its end.
 
-    `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are kept, at progress (k / count)^2: denser
-    early, where out-of-distribution success moves fastest. `show` names the metrics on the progress bar.
+    `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are written, at progress (k / count)^2: denser
+    early, where out-of-distribution success moves fastest; the newest `keep` stay, or all. `show` names the metrics on the progress bar.
+    Ctrl-C ends after the update in progress, which is saved; then KeyboardInterrupt is raised.
     """
     step, flops = run.resume(policy, optimizers)
     name = "/".join(run.folder.parts[-2:])
     bar = tqdm(total=100, desc=name, disable=policy.rank > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
     reached = max((line["progress"] for line in read_lines(run.folder / "metrics.jsonl") if line["step"] <= step), default=0.0)
-    for metrics in train(step, flops):
-        step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
-        due = any(reached < (k / count) ** 2 <= progress for k in range(1, count + 1))
-        reached = progress
-        bar.set_postfix_str(" ".join(f"{key} {metrics[key]:.3g}" for key in show))
-        bar.update(100 * min(progress, 1) - bar.n)
-        run.log(metrics)
-        if due:
-            run.save_checkpoint(policy, step)
-        if due or step % save_every == 0:
-            run.save_state(policy, optimizers, step, flops)
+    with Interruption() as interruption:
+        for metrics in train(step, flops):
+            step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
+            due = any(reached < (k / count) ** 2 <= progress for k in range(1, count + 1))
+            reached = progress
+            bar.set_postfix_str(" ".join(f"{key} {metrics[key]:.3g}" for key in show))
+            bar.update(100 * min(progress, 1) - bar.n)
+            run.log(metrics)
+            if due:
+                run.save_checkpoint(policy, step)
+            interrupted = policy.largest(interruption.noted)  # of any rank: all end alike
+            if due or interrupted or step % save_every == 0:
+                run.save_state(policy, optimizers, step, flops, keep)
+            if interrupted and progress < 1:
+                raise KeyboardInterrupt
     bar.close()
 
 
 SFT_SHOW, PPO_SHOW = ("loss", "lr"), ("success", "return", "approx_kl", "explained_variance")
 
 
-def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, count: int = 1) -> None:
+def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, count: int = 1, keep: int | None = None) -> None:
     """One SFT run in its folder, unless it is finished. `make_policy()` loads the model, `batch_of(step)` returns a step's records;
     `settings` say in config.json which model and records these are."""
     run = Run(folder, settings | asdict(config))
@@ -931,10 +1056,10 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
     policy.streams(batch_of(0)[:1])  # pictures for a model that reads none end here, before there is a run folder
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
-    run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, count, 50)
+    run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, count, 50, keep)
 
 
-def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, count: int = 1) -> None:
+def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, count: int = 1, keep: int | None = None) -> None:
     """One PPO run in its folder, unless it is finished. `make_env()` returns a training environment."""
     run = Run(folder, settings | asdict(config))
     if run.finished():
@@ -948,7 +1073,7 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
     environments = [make_env() for _ in range(config.episodes // policy.world)]
     observation, _ = environments[0].reset()
     policy.open([(observation.messages, observation.image)])  # as in run_sft
-    run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5)
+    run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5, keep)
 
 
 def fresh_batches(env, demonstrate, batch_size: int, label: str):
@@ -1054,8 +1179,11 @@ SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
 
 def load_policy(args: argparse.Namespace, model: str) -> Policy:
     """The policy on this process's device, sharded if there are several processes."""
-    policy = Policy.load(model, rollout_batch=args.rollout_batch)
-    return policy.shard(torch.bfloat16 if policy.model.device.type == "cuda" else torch.float32) if policy.world > 1 else policy
+    options = {"rollout_batch": args.rollout_batch}
+    if dist.is_initialized():
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return Policy.load_shards(model, dtype, args.train, args.recompute, **options)
+    return Policy.load(model, **options).choose(args.train, args.recompute)
 
 
 def run_study(args: argparse.Namespace) -> None:
@@ -1118,7 +1246,7 @@ def maker(args: argparse.Namespace, study: Study, variant: str = "id", series: s
 def stage_settings(args: argparse.Namespace, study: Study, stage: str, model: str, seed: int) -> dict:
     """What config.json says of a stage, beside its own config."""
     return {"task": args.task, "stage": stage, "model": place_in(args, model), "seed": seed, "verify_iter": study.verify_iter,
-            "options": study.options, "rollout_batch": args.rollout_batch}  # fmt: skip
+            "options": study.options, "rollout_batch": args.rollout_batch, "train": args.train}  # fmt: skip
 
 
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
@@ -1290,7 +1418,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--task", default="gp-l", metavar="NAME", help=f"the task: {', '.join(envs.TASKS)} (default: %(default)s)")
         sub.add_argument("--threads", type=number(int, least=0), default=0, help="CPU threads; 0 takes all cores (default: %(default)s)")
         sub.add_argument("--rollout-batch", type=size, default=256, help="conversations decoded together (default: %(default)s)")
+        sub.set_defaults(train="all", recompute=False)
         return sub
+
+    def training(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--train", choices=TRAINED, default="all", help="the parts of a vision-language model that are trained (default: %(default)s)")
+        sub.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory for a third more work")
 
     def hand(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("environment")
@@ -1315,7 +1448,7 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
         group.add_argument("--panorama-width", type=size, help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)")
         group.add_argument("--tell-intersections", action="store_true", default=None, help="virl-vl: say in words where there is an intersection")
-        group.add_argument("--keep", type=float, help="virl: probability that such a point is kept (default: 0.5)")
+        group.add_argument("--drop", type=float, help="virl: probability that such a point is left out (default: 0.5)")
 
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
     sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
@@ -1325,6 +1458,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--scale", type=positive, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
     for stage in ("init", "sft", "rl"):
         sub.add_argument(f"--{stage}-lr", type=positive, help=f"learning rate of the {stage} stage (default: the tiny model's)")
+    training(sub)
     sub.add_argument("--search", action="store_true", help="only search the learning rates, on ID success and a seed of its own")
 
     for name, run, config, text in (("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
@@ -1332,7 +1466,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("--model", default="tiny", help="tiny, tiny-streets, a folder or a Hub id (default: %(default)s)")
         sub.add_argument("--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on")
-        sub.add_argument("--checkpoints", type=size, default=4, help="checkpoints kept, denser early (default: %(default)s)")
+        sub.add_argument("--checkpoints", type=size, default=4, help="checkpoints written, denser early (default: %(default)s)")
+        sub.add_argument("--keep", type=size, metavar="K", help="keep the newest K checkpoints alone (default: all)")
+        training(sub)
         hand(sub)
         add_config(sub, config)
         if name == "sft":
@@ -1373,7 +1509,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
-                "split", "turns", "city", "differences", "points_per_leg", "keep", "view_layout", "view_size", "panorama_width", "tell_intersections")  # fmt: skip
+                "split", "turns", "city", "differences", "points_per_leg", "drop", "view_layout", "view_size", "panorama_width", "tell_intersections")  # fmt: skip
 
 
 load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
@@ -1399,7 +1535,7 @@ def wrong_turns_fit(args: argparse.Namespace):
 
 def environment_settings(args: argparse.Namespace) -> dict:
     """What config.json says of a run's task."""
-    return {name: getattr(args, name) for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch")}
+    return {name: getattr(args, name) for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch", "train")}
 
 
 def command_sft(args: argparse.Namespace) -> None:
@@ -1411,7 +1547,7 @@ def command_sft(args: argparse.Namespace) -> None:
         batches = fresh_batches(wrong_turns_fit(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
     torch.manual_seed(args.seed)
     settings = environment_settings(args) | {"demos": args.demos, "images": args.images, "wrong_turns": args.wrong_turns, "seed": args.seed}
-    run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints)
+    run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints, args.keep)
 
 
 def command_ppo(args: argparse.Namespace) -> None:
@@ -1419,7 +1555,7 @@ def command_ppo(args: argparse.Namespace) -> None:
     config = config_from(args, ppo.PPOConfig)
     environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
-    run_ppo(lambda: load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), args.checkpoints)
+    run_ppo(lambda: load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), args.checkpoints, args.keep)
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
@@ -1542,6 +1678,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         complain(f"error: {error}")
         status = 2
+    except NotSaved as error:
+        complain(f"stopped: {error}; what was saved before is kept")
+        status = 1
     except FloatingPointError as error:
         complain(f"stopped, for a number is not finite: {error}; the last checkpoint is kept")
         status = 1

@@ -48,8 +48,11 @@ def worker(kind: str, task: str, out: Path) -> None:
     if world > 1:
         dist.init_process_group("gloo")
     policy = make_policy(kind)
-    if world > 1:
-        policy.shard()
+    if world > 1:  # from a checkpoint that rank 0 alone reads, and with activations computed again: neither may change anything
+        if policy.rank == 0:
+            policy.save(out / "start")
+        dist.barrier()
+        policy = sftrl.Policy.load_shards(str(out / "start"), torch.float32, recompute=True, rollout_dtype=torch.float32)
     small = {"gp-vl": SMALL, "virl-vl": {"view_size": 16, "turns": 1, "points_per_leg": 1}}.get(task, {})
     env = envs.make(task, seed=2, **small)
     records = [envs.demonstration(env, wrong_turns=k % 2) for k in range(8)]

@@ -537,7 +537,7 @@ def by_hand(folder, content=None, ids=None):
 
 
 def test_a_folder_in_the_released_format_loads_and_plays(tmp_path):
-    env = envs.make("virl-l", data=by_hand(tmp_path), keep=1.0, points_per_leg=1)
+    env = envs.make("virl-l", data=by_hand(tmp_path), drop=0.0, points_per_leg=1)
     observation, _ = env.reset(seed=0)
     prompt = observation.messages[0]["content"]
     for k, sentence in enumerate(("Turn left to face west.", "Move forward to an intersection: Starbucks is on your left behind.",
@@ -554,7 +554,7 @@ def test_a_folder_in_the_released_format_loads_and_plays(tmp_path):
         heard.append(observation.messages[-1]["content"])
     assert terminated and heard[1] == "You see: Starbucks is on your left behind; an intersection." and heard[5] == (
         "You see: The destination Joe's Bar is on your right.")  # fmt: skip
-    relative = envs.make("virl-l", "rule", data=tmp_path, keep=0.0)
+    relative = envs.make("virl-l", "rule", data=tmp_path, drop=1.0)
     relative.reset(seed=0)
     assert relative._info()["actions"] == ["turn_direction(left)", "turn_direction(right)", "turn_direction(slightly right)", "stop()"]
     (tmp_path / "route_infos.json").write_text(json.dumps(ROUTE))  # some released files hold one bare route
@@ -620,7 +620,7 @@ def test_the_expert_finishes_every_built_in_route_in_both_action_spaces():
     ends, told = {}, {}
     for split in envs.SPLITS:
         for variant in ("id", "rule"):
-            env = envs.make("virl-l", variant, split=split, keep=0.2)
+            env = envs.make("virl-l", variant, split=split, drop=0.8)
             for number in range(0, len(env.world.routes), 5 if split == "train" else 2):
                 env.reset(seed=number, options={"route": number})
                 while not any(env.done):
@@ -736,7 +736,7 @@ def test_a_world_written_and_read_back_gives_the_same_episodes(tmp_path):
 def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(tmp_path):
     by_hand(tmp_path)
     for go_on in (False, True):
-        env = envs.make("virl-l", data=tmp_path, keep=0.0, go_on=go_on)
+        env = envs.make("virl-l", data=tmp_path, drop=1.0, go_on=go_on)
         env.reset()
         right = json.loads(env.expert_reply())
         observation, reward, terminated, truncated, info = env.step(json.dumps(right | {"action": "forward()"}))
@@ -758,7 +758,7 @@ def test_milestones_with_odd_but_legal_text(tmp_path):
     odd = ROUTE["milestone_info"].replace("Starbucks", 'The "{Old}" Mill; café').replace("\n", "\r\n").replace("270 (", "-90 (")
     odd = odd.replace("The destination Joe's Bar is on your right", "No landmarks nearby")
     content = altered(milestone_info=odd, init_heading=0)
-    env = envs.make("virl-l", data=by_hand(tmp_path, content), keep=0.0)
+    env = envs.make("virl-l", data=by_hand(tmp_path, content), drop=1.0)
     env.reset()
     assert [w.landmark for w in env.waypoints[1:]] == ['The "{Old}" Mill; café is on your left behind', "No landmarks nearby", "The destination Joe's Bar"]
     assert env.waypoints[1].heading == 270 and env.world.routes[0].heading is None
@@ -776,14 +776,14 @@ def test_milestones_with_odd_but_legal_text(tmp_path):
 
 
 def test_an_invented_intersection_is_a_wrong_observation(tmp_path):
-    env = envs.make("virl-l", data=by_hand(tmp_path), keep=0.0)
+    env = envs.make("virl-l", data=by_hand(tmp_path), drop=1.0)
     env.reset()
     reply = json.loads(env.expert_reply()) | {"current observation": "No landmarks nearby; an intersection"}
     assert env.step(json.dumps(reply))[4]["verdict"] == "wrong_observation"
 
 
 def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
-    env, slowest = envs.make("virl-l", verify_iter=1, data=by_hand(tmp_path), keep=0.0), 0.0
+    env, slowest = envs.make("virl-l", verify_iter=1, data=by_hand(tmp_path), drop=1.0), 0.0
     for text in hostile_strings():
         times = []
         for _ in range(3):
@@ -794,7 +794,7 @@ def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
         slowest = max(slowest, min(times))
         assert info["verdict"] in envs.STREET_REWARDS and reward == envs.STREET_REWARDS[info["verdict"]] - 1 and truncated
     assert slowest < 0.010
-    for wrong in ({"variant": "visual"}, {"verify_iter": 0}, {"keep": 2}, {"keep": "x"}, {"points_per_leg": -1}, {"turns": 8}, {"split": "all"},
+    for wrong in ({"variant": "visual"}, {"verify_iter": 0}, {"drop": 2}, {"drop": "x"}, {"points_per_leg": -1}, {"turns": 8}, {"split": "all"},
                   {"data": 5}, {"fields": "aab"}, {"odd": 1}):  # fmt: skip
         with pytest.raises(ValueError):
             envs.make("virl-l", **wrong)
@@ -874,7 +874,7 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
     with pytest.raises(ValueError, match="street_views"):
         envs.make("virl-vl", data=tmp_path)
     with_pictures(tmp_path, envs.load_world(tmp_path).panoramas.ids)
-    env, pictures = envs.make("virl-vl", data=tmp_path, keep=0.0, view_size=16), []
+    env, pictures = envs.make("virl-vl", data=tmp_path, drop=1.0, view_size=16), []
     observation, _ = env.reset(seed=0)
     while not any(env.done):
         said = "".join(envs.text_of(m["content"]) for m in observation.messages if m["role"] == "user")
@@ -889,7 +889,7 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
     # facing 350 degrees with rotation 30: the front view is centred on longitude 200, the right one on 290
     for corner, longitude in (((8, 8), 200), ((29, 8), 290), ((8, 29), 20), ((29, 29), 110)):
         assert pictures[0].getpixel(corner)[0] == pytest.approx(longitude / 360 * 255, abs=8)
-    told = envs.make("virl-vl", data=tmp_path, keep=0.0, view_size=16, tell_intersections=True, view_layout="legacy")
+    told = envs.make("virl-vl", data=tmp_path, drop=1.0, view_size=16, tell_intersections=True, view_layout="legacy")
     told.reset()
     assert envs.text_of(told.step(told.expert_reply())[0].messages[-1]["content"]) == "<image>You are at an intersection."
     (tmp_path / "street_views" / "p0_0.jpg").write_bytes(b"\xff\xd8 no picture")

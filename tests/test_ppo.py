@@ -180,7 +180,7 @@ def test_batch_masks_rewards_and_old_logp_say_what_the_sampler_did(policy):
 
 
 def test_advantages_run_across_the_waypoints_of_a_route(policy):
-    config, env = small_config(lam=1.0), envs.make("virl-l", seed=1, keep=0.0)
+    config, env = small_config(lam=1.0), envs.make("virl-l", seed=1, drop=1.0)
     stream = policy.streams([envs.demonstration(env)])[0]
     n = len(stream.replies)
     episode = envs.Episode("", [], [envs.Turn("", float(k), "correct", "", True, k) for k in range(n)], True)

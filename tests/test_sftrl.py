@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -336,26 +338,79 @@ def test_training_stages_and_evaluation_end_to_end(tmp_path):
     assert "verifier: [" in out and json.loads(out[out.index("\n{") :])["episodes"] == 4
 
 
-def test_a_killed_run_goes_on_to_bit_identical_weights(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    cli("ppo", "--out", whole, *TINY_PPO, "--checkpoints", 3)
-    command = [sys.executable, str(ROOT / "sftrl.py"), "ppo", "--out", str(broken), *map(str, TINY_PPO), "--checkpoints", "3"]
+def interrupted(command, folder, number, delay):
+    """Starts a command, sends it a signal so long after its training began, and returns its exit status."""
+
+    def began():
+        return (folder / "metrics.jsonl").stat().st_ino if (folder / "metrics.jsonl").exists() else None  # it is written anew at every start
+
+    before = began()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (broken / "resume.pt").exists():
+    while began() == before:
+        assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (broken / "checkpoint-6").exists()
+    time.sleep(delay)
+    process.send_signal(number)
+    return process.wait()
+
+
+@pytest.mark.parametrize("stage, kills", [("ppo", 3), pytest.param("ppo", 20, marks=pytest.mark.slow), pytest.param("sft", 20, marks=pytest.mark.slow)])
+def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_weights(tmp_path, stage, kills):
+    whole, broken, chance = tmp_path / "whole", tmp_path / "broken", random.Random(kills)
+    size = TINY_PPO if stage == "ppo" else ("--batch-size", 8, "--lr", 1e-3)
+    args = (stage, *size, "--steps", 4 * kills, "--checkpoints", 2 * kills, "--threads", 1)
+    assert inside(*args, "--out", whole) == 0
+    command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args), "--out", str(broken)]
+    assert interrupted(command, broken, signal.SIGINT, 0.1) == 130
+    (state,) = broken.glob("resume*")
+    steps = torch.load(state, weights_only=True)["step"]
+    assert steps == sftrl.read_lines(broken / "metrics.jsonl")[-1]["step"] > 0
+    for _ in range(kills):
+        assert interrupted(command, broken, signal.SIGKILL, chance.uniform(0, 0.3)) == -signal.SIGKILL, "killed too late"
+        for checkpoint in sftrl.checkpoints(broken):
+            sftrl.Policy.load(str(checkpoint))
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "half a li')
-    cli("ppo", "--out", broken, *TINY_PPO, "--checkpoints", 3)
+    cli(*args, "--out", broken)
+    last = f"checkpoint-{4 * kills}"
     for name in ("model.safetensors", "value_head.safetensors"):
-        assert (broken / "checkpoint-6" / name).read_bytes() == (whole / "checkpoint-6" / name).read_bytes()
-    lines = [sftrl.read_lines(folder / "metrics.jsonl") for folder in (whole, broken)]
-    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
-    assert [line["return"] for line in lines[0]] == [line["return"] for line in lines[1]]
-    changed = cli("ppo", "--out", broken, *TINY_PPO, "--checkpoints", 3, "--clip", 0.3, check=2)
-    assert "other settings (clip)" in changed.stderr
+        assert (broken / last / name).read_bytes() == (whole / last / name).read_bytes()
+    of_time = {"rollout_tokens_per_s", "update_tokens_per_s", "seconds"}
+    lines = [[{k: v for k, v in line.items() if k not in of_time} for line in sftrl.read_lines(folder / "metrics.jsonl")] for folder in (whole, broken)]
+    assert lines[0] == lines[1] and [line["step"] for line in lines[1]] == list(range(1, 4 * kills + 1))
+    changed = cli(*args, "--out", broken, *(("--clip", 0.3) if stage == "ppo" else ("--eps", 1e-3)), check=2)
+    assert "other settings" in changed.stderr
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
+    config = sftrl.sft.SFTConfig(batch_size=2, steps=3, lr=1e-3)
+    batches = sftrl.fresh_batches(envs.make("gp-l"), envs.demonstration, 2, "full")
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(step):
+        if step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, free[1]))  # no file may grow beyond a megabyte any more
+        return batches(step)
+
+    def run(batch_of):
+        torch.manual_seed(0)
+        sftrl.run_sft(lambda: sftrl.Policy.load("tiny"), tmp_path, batch_of, config, {}, count=3)
+
+    try:
+        with pytest.raises(sftrl.NotSaved, match="checkpoint could not be written: "):
+            run(filling)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "config.json", "metrics.jsonl", "resume.pt", "samples.jsonl"]
+    sftrl.Policy.load(str(tmp_path / "checkpoint-1"))
+    run(batches)
+    assert [line["step"] for line in sftrl.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert len(sftrl.checkpoints(tmp_path)) == 3
+
+
+def test_the_newest_checkpoints_alone_are_kept(tmp_path):
+    assert inside("sft", "--out", tmp_path, "--steps", 4, "--batch-size", 2, "--checkpoints", 4, "--keep", 2) == 0
+    assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"] and not list(tmp_path.glob("*.tmp"))
 
 
 def test_visual_study_in_miniature(tmp_path):
@@ -452,9 +507,9 @@ def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_c
 
 
 def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
-    env = envs.make("virl-vl", keep=0.0, view_size=16)
+    env = envs.make("virl-vl", drop=1.0, view_size=16)
     env.reset(options={"route": 5})
-    args = ["play", "--task", "virl-vl", "--route", "5", "--keep", "0", "--view-size", "16", "--reply", env.expert_reply(), "--reply", "x"]
+    args = ["play", "--task", "virl-vl", "--route", "5", "--drop", "1", "--view-size", "16", "--reply", env.expert_reply(), "--reply", "x"]
     assert sftrl.main(args) == 0
     said = capsys.readouterr().out
     assert "verifier: [correct +1] <image>You see the picture." in said and "Try again." in said and "{'type'" not in said
