@@ -10,6 +10,7 @@ The top floor: loads (and shards) a model, keeps run folders, parses the command
 import argparse
 import contextlib
 import copy
+import importlib.util
 import json
 import logging
 import math
@@ -190,6 +191,40 @@ def _recomputed(forward, *args, **kwargs):
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 parameters, with bf16 moments: 8 bytes per parameter with the gradient, where fp32 needs 16, so that 11B fit on one
+    GPU of 141 GB. New values are rounded up or down at random, in proportion to how near they are: on average nothing is lost, whereas
+    rounding to the nearest loses every update below 2^-9 of the parameter. What is drawn is a function of step and parameter alone."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step on the parameters' gradients."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for k, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                state["step"] += 1
+                t, grad = state["step"].item(), p.grad.float()
+                first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
+                second = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                change = first / ((second / (1 - beta2**t)).sqrt_().add_(group["eps"])) / (1 - beta1**t)
+                new = p.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"])
+                dice = torch.Generator(p.device).manual_seed(int(t) * 1_000_003 + k)
+                for stored, exact in ((state["exp_avg"], first), (state["exp_avg_sq"], second), (p, new)):
+                    # bf16 is the upper half of fp32: a random lower half is added, and what it does not carry over is cut off
+                    bits = exact.view(torch.int32)
+                    bits += torch.randint(0, 2**16, bits.shape, generator=dice, device=p.device, dtype=torch.int32)
+                    bits &= -(2**16)
+                    stored.copy_(exact)
+
+
 class RoomyLayer(transformers.cache_utils.DynamicLayer):
     """One layer of a key-value cache with room for `room` more tokens from the start. The library's own layer copies all keys and
     values for every token; in long conversations that is a third of the decoding time."""
@@ -271,10 +306,13 @@ class Policy(nn.Module):
     # ---- loading, sharding, saving
 
     @classmethod
-    def load(cls, name: str, device: torch.device | None = None, **options) -> "Policy":
-        """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. fp32 weights."""
+    def load(cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options) -> "Policy":
+        """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. The model's weights are
+        of `dtype`, the value head's fp32."""
         if name in TINY_MODELS:
             model, processor = build_tiny(name)
+            for p in model.parameters():
+                p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
         else:
             if not Path(name).is_dir() and name.count("/") != 1:
                 raise ValueError(f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, nor a Hub id (owner/name)")
@@ -284,7 +322,7 @@ class Policy(nn.Module):
                 # For a vision-language model the causal class would silently drop the vision tower.
                 visual = hasattr(config, "vision_config")
                 auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
-                model = auto.from_pretrained(name, dtype=torch.float32)
+                model = auto.from_pretrained(name, dtype=dtype)
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         device = device or best_device()
@@ -683,14 +721,21 @@ class Policy(nn.Module):
 
     def optimizers(self, lr: float, value_lr: float = 0.0, betas=(0.9, 0.98), eps: float = 1e-7, weight_decay: float = 0.0,
                    muon: bool = False) -> list[torch.optim.Optimizer]:  # fmt: skip
-        """AdamW on the model and, if `value_lr` is given, the value head at its own rate. With `muon`, the language model's
-        matrices are trained by Muon at the same rate: pre-training from random weights takes about half the steps."""
+        """AdamW on what is trained of the model (RoundingAdamW if it is in bf16) and, if `value_lr` is given, on the value head at its own
+        rate. With `muon`, the language model's fp32 matrices are trained by Muon at the same rate: pre-training from random weights takes
+        about half the steps."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices = {p for name, p in self.model.named_parameters() if muon and p.ndim == 2 and "language_model.layers" in name}
-        groups = [{"params": [p for p in trained if p not in matrices], "lr": lr}]
+        matrices = {p for name, p in self.model.named_parameters() if muon and p.ndim == 2 and p.dtype == torch.float32 and p.requires_grad and "language_model.layers" in name}
+        settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        groups, optimizers = [], []
+        if self.model.dtype == torch.bfloat16:
+            optimizers.append(RoundingAdamW(trained, lr, **settings))
+        else:
+            groups.append({"params": [p for p in trained if p not in matrices], "lr": lr})
         if value_lr:
             groups.append({"params": list(self.value_head.parameters()), "lr": value_lr})
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)]
+        if groups:
+            optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
         if matrices:
             chosen = [p for p in trained if p in matrices]
             optimizers.append(torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
@@ -1012,8 +1057,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=step_of)
 
 
-def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], count: int, save_every: int,
-              keep: int | None) -> None:  # fmt: skip
+def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], save_every: int, count: int = 1,
+              keep: int | None = None, tensorboard: bool = False) -> None:  # fmt: skip
     """Trains in a run folder, from where it stands to its end.
 
     `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are written, at progress (k / count)^2: denser
@@ -1021,10 +1066,15 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
     Ctrl-C ends after the update in progress, which is saved; then KeyboardInterrupt is raised.
     """
     step, flops = run.resume(policy, optimizers)
+    board = None
+    if tensorboard and policy.rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(run.folder / "tensorboard", purge_step=step + 1)
     name = "/".join(run.folder.parts[-2:])
-    bar = tqdm(total=100, desc=name, disable=policy.rank > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
+    looks = {"desc": name, "disable": policy.rank > 0, "bar_format": "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"}
     reached = max((line["progress"] for line in read_lines(run.folder / "metrics.jsonl") if line["step"] <= step), default=0.0)
-    with Interruption() as interruption:
+    with Interruption() as interruption, tqdm(total=100, **looks) as bar:
         for metrics in train(step, flops):
             step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
             due = any(reached < (k / count) ** 2 <= progress for k in range(1, count + 1))
@@ -1032,6 +1082,8 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
             bar.set_postfix_str(" ".join(f"{key} {metrics[key]:.3g}" for key in show))
             bar.update(100 * min(progress, 1) - bar.n)
             run.log(metrics)
+            for key, value in metrics.items() if board else ():
+                board.add_scalar(key, value, step)
             if due:
                 run.save_checkpoint(policy, step)
             interrupted = policy.largest(interruption.noted)  # of any rank: all end alike
@@ -1039,15 +1091,16 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
                 run.save_state(policy, optimizers, step, flops, keep)
             if interrupted and progress < 1:
                 raise KeyboardInterrupt
-    bar.close()
+    if board:
+        board.close()
 
 
 SFT_SHOW, PPO_SHOW = ("loss", "lr"), ("success", "return", "approx_kl", "explained_variance")
 
 
-def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, count: int = 1, keep: int | None = None) -> None:
+def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, **logs) -> None:
     """One SFT run in its folder, unless it is finished. `make_policy()` loads the model, `batch_of(step)` returns a step's records;
-    `settings` say in config.json which model and records these are."""
+    `settings` say in config.json which model and records these are, `logs` are options of `run_stage`."""
     run = Run(folder, settings | asdict(config))
     if run.finished():
         return
@@ -1056,10 +1109,10 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
     policy.streams(batch_of(0)[:1])  # pictures for a model that reads none end here, before there is a run folder
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
-    run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, count, 50, keep)
+    run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, 50, **logs)
 
 
-def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, count: int = 1, keep: int | None = None) -> None:
+def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, **logs) -> None:
     """One PPO run in its folder, unless it is finished. `make_env()` returns a training environment."""
     run = Run(folder, settings | asdict(config))
     if run.finished():
@@ -1073,7 +1126,7 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
     environments = [make_env() for _ in range(config.episodes // policy.world)]
     observation, _ = environments[0].reset()
     policy.open([(observation.messages, observation.image)])  # as in run_sft
-    run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, count, 5, keep)
+    run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, 5, **logs)
 
 
 def fresh_batches(env, demonstrate, batch_size: int, label: str):
@@ -1181,9 +1234,10 @@ def load_policy(args: argparse.Namespace, model: str) -> Policy:
     """The policy on this process's device, sharded if there are several processes."""
     options = {"rollout_batch": args.rollout_batch}
     if dist.is_initialized():
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        return Policy.load_shards(model, dtype, args.train, args.recompute, **options)
-    return Policy.load(model, **options).choose(args.train, args.recompute)
+        if args.weights != "float32":
+            raise ValueError("--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16")
+        return Policy.load_shards(model, torch.bfloat16 if torch.cuda.is_available() else torch.float32, args.train, args.recompute, **options)
+    return Policy.load(model, dtype=getattr(torch, args.weights), **options).choose(args.train, args.recompute)
 
 
 def run_study(args: argparse.Namespace) -> None:
@@ -1246,7 +1300,7 @@ def maker(args: argparse.Namespace, study: Study, variant: str = "id", series: s
 def stage_settings(args: argparse.Namespace, study: Study, stage: str, model: str, seed: int) -> dict:
     """What config.json says of a stage, beside its own config."""
     return {"task": args.task, "stage": stage, "model": place_in(args, model), "seed": seed, "verify_iter": study.verify_iter,
-            "options": study.options, "rollout_batch": args.rollout_batch, "train": args.train}  # fmt: skip
+            "options": study.options, "rollout_batch": args.rollout_batch, "train": args.train, "weights": args.weights}  # fmt: skip
 
 
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
@@ -1264,10 +1318,10 @@ def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, 
     settings = stage_settings(args, study, arm, init, seed)
     if arm == "sft":
         batches = fresh_batches(maker(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
-        run_sft(lambda: load_policy(args, init), folder, batches, config, settings, study.count)
+        run_sft(lambda: load_policy(args, init), folder, batches, config, settings, count=study.count, tensorboard=args.tensorboard)
     else:
         config.seed = seed
-        run_ppo(lambda: load_policy(args, init), folder, maker(args, study), config, settings, study.count)
+        run_ppo(lambda: load_policy(args, init), folder, maker(args, study), config, settings, count=study.count, tensorboard=args.tensorboard)
 
 
 def measure(args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int) -> None:
@@ -1418,11 +1472,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--task", default="gp-l", metavar="NAME", help=f"the task: {', '.join(envs.TASKS)} (default: %(default)s)")
         sub.add_argument("--threads", type=number(int, least=0), default=0, help="CPU threads; 0 takes all cores (default: %(default)s)")
         sub.add_argument("--rollout-batch", type=size, default=256, help="conversations decoded together (default: %(default)s)")
-        sub.set_defaults(train="all", recompute=False)
+        sub.set_defaults(train="all", recompute=False, weights="float32", tensorboard=False)
         return sub
 
     def training(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--train", choices=TRAINED, default="all", help="the parts of a vision-language model that are trained (default: %(default)s)")
+        sub.add_argument("--weights", choices=("float32", "bfloat16"), default="float32",
+                         help="of the model in training; bfloat16, with bf16 optimizer states and stochastic rounding, halves the memory, on one GPU (default: %(default)s)")
+        sub.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too (needs the package tensorboard)")
         sub.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory for a third more work")
 
     def hand(sub: argparse.ArgumentParser) -> None:
@@ -1535,7 +1592,12 @@ def wrong_turns_fit(args: argparse.Namespace):
 
 def environment_settings(args: argparse.Namespace) -> dict:
     """What config.json says of a run's task."""
-    return {name: getattr(args, name) for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch", "train")}
+    return {name: getattr(args, name) for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch", "train", "weights")}
+
+
+def logs_of(args: argparse.Namespace) -> dict:
+    """What `run_stage` shall write beside the metrics."""
+    return {"count": args.checkpoints, "keep": args.keep, "tensorboard": args.tensorboard}
 
 
 def command_sft(args: argparse.Namespace) -> None:
@@ -1547,7 +1609,7 @@ def command_sft(args: argparse.Namespace) -> None:
         batches = fresh_batches(wrong_turns_fit(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
     torch.manual_seed(args.seed)
     settings = environment_settings(args) | {"demos": args.demos, "images": args.images, "wrong_turns": args.wrong_turns, "seed": args.seed}
-    run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, args.checkpoints, args.keep)
+    run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, **logs_of(args))
 
 
 def command_ppo(args: argparse.Namespace) -> None:
@@ -1555,7 +1617,7 @@ def command_ppo(args: argparse.Namespace) -> None:
     config = config_from(args, ppo.PPOConfig)
     environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
-    run_ppo(lambda: load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), args.checkpoints, args.keep)
+    run_ppo(lambda: load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), **logs_of(args))
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
@@ -1674,6 +1736,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     status = 0
     try:
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard")
         args.run(args)
     except (ValueError, OSError) as error:
         complain(f"error: {error}")
@@ -1683,6 +1747,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 1
     except FloatingPointError as error:
         complain(f"stopped, for a number is not finite: {error}; the last checkpoint is kept")
+        status = 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        complain("out of memory: lower --microbatch-size, --rollout-batch or --max-new-tokens, or try --recompute, --weights bfloat16 or more processes")
         status = 1
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from the last saved state")

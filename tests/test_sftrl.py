@@ -1,5 +1,6 @@
 """Policy, run folders, the command line."""
 
+import importlib.util
 import json
 import os
 import random
@@ -303,6 +304,99 @@ def test_a_tokenizer_without_chat_template_is_refused():
         sftrl.Policy(model, tokenizer)
 
 
+# ---- memory: parts of a model, activations, bf16
+
+
+@pytest.mark.parametrize("kind", SIGHTED)
+@pytest.mark.parametrize("train", sftrl.TRAINED)
+def test_only_the_chosen_parts_of_a_model_are_trained(kind, train):
+    policy = make_policy(kind).choose(train)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    optimizers = policy.optimizers(1e-2)
+    env = envs.make("gp-vl", **SMALL)
+    config = sftrl.sft.SFTConfig(lr=1e-2, steps=1, batch_size=2)
+    list(sftrl.sft.train(policy, optimizers, lambda step: [envs.demonstration(env) for _ in range(2)], config))
+    changed = {name.split(".")[1] if "merger" not in name else "merger" for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}
+    tower = {"llava": "vision_tower", "mllama": "vision_model", "qwen": "visual"}[kind]
+    adapter = "merger" if kind == "qwen" else "multi_modal_projector"
+    expected = {"all": {tower, adapter}, "language": set(), "language+adapter": {adapter}}[train]
+    assert changed - {"weight"} == {"language_model"} | expected  # lm_head.weight, where it is a parameter of its own
+
+
+@pytest.mark.parametrize("kind, task", CASES)
+def test_activations_computed_again_give_the_same_gradients_in_less_memory(kind, task):
+    policy = make_policy(kind)
+    batch = policy.collate(sampled(policy, task=task))
+    gradients, kept = [], []
+    for recompute in (False, True):
+        policy.choose(recompute=recompute)
+        sizes = {}
+
+        def keep(x):
+            sizes[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = policy(batch, values="shared")["logp"].sum()
+        loss.backward()
+        gradients.append([p.grad for p in policy.model.parameters() if p.grad is not None])
+        kept.append(sum(sizes.values()))
+        policy.zero_grad(set_to_none=True)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_rounding_at_random_moves_bf16_parameters_as_fp32_ones_and_rounding_to_the_nearest_does_not():
+    torch.manual_seed(0)
+    start = torch.empty(20_000).uniform_(0.015, 0.03).bfloat16()
+    settings = {"lr": 1e-6, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.0}
+    moved = {}
+    for name, cls, dtype in (("exact", torch.optim.AdamW, torch.float32), ("random", sftrl.RoundingAdamW, torch.bfloat16), ("nearest", torch.optim.AdamW, torch.bfloat16)):
+        p = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer, noise = cls([p], **settings), torch.Generator().manual_seed(1)
+        for _ in range(100):
+            p.grad = (0.01 + 0.01 * torch.randn(p.shape, generator=noise)).to(dtype)
+            optimizer.step()
+        moved[name] = (p.detach().double() - start.double()).mean().item()
+    assert moved["exact"] < -5e-5 and moved["random"] == pytest.approx(moved["exact"], rel=0.03)
+    assert abs(moved["nearest"]) < 0.1 * abs(moved["exact"])
+
+
+def test_a_model_in_bf16_learns_as_one_in_fp32_and_its_moments_are_bf16():
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy, env = sftrl.Policy.load("tiny", dtype=dtype), envs.make("gp-l")
+        optimizers, config = policy.optimizers(1e-3), sftrl.sft.SFTConfig(lr=1e-3, steps=40, batch_size=16)
+        batches = sftrl.fresh_batches(env, envs.demonstration, 16, "bf16")
+        losses.append([metrics["loss"] for metrics in sftrl.sft.train(policy, optimizers, batches, config)])
+        (optimizer,) = optimizers
+        assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {dtype} and policy.value_head[0].weight.dtype == torch.float32
+    assert losses[0][-1] < 0.6 * losses[0][0] and losses[1][-1] == pytest.approx(losses[0][-1], rel=0.05)
+
+
+def test_a_run_with_frozen_parts_in_bf16_resumes_to_the_same_weights(tmp_path):
+    env = envs.make("gp-vl", **SMALL)
+    batches = sftrl.fresh_batches(env, envs.demonstration, 2, "frozen")
+    config = sftrl.sft.SFTConfig(lr=1e-2, steps=4, batch_size=2)
+
+    def run(folder, batch_of=batches):
+        sftrl.run_sft(lambda: sftrl.Policy.load("tiny", dtype=torch.bfloat16).choose("language"), folder, batch_of, config, {}, count=4)
+
+    def broken(step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", broken)
+    run(tmp_path / "broken")
+    saved = [(tmp_path / name / "checkpoint-4/model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert saved[0] == saved[1]
+    assert sftrl.Policy.load(str(tmp_path / "whole/checkpoint-4"), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
 # ---- the command line
 
 
@@ -406,6 +500,31 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
     run(batches)
     assert [line["step"] for line in sftrl.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert len(sftrl.checkpoints(tmp_path)) == 3
+
+
+def test_running_out_of_memory_ends_in_one_line_that_says_what_to_lower(tmp_path, capsys):
+    free = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + 300 * 2**20, free[1]))
+        status = inside("sft", "--out", tmp_path, "--steps", 1, "--batch-size", 2048, "--microbatch-size", 2048)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, free)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1 and said.startswith("sftrl: out of memory: lower --microbatch-size") and not list(tmp_path.glob("checkpoint*"))
+
+
+def test_tensorboard_gets_every_metric_or_is_refused_in_one_line(tmp_path, capsys):
+    args = ("sft", "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--tensorboard")
+    if not importlib.util.find_spec("tensorboard"):
+        assert inside(*args) == 2 and "pip install tensorboard" in capsys.readouterr().err and not list(tmp_path.iterdir())
+        return
+    assert inside(*args) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2] and "grad_norm" in events.Tags()["scalars"]
 
 
 def test_the_newest_checkpoints_alone_are_kept(tmp_path):
