@@ -308,7 +308,9 @@ class Policy(nn.Module):
     @classmethod
     def load(cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options) -> "Policy":
         """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. The model's weights are
-        of `dtype`, the value head's fp32."""
+        of `dtype`, the value head's fp32. On the device "meta" it is an outline without weights."""
+        device = device or best_device()
+        outline = device.type == "meta"
         if name in TINY_MODELS:
             model, processor = build_tiny(name)
             for p in model.parameters():
@@ -322,13 +324,16 @@ class Policy(nn.Module):
                 # For a vision-language model the causal class would silently drop the vision tower.
                 visual = hasattr(config, "vision_config")
                 auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
-                model = auto.from_pretrained(name, dtype=dtype)
+                if outline:
+                    with device:
+                        model = auto.from_config(config, dtype=dtype)
+                else:
+                    model = auto.from_pretrained(name, dtype=dtype)
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-        device = device or best_device()
         policy = cls(model.to(device), processor, **options).to(device)
         head = Path(name) / "value_head.safetensors"
-        if head.exists():
+        if head.exists() and not outline:
             try:
                 policy.value_head.load_state_dict(load_file(head))
             except (RuntimeError, SafetensorError) as error:
@@ -1240,6 +1245,62 @@ def load_policy(args: argparse.Namespace, model: str) -> Policy:
     return Policy.load(model, dtype=getattr(torch, args.weights), **options).choose(args.train, args.recompute)
 
 
+def memory_plan(policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig | ppo.PPOConfig, recompute: bool = False) -> dict[str, float]:
+    """What a run needs on each of so many GPUs, in bytes, by part. `policy` may be an outline, `stream` is a long conversation.
+
+    Weights, gradients, optimizer states and cache are counted; activations are estimated with bf16 matrices and attention that keeps no scores:
+    34 bytes per token, unit of width and block (Korthikanti et al. 2022, equation 2), or 2 of a block that is computed again, and of the
+    output head three fp32 vectors of the vocabulary per reply token. On one GPU the copy to sample from stays; shards are gathered for the
+    rollout alone, and for training block by block.
+    """
+    text, trained = policy.model.config.get_text_config(), sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    word, samples = policy.model.dtype.itemsize, isinstance(config, ppo.PPOConfig)
+    largest = max(sum(p.numel() for p in block.parameters()) for block in policy._blocks())
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    entry = 2 * 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head  # bf16 key and value of a token in a layer
+    crossing = len(getattr(text, "cross_attention_layers", ()))
+    patches, tower = 0, 0.0  # of a picture, and what the vision tower keeps of it
+    if stream.picture:
+        vision = policy.model.config.vision_config
+        width, blocks = vision.hidden_size, getattr(vision, "num_hidden_layers", None) or vision.depth
+        patches = stream.picture["pixel_values"].numel() // (3 * vision.patch_size**2)
+        tower = patches * width * (2 * blocks + 34 if recompute else 34 * blocks)
+    blocks = text.num_hidden_layers
+    per_token = text.hidden_size * (2 * blocks + 34 if recompute else 34 * blocks)
+    plan = {"weights": word * policy.parameter_count / gpus, "gradients": word * trained / gpus, "optimizer states": 2 * word * trained / gpus}
+    if samples and config.kl_coef:
+        plan["initial weights"] = plan["weights"]
+    copied = 2 * policy.parameter_count if samples and (gpus > 1 or word > 2) else 0
+    if copied and gpus == 1:
+        plan["copy to sample from"] = copied
+    standing = sum(plan.values())
+    if samples:
+        if gpus > 1:
+            plan["rollout: gathered weights"] = copied
+        cache = entry * ((blocks - crossing) * len(stream) + crossing * patches)
+        plan["rollout: key-value cache"] = cache * min(policy.rollout_batch, config.episodes // gpus)
+    rows = min(config.microbatch_size, (config.minibatch_size if samples else config.batch_size) // gpus)
+    plan["update: gathered blocks"] = 2 * 2 * largest if gpus > 1 else 0
+    plan["update: activations"] = rows * (per_token * len(stream) + tower)
+    plan["update: output head"] = rows * 3 * 4 * sum(stream.mask) * text.vocab_size
+    peaks = {stage: standing + sum(size for name, size in plan.items() if name.startswith(stage)) for stage in ("rollout", "update")}
+    return plan | {"peak in the " + stage: size for stage, size in peaks.items() if samples or stage == "update"}
+
+
+def print_plan(args: argparse.Namespace, config: sft.SFTConfig | ppo.PPOConfig) -> None:
+    """The memory plan of `sftrl sft` or `sftrl ppo` for `--plan GPUS GB`."""
+    gpus, room = args.plan
+    policy = Policy.load(args.model, torch.device("meta"), getattr(torch, args.weights), rollout_batch=args.rollout_batch).choose(args.train)
+    env = environment_of(args)
+    (stream,) = policy.streams([envs.demonstration(env, env.verify_iter - 1 if isinstance(config, ppo.PPOConfig) else args.wrong_turns)])
+    plan = memory_plan(policy, stream, int(gpus), config, args.recompute)
+    print(f"memory on each of {gpus:g} GPUs, GB: {policy.parameter_count / 1e9:.2f}e9 parameters, conversations of {len(stream)} tokens")
+    print("\n".join(f"{name:28} {size / 1e9:8.2f}" for name, size in plan.items()))
+    needed = max(size for name, size in plan.items() if name.startswith("peak")) / 1e9
+    fits = needed <= 0.9 * room  # the rest is CUDA's own, and fragmentation
+    print(f"{'fits' if fits else 'does NOT fit'}: {needed:.1f} of {room:g} GB, of which a tenth is left free")
+
+
 def run_study(args: argparse.Namespace) -> None:
     """All stages for all seeds, each from where it stands; then the report."""
     if args.task not in STUDIES:
@@ -1523,6 +1584,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("--model", default="tiny", help="tiny, tiny-streets, a folder or a Hub id (default: %(default)s)")
         sub.add_argument("--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on")
+        sub.add_argument("--plan", type=positive, nargs=2, metavar=("GPUS", "GB"), help="print what the run needs of so many GPUs of so many GB, and end")
         sub.add_argument("--checkpoints", type=size, default=4, help="checkpoints written, denser early (default: %(default)s)")
         sub.add_argument("--keep", type=size, metavar="K", help="keep the newest K checkpoints alone (default: all)")
         training(sub)
@@ -1603,6 +1665,8 @@ def logs_of(args: argparse.Namespace) -> dict:
 def command_sft(args: argparse.Namespace) -> None:
     """`sftrl sft`."""
     config = config_from(args, sft.SFTConfig)
+    if args.plan:
+        return print_plan(args, config)
     if args.demos:
         batches = sft.epochs(sft.read_records(args.demos, args.images), config.batch_size, args.seed)
     else:
@@ -1616,6 +1680,8 @@ def command_ppo(args: argparse.Namespace) -> None:
     """`sftrl ppo`."""
     config = config_from(args, ppo.PPOConfig)
     environment_of(args)  # wrong options end here, before the model is loaded
+    if args.plan:
+        return print_plan(args, config)
     torch.manual_seed(args.seed)
     run_ppo(lambda: load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), **logs_of(args))
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -395,6 +396,58 @@ def test_a_run_with_frozen_parts_in_bf16_resumes_to_the_same_weights(tmp_path):
     saved = [(tmp_path / name / "checkpoint-4/model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert saved[0] == saved[1]
     assert sftrl.Policy.load(str(tmp_path / "whole/checkpoint-4"), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_plan_counts_what_training_and_sampling_really_hold(dtype):
+    policy, env = sftrl.Policy.load("tiny", dtype=dtype, rollout_batch=4), envs.make("gp-l")
+    config = sftrl.ppo.PPOConfig(episodes=4, minibatch_size=4, microbatch_size=4)
+    (stream,) = policy.streams([envs.demonstration(env)])
+    plan = sftrl.memory_plan(policy, stream, 1, config)
+    optimizers = policy.optimizers(1e-3)
+    policy.backward(policy(policy.collate([stream] * 4))["logp"].sum())
+    gradients = sum(p.grad.nbytes for p in policy.model.parameters() if p.grad is not None)
+    unused = sum(p.nbytes for p in policy.model.parameters() if p.grad is None)  # the vision tower, in a task of words
+    for optimizer in optimizers:
+        optimizer.step()
+    states = sum(x.nbytes for s in optimizers[0].state.values() for x in s.values())
+    assert plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
+    assert plan["gradients"] == gradients + unused and plan["optimizer states"] == pytest.approx(states + 2 * unused, rel=1e-3)
+    layers = []
+
+    class Noted(sftrl.RoomyLayer):
+        def __init__(self, room):
+            super().__init__(room)
+            layers.append(self)
+
+    original, sftrl.RoomyLayer = sftrl.RoomyLayer, Noted
+    try:
+        room = len(stream) - stream.replies[0][0]
+        policy.sample(policy.model.bfloat16(), [stream.ids[: stream.replies[0][0]]] * 4, room, 1.0, policy.generator("plan"))
+    finally:
+        sftrl.RoomyLayer = original
+    assert plan["rollout: key-value cache"] == sum(4 * (layer.all_keys[0].nbytes + layer.all_values[0].nbytes) for layer in layers)
+
+
+def test_the_plan_of_the_11b_model_needs_no_weights_and_knows_which_gpus_hold_it(tmp_path, capsys):
+    processor = make_policy("mllama").processor
+    transformers.MllamaConfig(vision_config={"image_size": 560}, image_token_index=processor.tokenizer.convert_tokens_to_ids("<|image|>"), architectures=["MllamaForConditionalGeneration"]).save_pretrained(tmp_path)
+    processor.image_processor.size = {"height": 560, "width": 560}
+    processor.image_processor.max_image_tiles = 4
+    processor.save_pretrained(tmp_path)
+
+    def planned(*args):
+        assert inside("ppo", "--task", "gp-vl", "--model", tmp_path, "--out", tmp_path / "run", *args) == 0
+        return capsys.readouterr().out
+
+    small = ("--rollout-batch", 16, "--microbatch-size", 4)
+    node = planned("--plan", 8, 80, "--recompute", *small)
+    assert "10.67e9 parameters" in node and "\nfits" in node
+    assert float(re.search("gathered weights +([0-9.]+)", node)[1]) == pytest.approx(21.3, abs=0.1)
+    assert float(re.search("key-value cache +([0-9.]+)", node)[1]) / 16 > 0.2  # 210 MB of a picture each
+    assert "does NOT fit" in planned("--plan", 1, 141, "--recompute", *small)
+    assert "\nfits" in planned("--plan", 1, 141, "--recompute", "--weights", "bfloat16", *small)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- the command line
