@@ -1813,9 +1813,9 @@ def _record(env: Environment, reply: str) -> dict:
 
 def foundation_walk(rng: random.Random, turns: int, points_per_leg: int, cities: Sequence[str] = ("new york",), **pictures) -> dict:
     """One walk of the corpus of the tiny "foundation model", by either rule, in a form whose fields the prompt names and which is never the
-    task's own. It leads through streets that no study uses: one of 20 cities, or of 4 if it is walked in `pictures` (options of VIRLVL), with the
+    task's own. It leads through streets that no study uses: one of 20 cities, or of 2 if it is walked in `pictures` (options of VIRLVL), with the
     names of one of `cities`; ANYWHERE has made-up ones."""
-    seed, city, width = rng.randint(1, 4 if pictures else 20), rng.choice(cities), pictures.get("panorama_width", 1024)
+    seed, city, width = rng.randint(1, 2 if pictures else 20), rng.choice(cities), pictures.get("panorama_width", 1024)
     cls = VIRLVL if pictures else VIRL
     return imperfect_demonstration(cls(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5,
                                        data=built_in_world("train", turns, seed, 200, (city,), width=width), points_per_leg=points_per_leg,

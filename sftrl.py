@@ -328,10 +328,14 @@ class Policy(nn.Module):
                     with device:
                         model = auto.from_config(config, dtype=dtype)
                 else:
-                    model = auto.from_pretrained(name, dtype=dtype)
+                    model, found = auto.from_pretrained(name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+                    if faults := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):  # the library would draw these at random
+                        raise ValueError(f"{len(faults)} of its weights are missing or of another shape than its config.json says, first {faults[0]}")
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         policy = cls(model.to(device), processor, **options).to(device)
+        if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+            raise ValueError(f"model {name!r}: its tokenizer has {len(policy.tokenizer)} tokens, its vocabulary {rows}")
         head = Path(name) / "value_head.safetensors"
         if head.exists() and not outline:
             try:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 import transformers
 from conftest import MODELS, SIGHTED, SMALL, make_policy
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import envs
 import sftrl
@@ -733,6 +735,59 @@ def test_a_wrong_value_is_one_line_and_status_2(args, words, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert status == 2 and words in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
     assert not (tmp_path / "x").exists()  # or a corrected command would be refused
+
+
+def cut(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def without_a_layer(file):
+    weights = {name: w for name, w in load_file(file).items() if "layers.1." not in name}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def smaller_vocabulary(folder, weights_too):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 500
+    (folder / "config.json").write_text(json.dumps(config))
+    if weights_too:
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: w[:500].clone() if "embed" in name and "language" in name else w for name, w in weights.items()},
+                  folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+
+
+DAMAGES = {
+    "cut short": (lambda d: cut(d / "model.safetensors", 100_000), "cannot be loaded"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "a layer missing": (lambda d: without_a_layer(d / "model.safetensors"), "of its weights are missing"),
+    "other shapes": (lambda d: smaller_vocabulary(d, False), "of another shape than its config.json says"),
+    "vocabularies differ": (lambda d: smaller_vocabulary(d, True), "its vocabulary 500"),
+    "no config": (lambda d: (d / "config.json").unlink(), "model_type"),
+    "half a config": (lambda d: cut(d / "config.json", 50), "not a valid JSON file"),
+    "half a tokenizer": (lambda d: cut(d / "tokenizer.json", 500), "cannot be loaded"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
+    "no processor": (lambda d: (d / "processor_config.json").unlink(), "image processor"),
+    "no chat template": (lambda d: (d / "chat_template.jinja").unlink(), "chat_template.jinja"),
+    "half a value head": (lambda d: cut(d / "value_head.safetensors", 500), "value_head.safetensors does not fit"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "good"
+    sftrl.Policy.load("tiny").save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_line_and_status_2(damage, checkpoint, tmp_path, capsys):
+    harm, words = DAMAGES[damage]
+    shutil.copytree(checkpoint, tmp_path / "bad")
+    harm(tmp_path / "bad")
+    assert inside("sft", "--model", tmp_path / "bad", "--out", tmp_path / "run", "--steps", 1, "--batch-size", 2) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_option_has_a_help_text():
