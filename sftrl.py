@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import random
 import shutil
@@ -978,7 +979,10 @@ class Run:
         path = self.folder / "resume.pt"
         step, flops = 0, 0.0
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # one copy in memory for all ranks of a node
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; remove it to train from the start") from None
             # Not strict: parameters that had no gradient yet (the vision tower in a text task) have no optimizer state. torch makes one
             # up for them, as if they had taken a step.
             set_state_dict(policy, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
@@ -1218,12 +1222,12 @@ STUDIES["gp-vl"] = replace(
     options=TINY_PICTURES,
 )
 STUDIES["virl-l"] = Study(
-    base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=150, warmup=0.05, muon=True),
+    base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=220, warmup=0.05, muon=True),
     init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60),
     sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=8, steps=10**9),
     rl=ppo.PPOConfig(lr=1e-4, value_lr=3e-3, episodes=256, minibatch_size=64, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
                      max_new_tokens=48),
-    flops=3e13,
+    flops=1.6e13,
     hands=256,
     verify_iter=2,
     tiny="tiny-streets",
@@ -1231,7 +1235,7 @@ STUDIES["virl-l"] = Study(
 )  # fmt: skip
 STUDIES["virl-vl"] = replace(
     STUDIES["virl-l"],
-    base=replace(STUDIES["virl-l"].base, steps=360),
+    base=replace(STUDIES["virl-l"].base, steps=440),
     rl=replace(STUDIES["virl-l"].rl, episodes=128, max_new_tokens=80),
     max_new_tokens=80,
     options=TINY_WALKS | TINY_VIEWS,

@@ -790,6 +790,18 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(damage, checkpoint, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_resume_state_is_one_line_and_status_2(tmp_path, capsys):
+    args = ("sft", "--out", tmp_path, "--batch-size", 2, "--steps", 2, "--checkpoints", 1)
+    assert inside(*args) == 0
+    discarded = sftrl.checkpoints(tmp_path)[-1]
+    sftrl.discard(discarded)
+    cut(tmp_path / "resume.pt", 5000)
+    capsys.readouterr()
+    assert inside(*args) == 2
+    error = capsys.readouterr().err
+    assert "resume.pt cannot be read" in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
+
+
 def test_every_option_has_a_help_text():
     parser = sftrl.build_parser()
     (commands,) = [a for a in parser._actions if a.dest == "command"]
