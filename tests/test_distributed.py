@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,31 @@ def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_
     assert len(sftrl.read_lines(tmp_path / "ppo/metrics.jsonl")) == 2
     out = torchrun(2, ROOT / "sftrl.py", "evaluate", "--model", tmp_path / "ppo/checkpoint-2", "--episodes", 5, "--max-new-tokens", 8).stdout
     assert out.count('"episodes": 5') == 1  # all hands, and rank 0 alone prints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
+def test_a_run_begun_on_some_ranks_goes_on_on_others(tmp_path, first, then):
+    """Interrupted on `first` processes, ended on `then`: the weights are those of a run on one, but for rounding."""
+    args = ("sft", "--batch-size", "4", "--steps", "30", "--lr", "1e-4", "--threads", "1", "--out")
+    torchrun(1, ROOT / "sftrl.py", *args, tmp_path / "whole")
+    folder = tmp_path / "broken"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(first), str(ROOT / "sftrl.py"), *args, str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)  # which torchrun hands on to all ranks
+    assert process.wait() != 0
+    import sftrl
+
+    done = sftrl.read_lines(folder / "metrics.jsonl")[-1]["step"]
+    assert 3 <= done < 30 and torch.load(folder / "resume.pt", weights_only=True)["step"] == done
+    torchrun(then, ROOT / "sftrl.py", *args, folder)
+    whole, broken = (load_file(tmp_path / name / "checkpoint-30/model.safetensors") for name in ("whole", "broken"))
+    for key in whole:
+        torch.testing.assert_close(broken[key], whole[key], rtol=0, atol=1e-4)  # they moved by about 1e-3
+    assert [line["step"] for line in sftrl.read_lines(folder / "metrics.jsonl")] == list(range(1, 31))
 
 
 if __name__ == "__main__":
