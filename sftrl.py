@@ -925,18 +925,19 @@ def discard(folder: Path) -> None:
 
 
 class Interruption:
-    """Inside, a first Ctrl-C (or SIGTERM) is only noted, so that what is being done can be ended and saved; a second one counts at once."""
+    """Inside, a first Ctrl-C is only noted, so that what is being done can be ended and saved; a second one counts at once. SIGTERM, which
+    torchrun adds to a Ctrl-C, is only noted."""
 
     def __enter__(self) -> "Interruption":
-        self.noted = False
+        self.noted = self.insisted = False
         if threading.current_thread() is threading.main_thread():  # no other thread hears of signals
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _note(self, *signal_and_frame) -> None:
-        if self.noted:
+    def _note(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.insisted:
             raise KeyboardInterrupt
-        self.noted = True
+        self.noted, self.insisted = True, self.insisted or number == signal.SIGINT
 
     def __exit__(self, *error) -> None:
         for number, handler in getattr(self, "_before", {}).items():

@@ -1,5 +1,6 @@
 """Policy, run folders, the command line."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -633,6 +634,28 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path):
     start = time.time()
     assert inside(*args) == 0
     assert (tmp_path / "results.jsonl").read_text() == before and (tmp_path / "report.md").read_text() == report and time.time() - start < 60
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_random_moments_measures_what_an_unbroken_one_does(tmp_path):
+    args = ("study", "--seeds", 1, "--scale", 0.01, "--hands", 8, "--threads", 1, "--out")
+    start = time.monotonic()
+    cli(*args, tmp_path / "whole")
+    length, chance, kills = time.monotonic() - start, random.Random(0), 0
+    command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args), str(tmp_path / "broken")]
+    for _ in range(8):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0.4, 0.8) * length)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    cli(*args, tmp_path / "broken")
+    whole, broken = ([p | {"checkpoint": ""} for p in sftrl.read_lines(tmp_path / name / "results.jsonl")] for name in ("whole", "broken"))
+    assert whole == broken
+    assert (tmp_path / "broken/report.md").read_text() == (tmp_path / "whole/report.md").read_text()
 
 
 def test_data_writes_what_sft_reads(tmp_path, capsys):
