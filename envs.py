@@ -1197,7 +1197,7 @@ def city_plan(name: str, differences: Sequence[str] = tuple(DIFFERENCES)) -> Cit
     return _NEW_YORK._replace(name=name, centre=city.centre, **{part: getattr(city, part) for group in differences for part in DIFFERENCES[group]})
 
 
-ANYWHERE = "anywhere"  # a city of the foundation model's corpus: New York's looks, made-up names
+ANYWHERE = "anywhere"  # a city of the foundation model's corpus: made-up names, map and looks
 
 
 def _made_up(rng: random.Random) -> str:
@@ -1213,7 +1213,17 @@ def _city(name: str, seed: int, differences: tuple[str, ...]) -> City:
         return City(city_plan(name, differences), seed)
     rng = random.Random(f"names/{seed}")
     words, trades = ({_made_up(rng): None for _ in range(12)} for _ in range(2))
-    return City(_NEW_YORK._replace(name=name, words=tuple(words), trades=tuple(trades)), seed)
+
+    def colors(n: int, darkest: int = 20, lightest: int = 240) -> tuple[Color, ...]:
+        return tuple((rng.randint(darkest, lightest), rng.randint(darkest, lightest), rng.randint(darkest, lightest)) for _ in range(n))
+
+    board, letters = colors(1, 20, 110)[0], colors(1, 180, 250)[0]
+    return City(CityPlan(
+        name, _NEW_YORK.centre, tuple(words), tuple(trades), layout=f"{name}/{seed}", block=(rng.uniform(70, 180), rng.uniform(70, 180)),
+        turned=rng.uniform(-45, 45), jitter=rng.uniform(0, 0.5), diagonals=rng.uniform(0, 0.3), street=rng.uniform(12, 28), pavement=rng.uniform(1, 4),
+        road=(shade := rng.randint(50, 120), shade, shade), heights=(rng.uniform(5, 15), rng.uniform(16, 60)), window=(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
+        walls=colors(4, 60), glass=colors(1, 30, 130)[0], awnings=colors(3), sign=rng.choice(((board, letters), (letters, board))),
+        capitals=rng.random() < 0.3, bold=rng.randint(0, 2), sky=(colors(1, 40, 220)[0], colors(1, 160, 250)[0]), light=rng.uniform(0.8, 1.15)), seed)  # fmt: skip
 
 
 @lru_cache(maxsize=None)
@@ -1228,8 +1238,8 @@ def _draw(width: int, cities: tuple, place: Geocode) -> tuple[Image.Image, float
 
 @lru_cache(maxsize=None)
 def _album(width: int) -> Callable:
-    """`_draw` with a memory of 400 MB."""
-    return lru_cache(maxsize=2**28 // width**2)(partial(_draw, width))
+    """`_draw` with a memory of 800 MB."""
+    return lru_cache(maxsize=2**29 // width**2)(partial(_draw, width))
 
 
 SPLITS = {"train": (0, 1), "valid": (2,), "test": (3,)}  # of the built-in routes, by where they lead
@@ -1813,9 +1823,9 @@ def _record(env: Environment, reply: str) -> dict:
 
 def foundation_walk(rng: random.Random, turns: int, points_per_leg: int, cities: Sequence[str] = ("new york",), **pictures) -> dict:
     """One walk of the corpus of the tiny "foundation model", by either rule, in a form whose fields the prompt names and which is never the
-    task's own. It leads through streets that no study uses: one of 20 cities, or of 2 if it is walked in `pictures` (options of VIRLVL), with the
-    names of one of `cities`; ANYWHERE has made-up ones."""
-    seed, city, width = rng.randint(1, 2 if pictures else 20), rng.choice(cities), pictures.get("panorama_width", 1024)
+    task's own. It leads through streets that no study uses: one of 20 cities, or of 4 if it is walked in `pictures` (options of VIRLVL), with the
+    names and looks of one of `cities`; ANYWHERE has made-up ones."""
+    seed, city, width = rng.randint(1, 4 if pictures else 20), rng.choice(cities), pictures.get("panorama_width", 1024)
     cls = VIRLVL if pictures else VIRL
     return imperfect_demonstration(cls(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5,
                                        data=built_in_world("train", turns, seed, 200, (city,), width=width), points_per_leg=points_per_leg,
