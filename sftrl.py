@@ -10,6 +10,7 @@ The top floor: loads (and shards) a model, keeps run folders, parses the command
 import argparse
 import contextlib
 import copy
+import gc
 import importlib.util
 import json
 import logging
@@ -36,8 +37,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -180,6 +182,11 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's or the machine's memory is used up."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 TRAINED = ("all", "language", "language+adapter")  # parts of a model; the adapter stands between vision tower and language model
@@ -333,6 +340,8 @@ class Policy(nn.Module):
                     if faults := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):  # the library would draw these at random
                         raise ValueError(f"{len(faults)} of its weights are missing or of another shape than its config.json says, first {faults[0]}")
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+                if out_of_memory(error):
+                    raise
                 raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         policy = cls(model.to(device), processor, **options).to(device)
         if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
@@ -374,7 +383,20 @@ class Policy(nn.Module):
             if rank == 0:
                 buffer.copy_(buffers[key])
             dist.broadcast(buffer, 0)
+        policy._set_up_shards()
         return policy
+
+    @torch.no_grad()
+    def _set_up_shards(self) -> None:
+        """FSDP sets itself up in its first forward pass, and a block when it is gathered first. Blocks that a task never uses (the vision tower's,
+        for text) would otherwise break the accumulation of gradients."""
+        spent = self.flops
+        self(self.collate([Stream([self.end_id] * 2, [0, 1])]), values="detached")
+        self.flops = spent
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
 
     def choose(self, train: str = "all", recompute: bool = False) -> "Policy":
         """Which part of the model is trained (`train`, one of TRAINED), and whether the blocks' activations are computed again in the
@@ -411,6 +433,42 @@ class Policy(nn.Module):
             self.model.save_pretrained(folder, state_dict=part["model."])
             self.processor.save_pretrained(folder)
             save_file({k: v.contiguous() for k, v in part["value_head."].items()}, folder / "value_head.safetensors")
+
+    def state(self, optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Whole parameters and optimizer states by the parameter's name, in host memory, on rank 0 alone. A collective call, one tensor after
+        the other. (torch's own functions for it make up states for parameters that had no gradient yet, and hold them twice.)"""
+
+        def whole(x: Tensor) -> Tensor | None:
+            x = x.detach()
+            x = x.full_tensor() if isinstance(x, DTensor) else x
+            return x.cpu() if self.rank == 0 else None
+
+        parameters = dict(self.named_parameters())
+        states = {name: next((o.state[p] for o in optimizers if p in o.state), {}) for name, p in parameters.items()}
+        return ({name: whole(p) for name, p in parameters.items()},
+                {name: {key: whole(x) for key, x in state.items()} for name, state in states.items() if state})  # fmt: skip
+
+    @torch.no_grad()
+    def set_state(self, parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer], states: dict[str, dict[str, Tensor]]) -> None:
+        """Takes over what `state` returned, on any number of ranks; every rank is given all of it."""
+        self._reshard()
+        names = {p: name for name, p in self.named_parameters()}
+
+        def own(x: Tensor, p: Tensor) -> Tensor:
+            """This rank's part of a tensor that belongs to a parameter; a count of steps belongs to all."""
+            if not x.dim():
+                return x.clone()
+            if not isinstance(p, DTensor):
+                return x.to(p.device, copy=True)  # `resume` maps them from a file
+            return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+        for p, name in names.items():
+            p.copy_(own(parameters[name], p))
+        for optimizer in optimizers:
+            state = optimizer.state_dict()
+            chosen = [p for group in optimizer.param_groups for p in group["params"]]
+            state["state"] = {i: {key: own(x, p) for key, x in states[names[p]].items()} for i, p in enumerate(chosen) if names[p] in states}
+            optimizer.load_state_dict(state)
 
     # ---- text and tokens
 
@@ -544,7 +602,7 @@ class Policy(nn.Module):
         if "image_grid_thw" in pictures:
             real = torch.arange(ids.shape[1], device=ids.device) < batch["length"][:, None]
             pictures["position_ids"] = self._positions(self.model, ids, real.long(), pictures["image_grid_thw"])
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda and not self.sharded):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded):
             hidden = self.model.base_model(input_ids=ids, use_cache=False, **pictures).last_hidden_state
         self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()), pictures)
         hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
@@ -624,11 +682,6 @@ class Policy(nn.Module):
             yield self._copy_for_rollout() if self.rollout_dtype != self.model.dtype else self.model
             return
         modules = [m for m in self.modules() if isinstance(m, FSDPModule)]
-        with torch.no_grad():  # a first root forward sets FSDP up
-            one = Stream([self.end_id] * 2, [0, 1])
-            spent = self.flops
-            self(self.collate([one]), values="detached")
-            self.flops = spent
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -984,14 +1037,7 @@ class Run:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # one copy in memory for all ranks of a node
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; remove it to train from the start") from None
-            # Not strict: parameters that had no gradient yet (the vision tower in a text task) have no optimizer state. torch makes one
-            # up for them, as if they had taken a step.
-            set_state_dict(policy, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                           options=StateDictOptions(full_state_dict=True, strict=False))  # fmt: skip
-            for name, parameter in policy.named_parameters():
-                if name not in state["optimizer"]["state"]:
-                    for optimizer in optimizers:
-                        optimizer.state.pop(parameter, None)
+            policy.set_state(state["model"], optimizers, state["optimizer"])
             step, flops = state["step"], state["flops"]
         if policy.rank == 0:
             for path in checkpoints(self.folder):
@@ -1006,11 +1052,9 @@ class Run:
         """Appends one line of metrics; a transcript among them goes to samples.jsonl."""
         if policy_rank() == 0:
             sample = metrics.pop("transcript", None)
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            if sample:
-                with open(self.folder / "samples.jsonl", "a") as file:
-                    file.write(json.dumps({"step": metrics["step"]} | sample) + "\n")
+            for name, line in (("metrics.jsonl", metrics), ("samples.jsonl", sample and {"step": metrics["step"]} | sample)):
+                with self._writing(name) as path, open(path, "a") as file:
+                    file.write(json.dumps(line) + "\n" if line else "")
 
     def save_checkpoint(self, policy: Policy, step: int) -> None:
         """Writes checkpoint-<step>/ aside and moves it into place."""
@@ -1028,26 +1072,28 @@ class Run:
     def save_state(self, policy: Policy, optimizers: list[torch.optim.Optimizer], step: int, flops: float, keep: int | None = None) -> None:
         """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step). Then all but the newest `keep`
         checkpoints may go."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optim = get_state_dict(policy, optimizers, options=options)
+        model, optimizer = policy.state(optimizers)
         if policy.rank == 0:
             with self._writing("resume.tmp") as aside:
-                torch.save({"model": model, "optimizer": optim, "step": step, "flops": flops}, aside)
+                torch.save({"model": model, "optimizer": optimizer, "step": step, "flops": flops}, aside)
                 settle(aside)
                 os.replace(aside, self.folder / "resume.pt")
-            for old in checkpoints(self.folder)[:-keep] if keep else ():
-                discard(old)
+                for old in checkpoints(self.folder)[:-keep] if keep else ():
+                    discard(old)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """A path aside, which goes again if writing fails. Raises NotSaved, whichever library met the full disk."""
-        aside = self.folder / name
+        """A path in the folder; one with the suffix .tmp goes again if writing fails. Raises NotSaved, whichever library met the full disk."""
+        path = self.folder / name
         try:
-            yield aside
+            yield path
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.unlink(missing_ok=True)
-            raise NotSaved(f"{aside.with_suffix('')} could not be written: {' '.join(str(error).split())[:200]}") from None
+            if out_of_memory(error):
+                raise
+            if path.suffix == ".tmp":
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
+            raise NotSaved(f"{path.with_suffix('')} could not be written: {' '.join(str(error).split())[:200]}") from None
 
 
 def plain(settings: dict) -> dict:
@@ -1088,7 +1134,7 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
     name = "/".join(run.folder.parts[-2:])
     looks = {"desc": name, "disable": policy.rank > 0, "bar_format": "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"}
     reached = max((line["progress"] for line in read_lines(run.folder / "metrics.jsonl") if line["step"] <= step), default=0.0)
-    with Interruption() as interruption, tqdm(total=100, **looks) as bar:
+    with Interruption() as interruption, tqdm(total=100, **looks) as bar, board or contextlib.nullcontext():
         for metrics in train(step, flops):
             step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
             due = any(reached < (k / count) ** 2 <= progress for k in range(1, count + 1))
@@ -1103,10 +1149,8 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
             interrupted = policy.largest(interruption.noted)  # of any rank: all end alike
             if due or interrupted or step % save_every == 0:
                 run.save_state(policy, optimizers, step, flops, keep)
-            if interrupted and progress < 1:
+            if interrupted:
                 raise KeyboardInterrupt
-    if board:
-        board.close()
 
 
 SFT_SHOW, PPO_SHOW = ("loss", "lr"), ("success", "return", "approx_kl", "explained_variance")
@@ -1247,11 +1291,16 @@ SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
 def load_policy(args: argparse.Namespace, model: str) -> Policy:
     """The policy on this process's device, sharded if there are several processes."""
     options = {"rollout_batch": args.rollout_batch}
+    gc.collect()  # a policy that is no longer used may hold a GPU's memory in reference cycles (FSDP's hooks, recomputed blocks)
     if dist.is_initialized():
-        if args.weights != "float32":
-            raise ValueError("--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16")
+        refuse_bfloat16_shards(args, dist.get_world_size())
         return Policy.load_shards(model, torch.bfloat16 if torch.cuda.is_available() else torch.float32, args.train, args.recompute, **options)
     return Policy.load(model, dtype=getattr(torch, args.weights), **options).choose(args.train, args.recompute)
+
+
+def refuse_bfloat16_shards(args: argparse.Namespace, world: int) -> None:
+    if args.weights != "float32" and world > 1:
+        raise ValueError("--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16")
 
 
 def memory_plan(policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig | ppo.PPOConfig, recompute: bool = False) -> dict[str, float]:
@@ -1259,19 +1308,20 @@ def memory_plan(policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig
 
     Weights, gradients, optimizer states and cache are counted; activations are estimated with bf16 matrices and attention that keeps no scores:
     34 bytes per token, unit of width and block (Korthikanti et al. 2022, equation 2), or 2 of a block that is computed again, and of the
-    output head three fp32 vectors of the vocabulary per reply token. On one GPU the copy to sample from stays; shards are gathered for the
-    rollout alone, and for training block by block.
+    output head three fp32 vectors of the vocabulary per reply token, six where the entropy is asked for. On one GPU the copy to sample from
+    stays; shards are gathered for the rollout alone, and for training block by block, but for the root (embedding and head). Where a rank
+    accumulates over microbatches, it keeps whole fp32 gradients until they are reduced: a minibatch of one microbatch per rank needs none.
     """
     text, trained = policy.model.config.get_text_config(), sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     word, samples = policy.model.dtype.itemsize, isinstance(config, ppo.PPOConfig)
-    largest = max(sum(p.numel() for p in block.parameters()) for block in policy._blocks())
+    sizes = [sum(p.numel() for p in block.parameters()) for block in policy._blocks()]
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     entry = 2 * 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head  # bf16 key and value of a token in a layer
     crossing = len(getattr(text, "cross_attention_layers", ()))
     patches, tower = 0, 0.0  # of a picture, and what the vision tower keeps of it
     if stream.picture:
         vision = policy.model.config.vision_config
-        width, blocks = vision.hidden_size, getattr(vision, "num_hidden_layers", None) or vision.depth
+        width, blocks = vision.hidden_size, (getattr(vision, "num_hidden_layers", None) or vision.depth) + getattr(vision, "num_global_layers", 0)
         patches = stream.picture["pixel_values"].numel() // (3 * vision.patch_size**2)
         tower = patches * width * (2 * blocks + 34 if recompute else 34 * blocks)
     blocks = text.num_hidden_layers
@@ -1283,22 +1333,33 @@ def memory_plan(policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig
     if copied and gpus == 1:
         plan["copy to sample from"] = copied
     standing = sum(plan.values())
+    rows = max(1, min(config.microbatch_size, (per_step := (config.minibatch_size if samples else config.batch_size) // gpus)))
     if samples:
+        batch, pictures = min(policy.rollout_batch, config.episodes // gpus), config.episodes // gpus if stream.picture else 0
         if gpus > 1:
             plan["rollout: gathered weights"] = copied
-        cache = entry * ((blocks - crossing) * len(stream) + crossing * patches)
-        plan["rollout: key-value cache"] = cache * min(policy.rollout_batch, config.episodes // gpus)
-    rows = min(config.microbatch_size, (config.minibatch_size if samples else config.batch_size) // gpus)
-    plan["update: gathered blocks"] = 2 * 2 * largest if gpus > 1 else 0
+        plan["rollout: key-value cache"] = batch * entry * ((text.num_hidden_layers - crossing) * len(stream) + crossing * patches)
+        plan["rollout: pictures as seen"] = (pictures + batch * bool(pictures)) * (patches if crossing else stream.ids.count(policy.image_id)) * text.hidden_size * 2
+    if gpus > 1:
+        root = policy.parameter_count - sum(sizes)
+        plan["update: gathered blocks"] = (2 + 2 + 4) * root + 2 * (2 + 2 + 4) * max(sizes, default=0)  # weights, gradients, and what is reduced
+        plan["update: whole gradients"] = 4 * trained if per_step > rows else 0
+    elif word > 2:
+        plan["update: weights in bf16"] = 2 * policy.parameter_count  # autocast keeps them from forward to backward
+    else:
+        plan["step: largest parameter"] = 24 * max(p.numel() for p in policy.model.parameters())  # RoundingAdamW's fp32 copies
     plan["update: activations"] = rows * (per_token * len(stream) + tower)
-    plan["update: output head"] = rows * 3 * 4 * sum(stream.mask) * text.vocab_size
-    peaks = {stage: standing + sum(size for name, size in plan.items() if name.startswith(stage)) for stage in ("rollout", "update")}
-    return plan | {"peak in the " + stage: size for stage, size in peaks.items() if samples or stage == "update"}
+    plan["update: output head"] = rows * (6 if samples else 3) * 4 * sum(stream.mask) * text.vocab_size
+    peaks = {stage: standing + sum(size for name, size in plan.items() if name.startswith(stage)) for stage in ("rollout", "update", "step")}
+    return plan | {"peak in the " + stage: size for stage, size in peaks.items() if size > standing}
 
 
 def print_plan(args: argparse.Namespace, config: sft.SFTConfig | ppo.PPOConfig) -> None:
     """The memory plan of `sftrl sft` or `sftrl ppo` for `--plan GPUS GB`."""
     gpus, room = args.plan
+    if gpus % 1 or gpus < 1:
+        raise ValueError(f"--plan {gpus:g}: the number of GPUs must be a whole one")
+    refuse_bfloat16_shards(args, int(gpus))
     policy = Policy.load(args.model, torch.device("meta"), getattr(torch, args.weights), rollout_batch=args.rollout_batch).choose(args.train)
     env = environment_of(args)
     (stream,) = policy.streams([envs.demonstration(env, env.verify_iter - 1 if isinstance(config, ppo.PPOConfig) else args.wrong_turns)])
@@ -1781,16 +1842,18 @@ def command_data(args: argparse.Namespace) -> None:
     print(f"{len(records)} demonstrations in {args.out}")
 
 
-def complain(message: str) -> None:
-    """One line on stderr, from rank 0."""
-    if policy_rank() == 0:
+def complain(message: str, own: bool = False) -> None:
+    """One line on stderr: from rank 0, for a fault that all ranks meet, or from the rank whose `own` it is."""
+    if policy_rank() == 0 or own:
         print(f"sftrl: {message}", file=sys.stderr)
 
 
 def leave(status: int) -> None:
     """Ends a process of torchrun with this exit status, without the interpreter's own end: FSDP's caches keep gloo's threads alive, and one that
-    lets go of a tensor while the interpreter shuts down aborts the process (seen with torch 2.13; pytorch issue 190489)."""
-    dist.destroy_process_group()
+    lets go of a tensor while the interpreter shuts down aborts the process (seen with torch 2.13; pytorch issue 190489). A rank that failed does
+    not take leave of the others, which may wait for it elsewhere: torchrun ends them."""
+    if not status:
+        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -1818,15 +1881,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {error}")
         status = 2
     except NotSaved as error:
-        complain(f"stopped: {error}; what was saved before is kept")
+        complain(f"stopped: {error}; what was saved before is kept", own=True)
         status = 1
     except FloatingPointError as error:
         complain(f"stopped, for a number is not finite: {error}; the last checkpoint is kept")
         status = 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
-        complain("out of memory: lower --microbatch-size, --rollout-batch or --max-new-tokens, or try --recompute, --weights bfloat16 or more processes")
+        complain("out of memory: lower --microbatch-size, --rollout-batch or --max-new-tokens, or try --recompute, --weights bfloat16 or more processes", own=True)
         status = 1
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from the last saved state")

@@ -89,6 +89,35 @@ def worker(kind: str, task: str, out: Path) -> None:
         sftrl.leave(0)
 
 
+def accumulate(out: Path) -> None:
+    """SFT in words on a model with vision blocks, which stay unused, over several microbatches, with bf16 shards as on GPUs."""
+    import torch.distributed as dist
+    from conftest import make_policy
+
+    import envs
+    import sft
+    import sftrl
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        make_policy("mllama").save(out / "start")
+    dist.barrier()
+    policy = sftrl.Policy.load_shards(str(out / "start"), torch.bfloat16)
+    records = [envs.demonstration(envs.make("gp-l", seed=k)) for k in range(8)]
+    config = sft.SFTConfig(lr=1e-2, batch_size=8, microbatch_size=1, steps=3)
+    losses = [metrics["loss"] for metrics in sft.train(policy, policy.optimizers(1e-2), lambda step: records, config)]
+    if policy.rank == 0:
+        (out / "losses.json").write_text(json.dumps(losses))
+    sftrl.leave(0)
+
+
+def test_bf16_shards_accumulate_gradients_where_vision_blocks_are_unused(tmp_path):
+    torchrun(2, HERE, "accumulate", "-", tmp_path)
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
 @pytest.fixture(scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 4e-6)], ids=["text", "pictures"])
 def one_and_two(tmp_path_factory, request):
     """The folders of one process and of two, and how far apart their weights may be."""
@@ -161,4 +190,7 @@ def test_a_run_begun_on_some_ranks_goes_on_on_others(tmp_path, first, then):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
-    worker(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    if sys.argv[1] == "accumulate":
+        accumulate(Path(sys.argv[3]))
+    else:
+        worker(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -443,13 +443,16 @@ def test_the_plan_of_the_11b_model_needs_no_weights_and_knows_which_gpus_hold_it
         assert inside("ppo", "--task", "gp-vl", "--model", tmp_path, "--out", tmp_path / "run", *args) == 0
         return capsys.readouterr().out
 
-    small = ("--rollout-batch", 16, "--microbatch-size", 4)
+    small = ("--rollout-batch", 16, "--microbatch-size", 4, "--minibatch-size", 32, "--episodes", 128)
     node = planned("--plan", 8, 80, "--recompute", *small)
     assert "10.67e9 parameters" in node and "\nfits" in node
     assert float(re.search("gathered weights +([0-9.]+)", node)[1]) == pytest.approx(21.3, abs=0.1)
     assert float(re.search("key-value cache +([0-9.]+)", node)[1]) / 16 > 0.2  # 210 MB of a picture each
     assert "does NOT fit" in planned("--plan", 1, 141, "--recompute", *small)
     assert "\nfits" in planned("--plan", 1, 141, "--recompute", "--weights", "bfloat16", *small)
+    assert "whole gradients      " in node and "does NOT fit" in planned("--plan", 8, 80, "--recompute", *small, "--minibatch-size", 128)  # accumulates
+    for wrong in (("--plan", 1.5, 80), ("--plan", 8, 80, "--weights", "bfloat16")):
+        assert inside("ppo", "--model", tmp_path, "--out", tmp_path / "run", *wrong) == 2
     assert not (tmp_path / "run").exists()
 
 
