@@ -774,9 +774,10 @@ class Panoramas:
             return place
         row = self._cell(place)[0]
         around = []
-        for r in (row - 1, row, row + 1):  # a row has its own width of a cell in degrees
-            column = self._cell((r * NEAR / METRES_PER_DEGREE + 1e-9, place[1]))[1]
-            around += [p for c in (column - 1, column, column + 1) for p in self.cells.get((r, c), ())]
+        for longitude in (place[1], place[1] - math.copysign(360, place[1])):  # for the other side of the date line
+            for r in (row - 1, row, row + 1):  # a row has its own width of a cell in degrees
+                column = self._cell((r * NEAR / METRES_PER_DEGREE + 1e-9, longitude))[1]
+                around += [p for c in (column - 1, column, column + 1) for p in self.cells.get((r, c), ())]
         best = min(around, key=lambda p: distance(p, place), default=None)
         return best if best is not None and distance(best, place) <= NEAR else None
 

@@ -486,11 +486,11 @@ def test_distance_and_bearing_match_spherical_trigonometry():
 
 def test_the_nearest_panorama_is_the_one_a_search_of_all_finds():
     rng = random.Random(1)
-    for lat in (40.75, -37.8, 0.0):
-        places = {(lat + rng.uniform(-0.002, 0.002), 7 + rng.uniform(-0.002, 0.002)): str(k) for k in range(300)}
+    for lat, lon in ((40.75, 7), (-37.8, 7), (0.0, 7), (-16.8, 180)):  # the last on the date line
+        places = {(lat + rng.uniform(-0.002, 0.002), envs.wrap(lon + rng.uniform(-0.002, 0.002))): str(k) for k in range(300)}
         panoramas, found = envs.Panoramas(places), 0
         for _ in range(500):
-            at = (lat + rng.uniform(-0.0025, 0.0025), 7 + rng.uniform(-0.0025, 0.0025))
+            at = (lat + rng.uniform(-0.0025, 0.0025), envs.wrap(lon + rng.uniform(-0.0025, 0.0025)))
             best = min(places, key=lambda p: envs.distance(p, at))
             expected = best if envs.distance(best, at) <= 20 else None
             assert panoramas.nearest(at) == expected
