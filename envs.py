@@ -1562,7 +1562,7 @@ class VIRL:
             turn, last = wrap(leg.heading - heading), k == len(route.legs) - 1
             relative, compass = relative_word(turn), compass_word(leg.heading)
             sentences.append(f"Turn {relative} to face {compass}." if relative else f"Go straight on, facing {compass}.")
-            action = f"turn_direction({compass if self.variant == 'id' else relative})" if relative else "forward()"
+            action = f"turn_direction({compass if self.rules[self.variant] is COMPASS else relative})" if relative else "forward()"
             waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
             end, place = self._standing(leg.end, number), leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark
             goal = ("the destination" if last else "an intersection") + ("" if leg.landmark == NOTHING else f": {place}")

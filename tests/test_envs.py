@@ -716,6 +716,8 @@ def test_the_visual_variant_walks_all_other_cities_by_the_training_rule():
         env.reset(options={"route": starts.index(name)})
         own = np.asarray(envs._scene(name, 0, tuple(envs.DIFFERENCES)).draw(env.waypoints[0].place))
         assert np.array_equal(np.asarray(env.world.picture(env.waypoints[0].place)[0]), own)
+        turns = {w.action[len("turn_direction(") : -1] for w in env.waypoints if w.action.startswith("turn")}
+        assert turns and turns <= set(envs.COMPASS)
     for wrong in ({"city": "atlantis"}, {"differences": ["smell"]}):
         with pytest.raises(ValueError, match="unknown"):
             envs.make("virl-l", **wrong)
