@@ -1291,7 +1291,8 @@ SEARCH_SEED = 1000  # the rates are chosen on this seed, which no study reports
 def load_policy(args: argparse.Namespace, model: str) -> Policy:
     """The policy on this process's device, sharded if there are several processes."""
     options = {"rollout_batch": args.rollout_batch}
-    gc.collect()  # a policy that is no longer used may hold a GPU's memory in reference cycles (FSDP's hooks, recomputed blocks)
+    if torch.cuda.is_available():
+        gc.collect()  # a policy that is no longer used may hold the GPU's memory in reference cycles (FSDP's hooks, recomputed blocks)
     if dist.is_initialized():
         refuse_bfloat16_shards(args, dist.get_world_size())
         return Policy.load_shards(model, torch.bfloat16 if torch.cuda.is_available() else torch.float32, args.train, args.recompute, **options)
