@@ -1300,6 +1300,7 @@ def load_policy(args: argparse.Namespace, model: str) -> Policy:
 
 
 def refuse_bfloat16_shards(args: argparse.Namespace, world: int) -> None:
+    """Raises ValueError for bf16 weights on several processes, which RoundingAdamW does not serve."""
     if args.weights != "float32" and world > 1:
         raise ValueError("--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16")
 
