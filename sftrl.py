@@ -1052,9 +1052,10 @@ class Run:
         """Appends one line of metrics; a transcript among them goes to samples.jsonl."""
         if policy_rank() == 0:
             sample = metrics.pop("transcript", None)
-            for name, line in (("metrics.jsonl", metrics), ("samples.jsonl", sample and {"step": metrics["step"]} | sample)):
+            lines = {"metrics.jsonl": metrics} | ({"samples.jsonl": {"step": metrics["step"]} | sample} if sample else {})
+            for name, line in lines.items():
                 with self._writing(name) as path, open(path, "a") as file:
-                    file.write(json.dumps(line) + "\n" if line else "")
+                    file.write(json.dumps(line) + "\n")
 
     def save_checkpoint(self, policy: Policy, step: int) -> None:
         """Writes checkpoint-<step>/ aside and moves it into place."""
