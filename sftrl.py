@@ -254,6 +254,29 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         self._view()
         return self.keys, self.values
 
+    def row(self, i: int, text: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """A copy of row i's keys and values [heads, n, d] in the places `text` [n] of `width`; of all places in a layer of another width,
+        for it looks at pictures (Mllama), or at nothing."""
+        if not self.is_initialized:
+            return torch.empty(0), torch.empty(0)
+        if self.used != width:
+            return self.keys[i].clone(), self.values[i].clone()
+        return self.keys[i].index_select(1, text), self.values[i].index_select(1, text)
+
+    def refill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Starts from what `row` gave, padded on the left to the longest."""
+        first = rows[0][0]
+        if not first.numel():
+            return
+        self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
+        self.used = max(keys.shape[1] for keys, _ in rows)
+        self.all_keys = first.new_zeros(len(rows), len(first), self.used + self.room, first.shape[-1])
+        self.all_values = torch.zeros_like(self.all_keys)
+        for i, (keys, values) in enumerate(rows):
+            self.all_keys[i, :, self.used - keys.shape[1] : self.used] = keys
+            self.all_values[i, :, self.used - keys.shape[1] : self.used] = values
+        self._view()
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows of the batch."""
         if self.is_initialized:
@@ -264,6 +287,14 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
 
 
+@dataclass
+class Past:
+    """The key-value cache of one conversation, kept from one turn to the next: of its first `length` tokens, by layer ([heads, n, d] twice)."""
+
+    length: int = 0
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
 class Policy(nn.Module):
     """A chat model with a value head: everything that sft.py, ppo.py and evaluate.py ask of a model.
 
@@ -272,7 +303,7 @@ class Policy(nn.Module):
         processor: its processor, or its tokenizer; must have a chat template.
         rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else the weights' own.
             Training log-probabilities are always computed by `forward`.
-        rollout_batch: conversations decoded together.
+        rollout_batch: conversations decoded together. If there are no more than these, their key-value caches are kept from turn to turn.
 
     One class serves one process and many: after `shard()` the same methods run on FSDP's shards. `flops` counts the work of this
     process: 6 N per trained token, 2 N per generated or scored token, N the parameters of `model`, padding left out. Pictures count as the
@@ -703,22 +734,26 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator,
-               looks: Sequence[dict[str, Tensor]] | None = None) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+               looks: Sequence[dict[str, Tensor]] | None = None, pasts: Sequence[Past] | None = None) -> list[tuple[list[int], list[float]]]:  # fmt: skip
         """Draws one reply per prompt: its token ids, end token included if it was drawn, and their log-probabilities.
 
         `model` comes from `rollout_weights()`, `looks` (the prompts' pictures) from `look`. Temperature 0 is greedy. Nothing is
-        filtered: what is drawn is what the log-probabilities say (no top-k, no top-p, no generation config).
+        filtered: what is drawn is what the log-probabilities say (no top-k, no top-p, no generation config). What the `pasts` hold of
+        the prompts is not computed again; afterwards they hold the prompts.
         """
         replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self.rollout_batch):
-            rows = order[start : start + self.rollout_batch]
-            batch = [prompts[i] for i in rows], [looks[i] for i in rows] if looks else None
-            for i, reply in zip(rows, self._decode(model, *batch, max_new_tokens, temperature, generator)):
-                replies[i] = reply
+        groups: dict[bool, list[int]] = {False: [], True: []}  # conversations that begin, and those that go on
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            groups[bool(pasts and pasts[i].length)].append(i)
+        for order in groups.values():
+            for start in range(0, len(order), self.rollout_batch):
+                rows = order[start : start + self.rollout_batch]
+                batch = [[given[i] for i in rows] if given else None for given in (prompts, looks, pasts)]
+                for i, reply in zip(rows, self._decode(model, *batch, max_new_tokens, temperature, generator)):
+                    replies[i] = reply
         return replies
 
-    def _decode(self, model, prompts, looks, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
+    def _decode(self, model, prompts, looks, pasts, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
         """The cached decode loop for one batch, prompts padded on the left."""
         device, width = model.device, max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
@@ -729,23 +764,36 @@ class Policy(nn.Module):
         lengths = torch.full((len(prompts),), max_new_tokens, device=device)
         rows = torch.arange(len(prompts), device=device)  # where each row of the shrinking batch belongs
         open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
-        cache = transformers.Cache(layers=[RoomyLayer(max_new_tokens) for _ in range(model.config.get_text_config().num_hidden_layers)])
+        held = [past.length for past in pasts] if pasts else [0] * len(prompts)
+        new = max(len(p) - h for p, h in zip(prompts, held))  # columns to compute
+        cache = transformers.Cache(layers=[RoomyLayer(new * any(held) + max_new_tokens) for _ in range(model.config.get_text_config().num_hidden_layers)])
         grids = torch.stack([look["grid"] for look in looks]) if looks and looks[0].get("grid") is not None else None
         positions = self._positions(model, ids, attention, grids)
-        inputs, tiles = {"input_ids": ids}, None
+        inputs, tiles = {"input_ids": ids[:, -new:]}, None
         if looks and "tiles" in looks[0]:
             tiles = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
-            inputs["cross_attention_states"] = torch.stack([look["seen"] for look in looks])
-        elif looks:
+            if not any(held):
+                inputs["cross_attention_states"] = torch.stack([look["seen"] for look in looks])
+        elif looks and not any(held):
             embeddings, seen, places = model.get_input_embeddings()(ids), torch.cat([look["seen"] for look in looks]), ids == self.image_id
             if int(places.sum()) != len(seen):
                 raise ValueError(f"the prompts have {int(places.sum())} places for {len(seen)} parts of pictures")
             inputs = {"inputs_embeds": embeddings.masked_scatter(places[:, :, None], seen)}
+        if any(held):  # the batch: what is held of each row, padded on the left, then its new tokens, padded on the left
+            for layer, kept in zip(cache.layers, zip(*(past.layers for past in pasts))):
+                layer.refill(kept)
+            places = [[0] * (max(held) - h) + [1] * h + [0] * (new - len(p) + h) + [1] * (len(p) - h) for p, h in zip(prompts, held)]
+            positions, attention = positions[..., -new:], torch.tensor(places, device=device)
+            tiles = None if tiles is None else torch.cat([tiles[:, -1:].expand(-1, max(held), -1, -1), tiles[:, -new:]], 1)
         for t in range(max_new_tokens):
             if tiles is not None:
                 inputs["cross_attention_mask"] = tiles
             hidden = model.base_model(**inputs, attention_mask=attention, position_ids=positions, past_key_values=cache,
                                       use_cache=True).last_hidden_state[:, -1]  # fmt: skip
+            if pasts and t == 0:
+                for i, past in enumerate(pasts):
+                    text, past.length = attention[i].nonzero()[:, 0], len(prompts[i])
+                    past.layers = [layer.row(i, text, attention.shape[1]) for layer in cache.layers]
             logp = self._log_probabilities(model, hidden, temperature or 1.0)
             if temperature:
                 # Inverse transform sampling: one uniform number per row, in double precision.
@@ -769,7 +817,7 @@ class Policy(nn.Module):
                 ids, positions, attention, rows, open_ = ids[keep], positions[..., keep, :], attention[keep], rows[keep], open_[keep]
                 tiles = None if tiles is None else tiles[keep]
             inputs = {"input_ids": ids}
-        self._count(2, sum(map(len, prompts)) + int(lengths.sum()) - len(prompts), {})
+        self._count(2, sum(map(len, prompts)) - sum(held) + int(lengths.sum()) - len(prompts), {})
         return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
     def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Responder":
@@ -914,6 +962,7 @@ class Responder:
         self.streams: dict[int, list[Stream]] = {}
         self.images: dict[int, Image.Image | None] = {}
         self.looks: dict[int, dict[str, Tensor]] = {}
+        self.pasts: dict[int, Past] | None = None
 
     def __enter__(self) -> "Responder":
         self._weights = self.policy.rollout_weights()
@@ -923,9 +972,12 @@ class Responder:
     def __exit__(self, *error) -> None:
         self._weights.__exit__(*error)
         self.looks.clear()
+        self.pasts = None
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
         policy, new = self.policy, []
+        if not self.streams and len(indices) <= policy.rollout_batch:  # more caches than those of one batch might not find room
+            self.pasts = {}
         for i, o in zip(indices, observations):
             if i in self.streams and self.images[i] is o.image:
                 policy.extend(self.streams[i][-1], o.messages[-1]["content"])
@@ -934,11 +986,14 @@ class Responder:
                 new.append((i, o))
         for (i, _), stream in zip(new, opened := policy.open([(o.messages, o.image) for _, o in new])):
             self.streams.setdefault(i, []).append(stream)
+            if self.pasts is not None:
+                self.pasts[i] = Past()
         if any(stream.picture for stream in opened):
             self.looks |= dict(zip((i for i, _ in new), policy.look(self._model, [stream.picture for stream in opened])))
         now = [self.streams[i][-1] for i in indices]
         drawn = policy.sample(self._model, [stream.ids for stream in now], self.max_new_tokens, self.temperature, self.generator,
-                              [self.looks[i] for i in indices] if self.looks else None)  # fmt: skip
+                              [self.looks[i] for i in indices] if self.looks else None,
+                              [self.pasts[i] for i in indices] if self.pasts else None)  # fmt: skip
         for stream, (ids, logp) in zip(now, drawn):
             stream.reply(ids, logp)
         return [policy.decode(ids) for ids, _ in drawn]
@@ -1342,6 +1397,8 @@ def memory_plan(policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig
         if gpus > 1:
             plan["rollout: gathered weights"] = copied
         plan["rollout: key-value cache"] = batch * entry * ((text.num_hidden_layers - crossing) * len(stream) + crossing * patches)
+        if batch == config.episodes // gpus:
+            plan["rollout: caches kept for the next turn"] = plan["rollout: key-value cache"]
         plan["rollout: pictures as seen"] = (pictures + batch * bool(pictures)) * (patches if crossing else stream.ids.count(policy.image_id)) * text.hidden_size * 2
     if gpus > 1:
         root = policy.parameter_count - sum(sizes)
@@ -1368,7 +1425,7 @@ def print_plan(args: argparse.Namespace, config: sft.SFTConfig | ppo.PPOConfig) 
     (stream,) = policy.streams([envs.demonstration(env, env.verify_iter - 1 if isinstance(config, ppo.PPOConfig) else args.wrong_turns)])
     plan = memory_plan(policy, stream, int(gpus), config, args.recompute)
     print(f"memory on each of {gpus:g} GPUs, GB: {policy.parameter_count / 1e9:.2f}e9 parameters, conversations of {len(stream)} tokens")
-    print("\n".join(f"{name:28} {size / 1e9:8.2f}" for name, size in plan.items()))
+    print("\n".join(f"{name:38} {size / 1e9:8.2f}" for name, size in plan.items()))
     needed = max(size for name, size in plan.items() if name.startswith("peak")) / 1e9
     fits = needed <= 0.9 * room  # the rest is CUDA's own, and fragmentation
     print(f"{'fits' if fits else 'does NOT fit'}: {needed:.1f} of {room:g} GB, of which a tenth is left free")

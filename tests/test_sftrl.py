@@ -128,6 +128,29 @@ def test_greedy_equals_the_librarys_greedy(kind):
         assert ids == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("kind, task", CASES)
+def test_what_is_kept_from_turn_to_turn_is_what_would_be_computed_again(kind, task):
+    """With a batch for all conversations their caches are kept; with smaller batches all is computed anew. The third turn has fewer of them."""
+    played = []
+    for rollout_batch in (4, 3):
+        policy = make_policy(kind, rollout_batch=rollout_batch)
+        environments = [envs.make(task, seed=i, verify_iter=3, **(SMALL if task == "gp-vl" else {})) for i in range(4)]
+        observations = [env.reset()[0] for env in environments]
+        with policy.responder(0.0, 12, policy.generator("kept")) as respond:
+            for turn in range(3):
+                playing = range(4) if turn < 2 else (0, 2, 3)
+                replies = respond(list(playing), [observations[i] for i in playing])
+                for i, reply in zip(playing, replies):
+                    observations[i] = environments[i].step(reply)[0]
+        played.append((policy.flops, [own[0] for own in respond.streams.values()], policy))
+    (kept_flops, kept, policy), (flops, anew, _) = played
+    for a, b in zip(kept, anew):
+        assert a.ids == b.ids and len(a.replies) == len(b.replies)
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=0, atol=2e-5)
+    repeated = sum(start for stream in kept for start, _ in stream.replies[:-1])
+    assert flops - kept_flops == 2 * policy.parameter_count * repeated
+
+
 def test_sampling_draws_from_the_distribution_it_reports(policy):
     prompt = policy.tokenize([policy.render([{"role": "user", "content": "7"}])])[0]
     generator = torch.Generator().manual_seed(0)
@@ -425,11 +448,13 @@ def test_the_memory_plan_counts_what_training_and_sampling_really_hold(dtype):
 
     original, sftrl.RoomyLayer = sftrl.RoomyLayer, Noted
     try:
-        room = len(stream) - stream.replies[0][0]
-        policy.sample(policy.model.bfloat16(), [stream.ids[: stream.replies[0][0]]] * 4, room, 1.0, policy.generator("plan"))
+        room, pasts = len(stream) - (asked := stream.replies[0][0]), [sftrl.Past() for _ in range(4)]
+        policy.sample(policy.model.bfloat16(), [stream.ids[:asked]] * 4, room, 1.0, policy.generator("plan"), pasts=pasts)
     finally:
         sftrl.RoomyLayer = original
     assert plan["rollout: key-value cache"] == sum(4 * (layer.all_keys[0].nbytes + layer.all_values[0].nbytes) for layer in layers)
+    kept = sum(x.nbytes for past in pasts for layer in past.layers for x in layer)
+    assert kept == pytest.approx(plan["rollout: caches kept for the next turn"] * asked / len(stream))
 
 
 def test_the_plan_of_the_11b_model_needs_no_weights_and_knows_which_gpus_hold_it(tmp_path, capsys):
