@@ -1243,7 +1243,8 @@ def _album(width: int) -> Callable:
     return lru_cache(maxsize=2**29 // width**2)(partial(_draw, width))
 
 
-SPLITS = {"train": (0, 1), "valid": (2,), "test": (3,)}  # of the built-in routes, by where they lead
+# Of the built-in routes: the name of their draw, and where they lead. The test routes were drawn anew after a study had been seen.
+SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, second draw", (3,))}
 
 
 @lru_cache(maxsize=None)
@@ -1253,10 +1254,11 @@ def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int 
     splits lead to different places, so no route, and no instruction, of one is in another. Seed 0 is the streets and places of the study."""
     of_city = []
     for city in cities:
-        streets, rng, fruitless = _city(city, seed, differences), random.Random(f"routes/{seed}/{split}"), 0
+        (draw, ends), streets, fruitless = SPLITS[split], _city(city, seed, differences), 0
+        rng = random.Random(f"routes/{seed}/{draw}")
         records: dict[str, dict] = {}
         while len(records) < max(1, n // len(cities)) and fruitless < 500:  # there are not many different routes of one turn
-            record = streets.route(rng, rng.randint(1, turns), SPLITS[split])
+            record = streets.route(rng, rng.randint(1, turns), ends)
             key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
             fruitless = fruitless + 1 if key in records else 0
             records.setdefault(key, record)
