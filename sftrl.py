@@ -37,7 +37,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -295,6 +295,13 @@ class Past:
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
+def map_file(path: Path, x: Tensor) -> Tensor:
+    """A copy of a tensor in a file that stands for memory. Raises OSError if the disk has no room for it."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, x.nbytes))  # a hole would be found out as a bus error
+    return torch.from_file(str(path), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape).copy_(x)
+
+
 class Policy(nn.Module):
     """A chat model with a value head: everything that sft.py, ppo.py and evaluate.py ask of a model.
 
@@ -456,14 +463,26 @@ class Policy(nn.Module):
         return isinstance(self, FSDPModule)
 
     def save(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format and the value head beside it. A collective call; rank 0 writes."""
-        state = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        """Writes the model in Hugging Face format and the value head beside it. A collective call; rank 0 writes. Shards are gathered tensor by
+        tensor into files that rank 0 maps and deletes in the end, so that no process holds the whole model in memory."""
+        state: dict[str, Tensor] = {}
+        shared: dict[Tensor, Tensor] = {}  # tied weights are one tensor with two names
+        mapped = folder / "gathered.tmp"
+        if self.rank == 0:
+            mapped.mkdir(parents=True)
+        for name, x in self.state_dict(keep_vars=True).items():
+            whole = x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+            if self.rank == 0 and x not in shared:
+                shared[x] = map_file(mapped / name, whole) if isinstance(x, DTensor) else whole
+            if self.rank == 0:
+                state[name] = shared[x]
         if self.rank == 0:
             part = {prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                     for prefix in ("model.", "value_head.")}  # fmt: skip
-            self.model.save_pretrained(folder, state_dict=part["model."])
+            self.model.save_pretrained(folder, state_dict=part["model."], max_shard_size="5GB")
             self.processor.save_pretrained(folder)
             save_file({k: v.contiguous() for k, v in part["value_head."].items()}, folder / "value_head.safetensors")
+            shutil.rmtree(mapped)
 
     def state(self, optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Whole parameters and optimizer states by the parameter's name, in host memory, on rank 0 alone. A collective call, one tensor after
