@@ -254,14 +254,13 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         self._view()
         return self.keys, self.values
 
-    def row(self, i: int, text: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """A copy of row i's keys and values [heads, n, d] in the places `text` [n] of `width`; of all places in a layer of another width,
-        for it looks at pictures (Mllama), or at nothing."""
-        if not self.is_initialized:
+    def row(self, i: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A copy of row i's keys and values [heads, n, d] in some places [n], or in all."""
+        if not self.is_initialized:  # looks at pictures, of which there are none
             return torch.empty(0), torch.empty(0)
-        if self.used != width:
+        if places is None:
             return self.keys[i].clone(), self.values[i].clone()
-        return self.keys[i].index_select(1, text), self.values[i].index_select(1, text)
+        return self.keys[i].index_select(1, places), self.values[i].index_select(1, places)
 
     def refill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Starts from what `row` gave, padded on the left to the longest."""
@@ -785,7 +784,9 @@ class Policy(nn.Module):
         open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
         held = [past.length for past in pasts] if pasts else [0] * len(prompts)
         new = max(len(p) - h for p, h in zip(prompts, held))  # columns to compute
-        cache = transformers.Cache(layers=[RoomyLayer(new * any(held) + max_new_tokens) for _ in range(model.config.get_text_config().num_hidden_layers)])
+        config = model.config.get_text_config()
+        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's, whose keys are the picture's and not the text's
+        cache = transformers.Cache(layers=[RoomyLayer(new * any(held) + max_new_tokens) for _ in range(config.num_hidden_layers)])
         grids = torch.stack([look["grid"] for look in looks]) if looks and looks[0].get("grid") is not None else None
         positions = self._positions(model, ids, attention, grids)
         inputs, tiles = {"input_ids": ids[:, -new:]}, None
@@ -812,7 +813,7 @@ class Policy(nn.Module):
             if pasts and t == 0:
                 for i, past in enumerate(pasts):
                     text, past.length = attention[i].nonzero()[:, 0], len(prompts[i])
-                    past.layers = [layer.row(i, text, attention.shape[1]) for layer in cache.layers]
+                    past.layers = [layer.row(i, None if k in crossing else text) for k, layer in enumerate(cache.layers)]
             logp = self._log_probabilities(model, hidden, temperature or 1.0)
             if temperature:
                 # Inverse transform sampling: one uniform number per row, in double precision.
