@@ -645,6 +645,19 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
     assert ("80.8 -> 91.8" if task == "virl-l" else "RL raises recognition in other cities") in report
 
 
+def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path, monkeypatch):
+    monkeypatch.setitem(sftrl.STUDIES, "gp-l", replace(sftrl.STUDIES["gp-l"], grid=(1e-4, 1e-3)))
+    args = ("study", "--search", "--out", tmp_path, "--scale", 0.002, "--hands", 4)
+    assert inside(*args) == 0
+    table = (tmp_path / "search.md").read_text()
+    assert re.findall(r"\| (init|sft|rl) \| ([0-9.e-]+) \| [0-9.]+ ± [0-9.]+ \| [0-9.]+ ± [0-9.]+ \|", table) == [
+        ("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]  # fmt: skip
+    shown = iter([0.3, 0.2, 0.5, 0.9, 0.7, 0.1, 0.6, 0.2, 0.6, 0.3])  # id and rule of the init, then of each rate
+    monkeypatch.setattr(sftrl.evaluate, "evaluate", lambda *args: ({"success": next(shown), "success_se": 0.0}, []))
+    assert inside(*args) == 0  # trains nothing again
+    assert re.findall(r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search.md").read_text()) == [("sft", "0.001"), ("rl", "0.0001")]
+
+
 def test_study_end_to_end_in_miniature_and_again(tmp_path):
     args = ("study", "--out", tmp_path, "--seeds", 2, "--scale", 0.002, "--hands", 6)
     out = cli(*args).stdout
