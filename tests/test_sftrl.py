@@ -684,10 +684,10 @@ def test_a_study_killed_at_random_moments_measures_what_an_unbroken_one_does(tmp
     cli(*args, tmp_path / "whole")
     length, chance, kills = time.monotonic() - start, random.Random(0), 0
     command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args), str(tmp_path / "broken")]
-    for _ in range(8):
+    for _ in range(6):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0.4, 0.8) * length)
+            process.wait(chance.uniform(0.2, 0.45) * length)
         if process.poll() is None:
             process.kill()
             kills += 1
