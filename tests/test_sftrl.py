@@ -616,7 +616,15 @@ def test_the_newest_checkpoints_alone_are_kept(tmp_path):
     assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"] and not list(tmp_path.glob("*.tmp"))
 
 
-def test_visual_study_in_miniature(tmp_path):
+def shorten(monkeypatch, task, **settings):
+    """Few and short replies in the study of a task: a model that knows nothing would write to the end each time."""
+    study = sftrl.STUDIES[task]
+    monkeypatch.setitem(sftrl.STUDIES, task, replace(study, base=replace(study.base, batch_size=8), init=replace(study.init, batch_size=8), max_new_tokens=4,
+                                                     rl=replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4), **settings))  # fmt: skip
+
+
+def test_visual_study_in_miniature(tmp_path, monkeypatch):
+    shorten(monkeypatch, "gp-vl", count=2)
     assert inside("study", "--task", "gp-vl", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6) == 0
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in ("id", "rule", "visual")}
@@ -630,10 +638,7 @@ def test_visual_study_in_miniature(tmp_path):
 
 @pytest.mark.parametrize("task", [pytest.param("virl-l", marks=pytest.mark.slow), "virl-vl"])
 def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
-    study = sftrl.STUDIES[task]
-    short = replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4)  # a model that knows nothing would write to the end each time
-    small = replace(study, base=replace(study.base, batch_size=8), init=replace(study.init, batch_size=8), rl=short, max_new_tokens=4, count=1)
-    monkeypatch.setitem(sftrl.STUDIES, task, small)
+    shorten(monkeypatch, task, count=1)
     variants = ("id", "rule", "visual") if task == "virl-vl" else ("id", "rule")
     args = ("study", "--task", task, "--out", tmp_path, "--seeds", 1, "--scale", 0.0005, "--hands", 2)
     assert inside(*args) == 0
@@ -646,7 +651,7 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
 
 
 def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path, monkeypatch):
-    monkeypatch.setitem(sftrl.STUDIES, "gp-l", replace(sftrl.STUDIES["gp-l"], grid=(1e-4, 1e-3)))
+    shorten(monkeypatch, "gp-l", count=1, grid=(1e-4, 1e-3))
     args = ("study", "--search", "--out", tmp_path, "--scale", 0.002, "--hands", 4)
     assert inside(*args) == 0
     table = (tmp_path / "search.md").read_text()
@@ -658,10 +663,11 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     assert re.findall(r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search.md").read_text()) == [("sft", "0.001"), ("rl", "0.0001")]
 
 
-def test_study_end_to_end_in_miniature_and_again(tmp_path):
+def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
+    shorten(monkeypatch, "gp-l", count=3)
     args = ("study", "--out", tmp_path, "--seeds", 2, "--scale", 0.002, "--hands", 6)
-    out = cli(*args).stdout
-    assert "| claim of the paper |" in out
+    assert inside(*args) == 0
+    assert "| claim of the paper |" in capsys.readouterr().out
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {(p["arm"], p["variant"], p["temperature"]) for p in lines} >= {(a, v, t) for a in ("init", "sft", "rl") for v in ("id", "rule") for t in (0.0, 1.0)}
     keys = {"task", "arm", "seed", "step", "flops", "variant", "episodes", "success", "kl_to_init", "checkpoint"}
