@@ -33,8 +33,8 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
 
     Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With `initial`, another policy, the
     result holds `kl_to_init`: the mean over the sampled reply tokens of the k3 estimate of KL(policy || initial), in nats per token, over
-    the first 128 episodes of each rank. `outcomes` holds one digit per hand: the number of the reply that solved it, 0 if none did (a tenth
-    reply and later ones count as 9); for a route, of the waypoint that took most replies.
+    the first 128 conversations of each rank, or as many as every rank has. `outcomes` holds one digit per hand: the number of the reply that
+    solved it, 0 if none did (a tenth reply and later ones count as 9); for a route, of the waypoint that took most replies.
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
@@ -48,7 +48,9 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
         episodes = envs.play([environments[i] for i in own], player, seeds, options)
     result = {}
     if initial is not None:
-        total, tokens = policy.sum(*kl_sums(policy, initial, [stream for i in range(min(len(own), 128)) for stream in respond.streams[i]]))
+        conversations = [stream for i in range(len(own)) for stream in respond.streams[i]]
+        fewest = -int(policy.largest(-len(conversations)))  # sharded weights want as many forward passes on every rank
+        total, tokens = policy.sum(*kl_sums(policy, initial, conversations[: min(128, fewest)]))
         result["kl_to_init"] = total / tokens
     episodes = policy.gather(episodes)
     if routes:

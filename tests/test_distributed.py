@@ -90,11 +90,13 @@ def worker(kind: str, task: str, out: Path) -> None:
 
 
 def accumulate(out: Path) -> None:
-    """SFT in words on a model with vision blocks, which stay unused, over several microbatches, with bf16 shards as on GPUs."""
+    """SFT in words on a model with vision blocks, which stay unused, over several microbatches, with bf16 shards as on GPUs; then 65 hands,
+    one more on the second rank than the 32 of a forward pass."""
     import torch.distributed as dist
     from conftest import make_policy
 
     import envs
+    import evaluate
     import sft
     import sftrl
 
@@ -107,15 +109,18 @@ def accumulate(out: Path) -> None:
     records = [envs.demonstration(envs.make("gp-l", seed=k)) for k in range(8)]
     config = sft.SFTConfig(lr=1e-2, batch_size=8, microbatch_size=1, steps=3)
     losses = [metrics["loss"] for metrics in sft.train(policy, policy.optimizers(1e-2), lambda step: records, config)]
+    hands = [envs.make("gp-l", verify_iter=1) for _ in range(65)]
+    result, _ = evaluate.evaluate(policy, hands, 1.0, 2, initial=policy)
     if policy.rank == 0:
-        (out / "losses.json").write_text(json.dumps(losses))
+        (out / "result.json").write_text(json.dumps({"losses": losses, **result}))
     sftrl.leave(0)
 
 
-def test_bf16_shards_accumulate_gradients_where_vision_blocks_are_unused(tmp_path):
+def test_bf16_shards_accumulate_gradients_where_vision_blocks_are_unused_and_share_65_hands(tmp_path):
     torchrun(2, HERE, "accumulate", "-", tmp_path)
-    losses = json.loads((tmp_path / "losses.json").read_text())
-    assert len(losses) == 3 and losses[2] < losses[0]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(losses := result["losses"]) == 3 and losses[2] < losses[0]
+    assert result["episodes"] == len(result["outcomes"]) == 65 and result["kl_to_init"] == 0
 
 
 @pytest.fixture(scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 4e-6)], ids=["text", "pictures"])
