@@ -946,6 +946,8 @@ def _read_route(route: Any) -> Route:
         if "landmarks" not in block:
             raise _Fault(f"milestone_info, block {i + 1}: no field landmarks")
         landmark = block["landmarks"].strip().rstrip(".") or NOTHING
+        if _landmark(landmark) == _landmark(NOTHING):
+            landmark = NOTHING
         if landmark == NOTHING and i == len(ends) - 1:  # without a sign nobody would know where to stop
             place = route.get("dest_place")
             name = place.get("name") if isinstance(place, dict) else None
@@ -975,6 +977,8 @@ def write_world(folder: Path, content: Any, ids: dict[Geocode, str],
 # ------------------------------------------------------------------------------------------------- streets: a synthetic city
 
 Color = tuple[int, int, int]  # RGB
+Metres = tuple[float, float]  # to the east and to the north
+BOARD, BOARD_FOOT = (6, 4), 3.2  # metres, of signs: width and height, and what is free below them
 
 
 class CityPlan(NamedTuple):
@@ -1027,7 +1031,7 @@ class City:
         self.plan, rng = plan, random.Random(f"{plan.layout}/{seed}")
         cos, sin = math.cos(math.radians(plan.turned)), math.sin(math.radians(plan.turned))
         across, along = ([side * (i + plan.jitter * rng.uniform(-0.5, 0.5)) for i in range(size)] for side in plan.block)
-        self.crossings: dict[tuple[int, int], tuple[float, float]] = {}
+        self.crossings: dict[tuple[int, int], Metres] = {}
         for i in range(size):
             for j in range(size):
                 x, y = (base + side * plan.jitter * rng.uniform(-0.5, 0.5) for base, side in zip((across[i], along[j]), plan.block))
@@ -1044,13 +1048,20 @@ class City:
         edges = [(a, b) for a, ends in self.ways.items() for b in ends if a < b]
         self.streets = np.array([self.crossings[a] + self.crossings[b] for a, b in edges])  # [n, 4]: from x, y to x, y
         names = [f"{word} {trade}" for word in plan.words for trade in plan.trades]
-        rng.shuffle(names)
+        numbers = list(range(max(len(names), len(_NEW_YORK.words) * len(_NEW_YORK.trades))))  # chance goes on alike, however many names there are
+        rng.shuffle(numbers)
+        names = [names[k] for k in numbers if k < len(names)]
         self.places: dict[tuple[int, int], dict] = {}  # at most one for each crossing, on a facade near it
+        self.boards: dict[tuple[int, int], tuple[Metres, Metres]] = {}  # where its sign begins and ends
         for crossing in self.crossings:
             spot = self._facade_near(crossing, rng)
-            if names and spot and rng.random() < 0.9:
-                self.places[crossing] = {"name": names.pop(), "geocode": list(self.geocode(spot)),
-                                         "relocated_geocode": list(self.geocode(self.crossings[crossing]))}  # fmt: skip
+            if spot and rng.random() < 0.9 and names:
+                name, (at, outwards) = names.pop(), spot
+                board = at, (at[0] + BOARD[0] * outwards[0], at[1] + BOARD[0] * outwards[1])
+                if nearest_street(np.array(at), self.streets)[0] > plan.street / 2 - 0.1 and self._to_one_side(crossing, board):
+                    self.places[crossing] = {"name": name, "geocode": list(self.geocode(at)),
+                                             "relocated_geocode": list(self.geocode(self.crossings[crossing]))}  # fmt: skip
+                    self.boards[crossing] = board
         stands = list(self.crossings.values())
         for a, b in edges:
             (x1, y1), (x2, y2) = self.crossings[a], self.crossings[b]
@@ -1058,22 +1069,32 @@ class City:
             stands += [(x1 + (x2 - x1) * k / n, y1 + (y2 - y1) * k / n) for k in range(1, n)]
         self.panoramas = {self.geocode(at): f"{plan.name.replace(' ', '')}{k:05d}" for k, at in enumerate(stands)}
 
-    def geocode(self, at: tuple[float, float]) -> Geocode:
+    def geocode(self, at: Metres) -> Geocode:
         lat = self.plan.centre[0] + at[1] / METRES_PER_DEGREE
         return lat, self.plan.centre[1] + at[0] / (METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2)))
 
-    def _facade_near(self, crossing: tuple[int, int], rng: random.Random) -> tuple[float, float] | None:
-        """A point of a facade not far from a crossing and in no other street; None if chance finds none."""
+    def _facade_near(self, crossing: tuple[int, int], rng: random.Random) -> tuple[Metres, Metres] | None:
+        """A point of a facade not far from a crossing, and the direction from there out into the street; None if chance finds none. It lies
+        in no other street, were they as wide as New York's: what chance decides must not depend on their width."""
         x, y = self.crossings[crossing]
-        half = self.plan.street / 2
         for _ in range(20):
             u, v = self.crossings[rng.choice(self.ways[crossing])]
-            length, away, side = math.hypot(u - x, v - y), half + rng.uniform(6, 14), rng.choice((1, -1))
+            length, away, side = math.hypot(u - x, v - y), rng.uniform(6, 14), rng.choice((1, -1))
             dx, dy = (u - x) / length, (v - y) / length
-            spot = (x + dx * away - side * dy * half, y + dy * away + side * dx * half)
-            if nearest_street(np.array(spot), self.streets)[0] > half - 0.1:
-                return spot
+
+            def facade(half: float) -> Metres:
+                return x + dx * (half + away) - side * dy * half, y + dy * (half + away) + side * dx * half
+
+            half = _NEW_YORK.street / 2
+            if nearest_street(np.array(facade(half)), self.streets)[0] > half - 0.1:
+                return facade(self.plan.street / 2), (side * dy, -side * dx)
         return None
+
+    def _to_one_side(self, crossing: tuple[int, int], board: tuple[Metres, Metres]) -> bool:
+        """Whether the middle of a sign is clearly to the left or to the right, whichever way one comes."""
+        away = np.mean(board, 0) - self.crossings[crossing]
+        headings = (math.radians(self._heading(end, crossing)) for end in self.ways[crossing])
+        return all(abs(away @ (math.cos(heading), -math.sin(heading))) > 2 for heading in headings)
 
     def route(self, rng: random.Random, turns: int, quarters: Sequence[int] = (0, 1, 2, 3)) -> dict:
         """A route with so many turning points, in the released format, to a place in some of four interleaved quarters of the city."""
@@ -1115,7 +1136,8 @@ class City:
             heading, place, corner = self._heading(a, b), self.places.get(b), self.geocode(self.crossings[b])
             last = b == path[-1]
             if place:
-                side = "on your " + _side(bearing(corner, tuple(place["geocode"])) - heading)
+                middle = self.geocode(tuple((p + q) / 2 for p, q in zip(*self.boards[b])))  # of what one sees
+                side = "on your " + _side(bearing(corner, middle) - heading)
                 told = f"The destination {place['name']} is {side}" if last else f"{place['name']} is {side}"
             else:
                 told = NOTHING
@@ -1277,7 +1299,7 @@ def built_in_world(split: str = "train", turns: int = 7, seed: int = 0, n: int =
 
 # --------------------------------------------------------------------------------------------------- streets: what one sees there
 
-EYE, BOARD, BOARD_FOOT = 2.5, (6, 4), 3.2  # metres: height of the camera; of signs width and height, and what is free below them
+EYE = 2.5  # metres: height of the camera
 
 
 class Scene:
@@ -1299,18 +1321,18 @@ class Scene:
                     at = 0.0
                     while at < last - first:
                         width = rng.uniform(8, 16)
-                        buildings.append((1000.0 * len(walls) + at, width, rng.uniform(*plan.heights), rng.uniform(1.8, 3.2),
-                                          *rng.choice(plan.walls), *(rng.choice(plan.awnings) if rng.random() < 0.6 else (-1, -1, -1))))  # fmt: skip
+                        height, bay, paint = rng.uniform(*plan.heights), rng.uniform(1.8, 3.2), plan.walls[rng.randrange(len(_NEW_YORK.walls)) % len(plan.walls)]
+                        awning = plan.awnings[rng.randrange(len(_NEW_YORK.awnings)) % len(plan.awnings)] if rng.random() < 0.6 else (-1, -1, -1)
+                        buildings.append((1000.0 * len(walls) + at, width, height, bay, *paint, *awning))
                         at += width
                     walls.append((*line[first], *line[last], side * dy, -side * dx))
         self.walls = np.array([wall[:4] for wall in walls])
         self.normals = np.array([wall[4:] for wall in walls])  # towards the street
         self.buildings = np.array(buildings)  # by 1000 * wall + metres along it: start, width, height, bay, paint, awning
-        self.signs = [self._sign(offset(plan.centre, tuple(place["geocode"])), place["name"]) for place in city.places.values()]
+        self.signs = [(np.array(city.boards[crossing]).flatten(), self._board(place["name"])) for crossing, place in city.places.items()]
 
-    def _sign(self, at: tuple[float, float], name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A board that stands out from the facade at a point, to be read from both sides: where it starts and ends, and its pixels."""
-        wall = nearest_street(np.array(at), self.walls)[2]
+    def _board(self, name: str) -> np.ndarray:
+        """The pixels of a board that stands out from a facade, to be read from both sides."""
         plan = self.city.plan
         board, letters = plan.sign
         text, font = (name.upper() if plan.capitals else name).replace(" ", "\n"), ImageFont.load_default(40)
@@ -1320,7 +1342,7 @@ class Scene:
         font = ImageFont.load_default(40 * min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top)))
         draw.multiline_text((picture.width / 2, picture.height / 2), text, fill=letters, font=font, anchor="mm", align="center",
                             stroke_width=plan.bold)  # fmt: skip
-        return np.array([*at, *(np.array(at) + BOARD[0] * self.normals[wall])]), np.asarray(picture, dtype=np.float32)
+        return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
         """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands at longitude h - 180 + rotation
@@ -1447,7 +1469,7 @@ def look_around(panorama: Image.Image, rotation: float, heading: float, size: in
 
 STREET_PROMPT = string.Template(
     "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
-    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."} $observation'
+    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}$report $observation'
 )
 STREET_FIELDS = ("current observation", "current instruction", "action")
 # Paper, appendix; a reply that cannot be read counts like a wrong action.
@@ -1493,6 +1515,7 @@ class VIRL:
 
     rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn, by variant
     rewards = STREET_REWARDS
+    report = ""  # how a report is worded, where the model is not told what is seen
     image: Image.Image | None = None
     panorama_width = 1024
 
@@ -1543,7 +1566,7 @@ class VIRL:
         self.verdict: Verdict | None = None
         words = ", ".join(self.rules[self.variant])
         text = STREET_PROMPT.substitute(
-            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)), words=words, observation=self._seen(),
+            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)), words=words, report=self.report, observation=self._seen(),
             **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)})  # fmt: skip
         self.messages: list[dict[str, Any]] = []
         self._tell(text, arrived=True)
@@ -1654,17 +1677,35 @@ class VIRL:
 def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS) -> Verdict:
     """One verdict per reply, by the first test that fails: form, report, action.
 
-    The report must repeat what is seen; of an intersection it may be silent, but must not invent one."""
+    The report must name the landmark and its side; of an intersection it may be silent, or speak in any of the usual words, but must not
+    invent one."""
     parsed = parse_reply(reply, fields)
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not all(isinstance(part, str) for part in (report, sentence, action)):
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
     acted = "".join(action.lower().split()) == waypoint.action.replace(" ", "")
-    if _letters(report) not in (_letters(waypoint.observation), _letters(waypoint.landmark)):
+    rest, claims = _INTERSECTION.subn("", report, count=1)
+    if claims and not _letters(rest):
+        rest = NOTHING
+    if _landmark(rest) != _landmark(waypoint.landmark):
         return Verdict("wrong_observation", "That is not what is seen here.", False, acted)
+    if claims and not waypoint.intersection:
+        return Verdict("wrong_observation", "There is no intersection here.", False, acted)
     if not acted:
         return Verdict("wrong_action", "That action is wrong here.", True)
     return Verdict("correct", "Correct.", True, True)
+
+
+# How a report says that there is one, with what joins it to the rest: "X is on my left; I observe an intersection" (paper, appendix).
+_INTERSECTION = re.compile(
+    r"(?:\band\s{1,3})?(?:\b(?:you|i)\s{1,3}(?:observe|see|am\s{1,3}at|are\s{1,3}at)\s{1,3}|\bthere\s{1,3}is\s{1,3})?\ban\s{1,3}intersection\b",
+    re.IGNORECASE)
+
+
+def _landmark(report: str) -> str:
+    """The letters of what a report says of landmarks, without what may be said in several ways."""
+    letters = _letters(re.sub(r"\bmy\b", "your", report, flags=re.IGNORECASE))
+    return letters.replace("nolandmarknearby", "nolandmarksnearby").removeprefix("thedestination")
 
 
 def _letters(text: str) -> str:
@@ -1681,13 +1722,14 @@ class VIRLVL(VIRL):
         view_layout: of the views, a key of VIEW_LAYOUTS.
         view_size: of each view, in pixels.
         panorama_width: of the built-in cities' panoramas, in pixels.
-        tell_intersections: whether the model is told that it stands at one.
+        tell_intersections: whether the model is told that it stands at one (paper, appendix).
     """
 
     rules = VIRL.rules | {"visual": COMPASS}
+    report = f' Report a landmark as "NAME is on your left" (right, left behind, right behind), none as "{NOTHING}".'
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, view_layout: str = "compass", view_size: int = 300,
-                 panorama_width: int = 1024, tell_intersections: bool = False, **options):  # fmt: skip
+                 panorama_width: int = 1024, tell_intersections: bool = True, **options):  # fmt: skip
         if view_layout not in VIEW_LAYOUTS:
             raise ValueError(f"unknown view_layout {view_layout!r}: choose from {', '.join(VIEW_LAYOUTS)}")
         if not isinstance(view_size, int) or not 16 <= view_size <= 2048:

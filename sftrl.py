@@ -1723,7 +1723,7 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
         group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
         group.add_argument("--panorama-width", type=size, help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)")
-        group.add_argument("--tell-intersections", action="store_true", default=None, help="virl-vl: say in words where there is an intersection")
+        group.add_argument("--tell-intersections", action=argparse.BooleanOptionalAction, help="virl-vl: say in words where there is an intersection (default: yes)")
         group.add_argument("--drop", type=float, help="virl: probability that such a point is left out (default: 0.5)")
 
     sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")

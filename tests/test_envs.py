@@ -777,16 +777,35 @@ def test_milestones_with_odd_but_legal_text(tmp_path):
     assert env.step(json.dumps(json.loads(env.expert_reply()) | {"action": " Turn_Direction( NorthEast ) "}))[4]["verdict"] == "correct"
 
 
-def test_an_invented_intersection_is_a_wrong_observation(tmp_path):
-    env = envs.make("virl-l", data=by_hand(tmp_path), drop=1.0)
-    env.reset()
-    reply = json.loads(env.expert_reply()) | {"current observation": "No landmarks nearby; an intersection"}
-    assert env.step(json.dumps(reply))[4]["verdict"] == "wrong_observation"
+SIGN, PLAIN = "Strand Cafe is on your left behind", "No landmarks nearby"
+
+
+@pytest.mark.parametrize("report, landmark, intersection, right", [
+    (SIGN, SIGN, True, True), ("strand cafe is on my left behind.", SIGN, False, True), (f"{SIGN}; an intersection", SIGN, True, True),
+    (f"{SIGN}; You observe an intersection", SIGN, True, True), (f"{SIGN}. There is an intersection.", SIGN, True, True),
+    ("Strand Cafe is on my left behind; I observe an intersection", SIGN, True, True), (f"An intersection; {SIGN}", SIGN, True, True),
+    (f"{SIGN} and an intersection", SIGN, True, True), (f"{SIGN}; an intersection", SIGN, False, False), ("an intersection", SIGN, True, False),
+    ("You are at an intersection.", PLAIN, True, True), ("No landmark nearby; You observe an intersection", PLAIN, True, True),
+    ("no landmarks nearby", PLAIN, True, True), ("an intersection", PLAIN, False, False), ("", PLAIN, True, False), ("", PLAIN, False, False),
+    ("Strand Cafe is on your left", SIGN, False, False), ("Cafe is on your left behind", SIGN, False, False), (PLAIN, SIGN, False, False),
+    (SIGN, PLAIN, False, False), ("The Strand; an intersection", "The Strand", True, True),
+    ("Bank is on your left", "The destination Bank is on your left", False, True)])  # fmt: skip
+def test_a_true_report_is_taken_in_the_usual_words_and_an_untrue_one_is_not(report, landmark, intersection, right):
+    waypoint = envs.Waypoint((0, 0), 0.0, landmark, intersection, "Go.", "forward()")
+    verdict = envs.judge_step(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", "forward()")))), waypoint)
+    assert verdict.verdict == ("correct" if right else "wrong_observation") and verdict.acted
+
+
+def test_the_verifier_says_which_part_of_a_report_is_wrong():
+    waypoint = envs.Waypoint((0, 0), 0.0, SIGN, False, "Go.", "forward()")
+    for report, feedback in ((f"{SIGN}; an intersection", "There is no intersection here."), (PLAIN, "That is not what is seen here.")):
+        assert envs.judge_step(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", "forward()")))), waypoint).feedback == feedback
 
 
 def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
     env, slowest = envs.make("virl-l", verify_iter=1, data=by_hand(tmp_path), drop=1.0), 0.0
-    for text in hostile_strings():
+    reports = (" " * 19_000, "and " * 4000, "an intersection " * 1200, "; " * 9000, "there is " * 2000)
+    for text in [*hostile_strings(), *(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", "")))) for report in reports)]:
         times = []
         for _ in range(3):
             env.reset()
@@ -843,23 +862,38 @@ def test_signs_stand_in_the_picture_where_geometry_puts_them():
     assert checked == 18
 
 
-def test_places_are_on_the_side_that_the_route_says():
-    city, rng, said = envs.City(envs.CITIES["new york"]), random.Random(3), set()
+@pytest.mark.parametrize("name", envs.CITIES)
+def test_signs_are_on_the_side_that_the_route_says(name):
+    """Seen from the turning point, by the middle of the board that stands there."""
+    city, rng, said = envs.City(envs.CITIES[name]), random.Random(3), set()
+    boards = {city.places[crossing]["name"]: np.mean(city.boards[crossing], 0) for crossing in city.places}
     for _ in range(60):
-        record = city.route(rng, rng.randint(1, 7))
-        route = envs.read_routes(record)[0]
-        spots = {place["name"]: tuple(place["geocode"]) for place in city.places.values()}
-        for leg in route.legs:
-            name = next((name for name in spots if name in leg.landmark), None)
-            if name:
-                heading = math.radians(leg.heading)
-                away = [(spots[name][0] - leg.end[0]) * 111_195, (spots[name][1] - leg.end[1]) * 111_195 * math.cos(math.radians(leg.end[0]))]
-                right = away[1] * math.cos(heading) - away[0] * math.sin(heading)
-                ahead = away[0] * math.cos(heading) + away[1] * math.sin(heading)
+        for leg in envs.read_routes(city.route(rng, rng.randint(1, 7)))[0].legs:
+            if told := next((told for told in boards if told in leg.landmark), None):
+                away, heading = boards[told] - envs.offset(city.plan.centre, leg.end), math.radians(leg.heading)
+                right = away @ (math.cos(heading), -math.sin(heading))
+                ahead = away @ (math.sin(heading), math.cos(heading))
                 side = ("right" if right > 0 else "left") + ("" if ahead >= 0 else " behind")
-                assert leg.landmark.endswith(f"is on your {side}")
+                assert leg.landmark.endswith(f"is on your {side}"), (leg, right, ahead)
                 said.add(side)
     assert said == {"right", "left", "right behind", "left behind"}
+
+
+@pytest.mark.parametrize("name", ["milan", "lagos", "melbourne"])
+def test_a_difference_leaves_the_rest_of_a_built_city_alone(name):
+    plain, rooms = envs.City(envs.city_plan(name, ())), envs.Scene(envs.City(envs.city_plan(name, ()))).buildings
+    for group in ("names", "streets", "facades", "palette", "signs", "weather"):
+        city = envs.City(envs.city_plan(name, (group,)))
+        assert city.panoramas.keys() == plain.panoramas.keys() and city.ways == plain.ways
+        both = city.places.keys() & plain.places.keys()
+        if group == "streets":  # wider ones leave some signs no room, and set the others farther apart
+            assert len(both) > 30 and all(city.places[c]["name"] == plain.places[c]["name"] for c in both)
+            continue
+        assert city.boards == plain.boards
+        assert all((city.places[c]["name"] == plain.places[c]["name"]) == (group != "names") for c in both)
+        buildings = envs.Scene(city).buildings  # start, width, height, bay, paint, awning
+        assert (buildings[:, [0, 1, 3]] == rooms[:, [0, 1, 3]]).all() and ((buildings[:, 7] < 0) == (rooms[:, 7] < 0)).all()
+        assert (buildings[:, 2] != rooms[:, 2]).all() == (group == "facades") and (buildings[:, 4:] != rooms[:, 4:]).any() == (group == "palette")
 
 
 def with_pictures(folder, ids, rotation=30.0):
