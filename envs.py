@@ -21,6 +21,7 @@ import random
 import re
 import string
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -317,7 +318,7 @@ class Verdict(NamedTuple):
 
     verdict: str  # a key of REWARDS
     feedback: str
-    recognized: bool  # the reply was parsed and names the dealt cards, or what is seen
+    recognized: bool  # the reply was parsed and names the dealt cards, or the landmark, or truly that there is none
     acted: bool = False  # on a route: the action is the expert's, whatever the report
 
 
@@ -831,10 +832,11 @@ def _read_pickle(data: bytes) -> Any:
     return pickle.loads(data)
 
 
-def load_world(folder: str | Path) -> World:
+def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/.
 
-    Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields are left alone.
+    Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields are left alone. With `pictures`
+    the files of the panoramas where routes start, turn and end must be there; what is in them is read when a walk comes by.
     """
     folder = Path(folder)
     path = folder / "route_infos.json"
@@ -849,22 +851,41 @@ def load_world(folder: str | Path) -> World:
         raise ValueError(f"{mapping} cannot be read: {_line(error)}") from None
     if not (isinstance(ids, dict) and ids and all(_is_geocode(place) and isinstance(name, str) for place, name in ids.items())):
         raise ValueError(f"{mapping}: not a dict from (latitude, longitude) to panorama ids")
-    views = folder / "street_views"
-    return World(read_routes(content, str(path)), Panoramas(ids), partial(_read_picture, views, ids) if views.is_dir() else None)
+    if odd := [name for name in ids.values() if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)]:  # it names a file
+        raise ValueError(f"{mapping}: no panorama id: {_line(repr(odd[0]))}")
+    routes, panoramas, views = read_routes(content, str(path)), Panoramas(ids), folder / "street_views"
+    if pictures and not views.is_dir():
+        raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
+    for k, route in enumerate(routes):
+        named = {f"route_results.geocode_list[{i}]": leg.end for i, leg in enumerate(route.legs)}
+        for name, place in {"start_place.relocated_geocode": route.start, **named}.items():
+            if (near := panoramas.nearest(place)) is None:
+                raise ValueError(f"{path}: route {k}: {name}: {mapping.name} has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+            if pictures and (lost := next((f for f in _picture_files(views, ids[near]) if not f.is_file()), None)):
+                raise ValueError(f"{path}: route {k}: {name}: there is no {lost}")
+    return World(routes, panoramas, partial(_read_picture, views, ids) if views.is_dir() else None)
+
+
+def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
+    return views / f"{name}.jpg", views / f"{name}.metadata.json"
 
 
 def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
     """A panorama from street_views/. Raises ValueError in one line if picture or metadata are missing or broken."""
-    path = views / f"{ids[place]}.jpg"
+    path, metadata = _picture_files(views, ids[place])
     try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of damaged or huge pictures Pillow only warns
+            picture = Image.open(path, formats=["JPEG"]).convert("RGB")
+    except (OSError, ValueError, SyntaxError, NotImplementedError, Warning, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    path = path.with_suffix(".metadata.json")
     try:
-        return picture, float(json.loads(path.read_text(encoding="utf-8"))["rotation"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no rotation in degrees: {_line(error)}") from None
+        rotation = json.loads(metadata.read_text(encoding="utf-8"))["rotation"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{metadata}: no rotation in degrees: {_line(error)}") from None
+    if isinstance(rotation, bool) or not isinstance(rotation, (int, float)) or not -360 <= rotation <= 360:
+        raise ValueError(f"{metadata}: no rotation in degrees: {_line(rotation)}")
+    return picture, float(rotation)
 
 
 def _line(value: Any) -> str:
@@ -901,7 +922,7 @@ def _milestones(text: str) -> list[dict[str, str]]:
     """The blocks of milestone_info. It is no JSON: a line is "key": "value", and a value may hold quotes and braces."""
     blocks: list[dict[str, str]] = []
     for line in re.split("\r\n|\r|\n", text):
-        line = line.strip()
+        line = re.sub(r"^\}\s*,?\s*\{", "{", line.strip())
         if line.startswith("{"):
             blocks.append({})
             line = line[1:].strip()
@@ -940,8 +961,8 @@ def _read_route(route: Any) -> Route:
         raise _Fault(f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
     legs = []
     for i, (block, end) in enumerate(zip(blocks, ends)):
-        number = re.match(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)(?!\d)", block.get("to_next_intersection_heading", ""))
-        if not number:
+        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(\(.*\)\s*)?", block.get("to_next_intersection_heading", ""), re.ASCII)
+        if not number or not -360 <= float(number[1]) <= 360:
             raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
         if "landmarks" not in block:
             raise _Fault(f"milestone_info, block {i + 1}: no field landmarks")
@@ -952,6 +973,8 @@ def _read_route(route: Any) -> Route:
             place = route.get("dest_place")
             name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
+        if len(landmark) > 300 or not _letters(landmark) or "<image>" in landmark or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark):
+            raise _Fault(f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}")
         legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), float(number[1]) % 360.0, landmark))
     heading = route.get("init_heading")
     if heading is not None and (isinstance(heading, bool) or not isinstance(heading, (int, float)) or not -360 <= heading <= 360):
@@ -970,8 +993,9 @@ def write_world(folder: Path, content: Any, ids: dict[Geocode, str],
         views.mkdir(exist_ok=True)
         for place, name in ids.items():
             image, rotation = picture(place)
-            image.save(views / f"{name}.jpg", quality=95)
-            (views / f"{name}.metadata.json").write_text(json.dumps({"rotation": rotation}))
+            file, metadata = _picture_files(views, name)
+            image.save(file, quality=100, subsampling=0)
+            metadata.write_text(json.dumps({"rotation": rotation}))
 
 
 # ------------------------------------------------------------------------------------------------- streets: a synthetic city
@@ -1458,7 +1482,7 @@ VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}  #
 
 def look_around(panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass") -> Image.Image:
     """Four views in a 2 x 2 grid with a black gap of 5 pixels: front and right over back and left, or the released code's four."""
-    pixels, grid = np.asarray(panorama.convert("RGB"), dtype=float), Image.new("RGB", (2 * size + 5, 2 * size + 5))
+    pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
     for k, turn in enumerate(VIEW_LAYOUTS[layout]):
         corner = (k % 2 * (size + 5), k // 2 * (size + 5))
         grid.paste(view(pixels, (heading + turn) % 360.0, rotation, size), corner)
@@ -1541,7 +1565,9 @@ class VIRL:
         self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
         self.points_per_leg, self.drop = points_per_leg, drop
         self.built_in = {"split": split, "turns": turns, "cities": TEST_CITIES if city == "others" else (city,), "differences": differences}
-        self.world = built_in_world(**self.built_in, width=self.panorama_width) if data is None else data if isinstance(data, World) else load_world(data)
+        if data is None:
+            data = built_in_world(**self.built_in, width=self.panorama_width)
+        self.world = data if isinstance(data, World) else load_world(data, pictures=isinstance(self, VIRLVL))
         self.random = random.Random(seed)
         self.waypoints: list[Waypoint] = []
 
@@ -1651,7 +1677,7 @@ class VIRL:
     def _info(self) -> dict:
         verdict, feedback, recognized, acted = self.verdict or (None, None, None, None)
         return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints], "verdict": verdict,
-                "feedback": feedback, "recognized": recognized, "acted": acted}  # fmt: skip
+                "feedback": feedback, "recognized": recognized, "acted": acted, "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
 
     def _reply(self, action: str) -> str:
         now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
@@ -1690,7 +1716,7 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     if _landmark(rest) != _landmark(waypoint.landmark):
         return Verdict("wrong_observation", "That is not what is seen here.", False, acted)
     if claims and not waypoint.intersection:
-        return Verdict("wrong_observation", "There is no intersection here.", False, acted)
+        return Verdict("wrong_observation", "There is no intersection here.", True, acted)
     if not acted:
         return Verdict("wrong_action", "That action is wrong here.", True)
     return Verdict("correct", "Correct.", True, True)
@@ -1739,7 +1765,7 @@ class VIRLVL(VIRL):
         self.view_layout, self.view_size, self.tell_intersections, self.panorama_width = view_layout, view_size, tell_intersections, panorama_width
         super().__init__(variant, seed, verify_iter, **options)
         if self.world.picture is None:
-            raise ValueError("the routes have no panoramas: there is no street_views/ beside them")
+            raise ValueError("the routes have no panoramas")
 
     def _seen(self) -> str:
         told = self.tell_intersections and self.waypoints[self.at].intersection
@@ -1751,7 +1777,11 @@ class VIRLVL(VIRL):
             for message in self.messages:
                 message["content"] = text_of(message["content"]).replace("<image>", "")
             here = self.waypoints[self.at]
-            self.image = look_around(*self.world.picture(here.place), here.heading, self.view_size, self.view_layout)
+            try:
+                panorama, rotation = self.world.picture(here.place)
+            except ValueError as error:
+                raise ValueError(f"route {self.number}: {error}") from None
+            self.image = look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
             self.messages[-1]["content"] = [{"type": "image"}, {"type": "text", "text": text}]
 
 
@@ -1784,10 +1814,11 @@ class Turn:
     reply: str
     reward: float
     verdict: str
-    feedback: str
+    feedback: str  # what the model read next; after the last reply the verifier's words alone
     recognized: bool
     waypoint: int = 0
     acted: bool = False  # the expert's action, whatever the report
+    landmark: bool = True  # there was something to recognize: cards, or a landmark
 
 
 @dataclass
@@ -1825,9 +1856,12 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
         still = []
         for i, reply in zip(running, replies, strict=True):
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], info["feedback"], info["recognized"], info.get("waypoint", 0), info.get("acted", False)))
+            goes_on = not (terminated or truncated)
+            read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], info.get("waypoint", 0), info.get("acted", False),
+                                          info.get("landmark", True)))  # fmt: skip
             episodes[i].success = terminated
-            if not (terminated or truncated):
+            if goes_on:
                 still.append(i)
         running = still
     return episodes

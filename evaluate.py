@@ -7,6 +7,7 @@ were seen in training; what is held out is the other rule.
 
 import json
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -64,22 +65,23 @@ def start(env, series: str, i: int) -> tuple[str, dict | None]:
 
 
 class Disguise:
-    """Plays like `respond`, which is shown grey pictures ("blank") or those of other episodes ("shuffled"): what a policy can do without
-    seeing. Raises ValueError where there are no pictures, or those of a single episode."""
+    """Plays like `respond`, which is shown grey pictures ("blank") or, of those seen so far, any of other episodes ("shuffled"): what a policy
+    can do without seeing. Raises ValueError where there are no pictures, or those of a single episode."""
 
     def __init__(self, respond: Callable, how: str):
-        self.respond, self.how = respond, how
+        self.respond, self.how, self.random = respond, how, random.Random(0)
+        self.seen: list[tuple[int, Image.Image]] = []  # the newest: environment and picture
         self.instead: dict[int, tuple[Image.Image, Image.Image]] = {}  # by environment: its own picture and the one it is shown
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
-        own = [observation.image for observation in observations]
-        if None in own or len(indices) < 2 and not self.instead:
-            raise ValueError(f"{self.how} pictures need a task with pictures and at least two episodes")
-        newest = {i: image for i, (image, _) in self.instead.items()} | dict(zip(indices, own))
-        others = dict(zip(newest, [*list(newest.values())[1:], next(iter(newest.values()))]))
-        for i, image in zip(indices, own):
-            if i not in self.instead or self.instead[i][0] is not image:
-                self.instead[i] = image, Image.new("RGB", image.size, "grey") if self.how == "blank" else others[i].copy()
+        new = [(i, o.image) for i, o in zip(indices, observations) if i not in self.instead or self.instead[i][0] is not o.image]
+        self.seen = (self.seen + new)[-512:]
+        for i, image in new:
+            others = [other for k, other in self.seen if k != i]
+            if image is None or not others:
+                raise ValueError(f"{self.how} pictures need a task with pictures and at least two episodes")
+            shown = Image.new("RGB", image.size, "grey") if self.how == "blank" else self.random.choice(others).copy()
+            self.instead[i] = image, shown
         return self.respond(indices, [envs.Observation(o.messages, self.instead[i][1]) for i, o in zip(indices, observations)])
 
 
@@ -109,15 +111,15 @@ def step_summary(episodes: Sequence[envs.Episode]) -> dict:
 
 def summary(episodes: Sequence[envs.Episode], rewards: dict[str, float] = envs.REWARDS) -> dict:
     """Success within the budget and at the first reply (of each waypoint) with standard errors, shares of the verdicts and of replies
-    that were parsed and name the dealt cards, over all replies; `recognized` has the latter for each hand."""
-    n = len(episodes)
+    that were parsed and name the dealt cards, or at waypoints with a landmark that landmark; `recognized` has the latter for each hand."""
+    n, shown = len(episodes), [[turn.recognized for turn in e.turns if turn.landmark] for e in episodes]
     outcomes = [min(e.most_tries(), 9) if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
     verdicts = Counter(turn.verdict for e in episodes for turn in e.turns)
     return {"episodes": n, "success": success, "success_se": standard_error(success, n), "first_success": first,
             "first_success_se": standard_error(first, n), "turns": verdicts.total() / n,
-            "recognition": sum(turn.recognized for e in episodes for turn in e.turns) / verdicts.total(),
-            "recognized": [round(sum(turn.recognized for turn in e.turns) / len(e.turns), 3) for e in episodes],
+            "recognition": sum(map(sum, shown)) / max(1, sum(map(len, shown))),
+            "recognized": [round(sum(named) / max(1, len(named)), 3) for named in shown],
             "verdicts": {v: verdicts[v] / verdicts.total() for v in rewards}, "outcomes": "".join(map(str, outcomes))}  # fmt: skip
 
 
@@ -299,7 +301,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
              "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
              "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
              "## Checkpoints", "", f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the policy's own replies"
-             + ("; recognition counts the replies that report what is seen." if "visual" in variants else "."), "",
+             + (f"; recognition counts the replies that {words['reads']}." if "visual" in variants else "."), "",
              f"| checkpoint | decoding | {' | '.join(head)} | other rule: {words['last']} |", "|---" * (len(head) + 3) + "|"]  # fmt: skip
     for name in ("base", "init", "sft", "sft best", "rl"):
         for t in (1.0, 0.0):
@@ -343,7 +345,7 @@ WORDS = {
              "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
                       "routes the share of routes without a fault",
              "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right",
-                        "visual": "other cities"}, "axis": "waypoints passed within budget, %", "reads": "report what is seen"},
+                        "visual": "other cities"}, "axis": "waypoints passed within budget, %", "reads": "name the landmark, where there is one"},
 }  # fmt: skip
 
 

@@ -1798,7 +1798,7 @@ def environment_of(args: argparse.Namespace):
     if args.prompt:
         options["prompt"] = Path(args.prompt).read_text(encoding="utf8")
     if args.data and issubclass(envs.TASKS.get(args.task, object), envs.VIRL):
-        options["data"] = load_world_once(args.data)
+        options["data"] = load_world_once(args.data, args.task == "virl-vl")
     return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
 
 

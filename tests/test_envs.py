@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import io
 import itertools
 import json
 import math
@@ -597,7 +598,12 @@ def altered(**changes):
         (altered(init_heading=10**400), None, ("route 0", "init_heading")),
         (altered(start_place__relocated_geocode=["a\nb", 2]), None, ("route 0", "latitude")),
         (altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "9" * 400 + " (")), None, ("block 3", "to_next_intersection_heading")),
-        (altered(start_place__relocated_geocode=[41.0, -73.98]), None, ("route 0", "no panorama within 20 m")),
+        (altered(start_place__relocated_geocode=[41.0, -73.98]), None, ("route_infos.json: route 0: start_place.relocated_geocode", "no panorama within 20 m")),
+        *((altered(milestone_info=ROUTE["milestone_info"].replace("37 (", f"{degrees} (")), None, ("block 3", "to_next_intersection_heading"))
+          for degrees in ("999", "1e5", "17.5.5", "\u0663")),
+        *((altered(milestone_info=ROUTE["milestone_info"].replace("Starbucks is on your left behind", text)), None, ("block 1", "landmarks"))
+          for text in ("<image>", "\ud800", "a" * 400, "***", "Bank\0", "\x1b[31mBank")),
+        (altered(dest_place__name="<image>", milestone_info=ROUTE["milestone_info"].replace("The destination Joe's Bar is on your right", "")), None, ("block 3", "landmarks")),
         (None, b"", ("gps_pano_mapping.pkl", "cannot be read")),
         (None, pickle.dumps(Bomb()), ("gps_pano_mapping.pkl", "GLOBAL")),
         (None, pickle.dumps(Bomb(), 0), ("gps_pano_mapping.pkl", "GLOBAL")),
@@ -607,6 +613,7 @@ def altered(**changes):
         (None, pickle.dumps({"a": "b"}), ("gps_pano_mapping.pkl", "not a dict")),
         (None, pickle.dumps([1]), ("gps_pano_mapping.pkl", "EMPTY_LIST")),
         (None, pickle.dumps({(1, 2): 3}), ("gps_pano_mapping.pkl", "not a dict")),
+        *((None, pickle.dumps({(1, 2): name}), ("gps_pano_mapping.pkl", "no panorama id")) for name in ("../../etc/p", "/p", "a\nb", "\x1b[31m", "p" * 5000, "")),
     ],
 )
 def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, capsys, content, ids, words):
@@ -905,6 +912,31 @@ def with_pictures(folder, ids, rotation=30.0):
         (folder / "street_views" / f"{name}.metadata.json").write_text(json.dumps({"rotation": rotation, "date": "2019"}))
 
 
+def png(size=(8, 4)) -> bytes:
+    out = io.BytesIO()
+    Image.new("1", size).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name, content", [
+    *(("p0_0.jpg", content) for content in (b"\xff\xd8 no picture", b"", png(), png((10_000, 9_999)))),
+    *(("p0_0.metadata.json", content) for content in (b"", b"{", b"[" * 100_000, b"[]", b'{"turned": 1}', *(
+        b'{"rotation": %s}' % x for x in (b"NaN", b"Infinity", b"1e400", b"1e18", b"1" + b"0" * 400, b"true", b'"30"', b"null", b"[3]"))))])  # fmt: skip
+def test_broken_pictures_are_named_in_one_line(tmp_path, capsys, name, content):
+    by_hand(tmp_path)
+    with_pictures(tmp_path, envs.load_world(tmp_path).panoramas.ids)
+    env = envs.make("virl-vl", data=tmp_path, view_size=16)
+    (tmp_path / "street_views" / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        env.reset()
+    assert f"street_views/{name}" in str(error.value) and "route 0" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "street_views" / name).unlink()
+    with pytest.raises(ValueError, match=rf"route 0: start_place.relocated_geocode: there is no .*{name}"):
+        envs.make("virl-vl", data=tmp_path)
+    envs.make("virl-l", data=tmp_path).reset()  # which needs no pictures
+
+
 def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_it(tmp_path):
     by_hand(tmp_path)
     with pytest.raises(ValueError, match="street_views"):
@@ -928,12 +960,6 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
     told = envs.make("virl-vl", data=tmp_path, drop=1.0, view_size=16, tell_intersections=True, view_layout="legacy")
     told.reset()
     assert envs.text_of(told.step(told.expert_reply())[0].messages[-1]["content"]) == "<image>You are at an intersection."
-    (tmp_path / "street_views" / "p0_0.jpg").write_bytes(b"\xff\xd8 no picture")
-    with pytest.raises(ValueError, match=r"p0_0\.jpg cannot be read"):
-        env.reset()
-    (tmp_path / "street_views" / "p0_0.jpg").unlink()
-    with pytest.raises(ValueError, match=r"p0_0\.jpg cannot be read"):
-        env.reset()
     for wrong in ({"view_layout": "round"}, {"view_size": 3}, {"variant": "red"}):
         with pytest.raises(ValueError):
             envs.make("virl-vl", data=tmp_path, **wrong)

@@ -77,6 +77,15 @@ def test_recognition_is_counted_over_replies_and_paired_over_hands():
     assert d["mean"] == pytest.approx(-0.25 / 3) and d["interval"][0] < 0 < d["interval"][1]
 
 
+def test_a_walker_who_reports_that_there_is_no_landmark_recognizes_none():
+    environments = [envs.make("virl-l", seed=k, split="test", go_on=True) for k in range(20)]
+    nothing = json.dumps(dict(zip(envs.STREET_FIELDS, (envs.NOTHING, "", "forward()"))))
+    blind = evaluate.summary(envs.play(environments, lambda indices, observations: [nothing] * len(indices)), envs.STREET_REWARDS)
+    assert blind["verdicts"]["correct"] > 0.3 and blind["recognition"] == 0 and not any(blind["recognized"])
+    expert = evaluate.summary(envs.play(environments, lambda indices, observations: [environments[i].expert_reply() for i in indices]), envs.STREET_REWARDS)
+    assert expert["recognition"] == 1
+
+
 def test_reading_counts_cards_and_hands(policy):
     records = [envs.reading_record(random.Random(k), **SMALL, jitter=0.3, color="red") for k in range(3)]
     first, second, _ = (record["conversations"][1]["value"] for record in records)
