@@ -1709,7 +1709,7 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not all(isinstance(part, str) for part in (report, sentence, action)):
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
-    acted = "".join(action.lower().split()) == waypoint.action.replace(" ", "")
+    acted = re.sub(r"[\s'\"]", "", action.lower()) == waypoint.action.replace(" ", "")
     rest, claims = _INTERSECTION.subn("", report, count=1)
     if claims and not _letters(rest):
         rest = NOTHING

@@ -1778,7 +1778,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("data", command_data, "Writes expert demonstrations in the released SFT format, or a city of streets.")
     sub.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write, or with --world the folder")
     sub.add_argument("--world", action="store_true", help="virl: write the built-in city, its routes and, for virl-vl, its panoramas, in the released format")
-    sub.add_argument("--episodes", type=size, default=1000, help="demonstrations, or routes (default: %(default)s)")
+    sub.add_argument("--episodes", type=size, help="demonstrations, or routes of a city (default: 1000, or all routes)")
     sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
     sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
     hand(sub)
@@ -1798,6 +1798,8 @@ def environment_of(args: argparse.Namespace):
     if args.prompt:
         options["prompt"] = Path(args.prompt).read_text(encoding="utf8")
     if args.data and issubclass(envs.TASKS.get(args.task, object), envs.VIRL):
+        if lost := [name for name in ("split", "turns", "city", "differences", "panorama_width") if name in options]:
+            raise ValueError(f"--{lost[0].replace('_', '-')} is for built-in streets; those of --data are what they are")
         options["data"] = load_world_once(args.data, args.task == "virl-vl")
     return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
 
@@ -1883,6 +1885,8 @@ def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], fo
 def command_play(args: argparse.Namespace) -> None:
     """`sftrl play`."""
     env = environment_of(args)
+    if given := "--route" if args.route is not None and not isinstance(env, envs.VIRL) else "--cards" if args.cards and isinstance(env, envs.VIRL) else None:
+        raise ValueError(f"{given} is for {'streets' if given == '--route' else 'cards'}, not for task {args.task!r}")
     observation, info = env.reset(options={"cards": args.cards.replace(",", " ").split() if args.cards else None, "route": args.route})
     if args.save:
         if observation.image is None:
@@ -1915,11 +1919,17 @@ def command_data(args: argparse.Namespace) -> None:
     if args.world:
         if not isinstance(env, envs.VIRL) or args.data:
             raise ValueError("--world writes the built-in city: choose task virl-l or virl-vl, without --data")
-        routes = envs.built_in_routes(**env.built_in, n=args.episodes)
-        envs.write_world(Path(args.out), [routes, len(routes)], env.world.panoramas.ids, env.world.picture if args.task == "virl-vl" else None)
+        routes = envs.built_in_routes(**env.built_in, **({"n": args.episodes} if args.episodes else {}))
+        with tqdm(desc="panoramas", total=len(env.world.panoramas.ids), disable=args.task != "virl-vl") as bar:
+
+            def picture(place: envs.Geocode) -> tuple[Image.Image, float]:
+                bar.update()
+                return env.world.picture(place)
+
+            envs.write_world(Path(args.out), [routes, len(routes)], env.world.panoramas.ids, picture if args.task == "virl-vl" else None)
         print(f"{len(routes)} routes and {len(env.world.panoramas.ids)} panoramas in {args.out}")
         return
-    records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes)]
+    records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes or 1000)]
     pictures = Path(args.out).with_suffix("")
     for i, record in enumerate(records):
         if "image" in record:

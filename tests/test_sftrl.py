@@ -725,7 +725,23 @@ def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys
     capsys.readouterr()
     assert sftrl.main([*model, "--transcripts", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 3  # all routes
-    assert sftrl.main(["data", "--world", "--out", str(tmp_path)]) == 2 and "--world" in capsys.readouterr().err
+    for wrong, said in ((["data", "--world", "--out", str(tmp_path)], "--world"), (["play", "--task", "virl-l", "--cards", "A 3 K 10"], "--cards"),
+                        (["play", "--route", "3"], "--route"), (["play", "--task", "virl-l", "--data", str(tmp_path), "--city", "lagos"], "--city")):  # fmt: skip
+        assert sftrl.main(wrong) == 2 and said in capsys.readouterr().err
+
+
+def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes(tmp_path):
+    assert sftrl.main(["data", "--task", "virl-vl", "--turns", "1", "--panorama-width", "64", "--world", "--out", str(tmp_path)]) == 0
+    written, read = envs.make("virl-vl", turns=1, panorama_width=64, view_size=32), envs.make("virl-vl", data=tmp_path, view_size=32)
+    for seed in range(10):
+        ends = [env.reset(seed) for env in (written, read)]
+        while not any(written.done):
+            (a, *_, said), (b, *_, again) = ends
+            assert a.messages == b.messages and said == again
+            assert np.abs(np.asarray(a.image, dtype=int) - np.asarray(b.image, dtype=int)).max() <= 4  # JPEG
+            reply = written.expert_reply()
+            ends = [env.step(reply) for env in (written, read)]
+        assert read.done == written.done
 
 
 def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_controls(tmp_path, capsys):
