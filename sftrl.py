@@ -86,7 +86,15 @@ def street_texts() -> list[str]:
     records = [envs.foundation_walk(rng, cities=NAMED_CITIES, **TINY_WALKS) for _ in range(500)]
     records += [envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1) for variant in envs.VIRL.rules for seed in range(100)]
     texts = [turn["value"] for record in records for turn in record["conversations"]]
-    return texts + [envs.judge_step(reply, envs.Waypoint((0, 0), 0, "", False, "", "")).feedback for reply in ("", "{'current observation': x}")]
+    env = envs.make("virl-vl", **TINY_WALKS, **TINY_VIEWS)
+    env.reset(seed=0)
+    while not any(env.done):
+        env.step(env.expert_reply())
+    rare = [envs.text_of(message["content"]) for message in env.messages]  # what only walks in pictures hear, and what few walkers do
+    for report in (envs.NOTHING, "an intersection", "nothing", None):
+        reply = dict(zip(envs.STREET_FIELDS, (report, "", "")))
+        rare.append(envs.judge_step(json.dumps(reply), envs.Waypoint((0, 0), 0, envs.NOTHING, False, "", "forward()")).feedback)
+    return texts + 50 * rare
 
 
 # By model, what its tokenizer learns from and, as a pattern, what stands alone in it.
