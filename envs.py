@@ -875,9 +875,9 @@ def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple
     path, metadata = _picture_files(views, ids[place])
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of damaged or huge pictures Pillow only warns
+            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
             picture = Image.open(path, formats=["JPEG"]).convert("RGB")
-    except (OSError, ValueError, SyntaxError, NotImplementedError, Warning, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
     try:
         rotation = json.loads(metadata.read_text(encoding="utf-8"))["rotation"]
@@ -1731,7 +1731,7 @@ _INTERSECTION = re.compile(
 def _landmark(report: str) -> str:
     """The letters of what a report says of landmarks, without what may be said in several ways."""
     letters = _letters(re.sub(r"\bmy\b", "your", report, flags=re.IGNORECASE))
-    return letters.replace("nolandmarknearby", "nolandmarksnearby").removeprefix("thedestination")
+    return letters.replace("nolandmarknearby", "nolandmarksnearby").removeprefix("thedestination") or letters
 
 
 def _letters(text: str) -> str:
