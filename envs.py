@@ -1752,7 +1752,7 @@ class VIRLVL(VIRL):
     """
 
     rules = VIRL.rules | {"visual": COMPASS}
-    report = f' Report a landmark as "NAME is on your left" (right, left behind, right behind), none as "{NOTHING}".'
+    report = f' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), none as "{NOTHING}".'
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, view_layout: str = "compass", view_size: int = 300,
                  panorama_width: int = 1024, tell_intersections: bool = True, **options):  # fmt: skip
