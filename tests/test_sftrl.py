@@ -772,7 +772,7 @@ def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
     args = ["play", "--task", "virl-vl", "--route", "5", "--drop", "1", "--view-size", "16", "--reply", env.expert_reply(), "--reply", "x"]
     assert sftrl.main(args) == 0
     said = capsys.readouterr().out
-    assert "verifier: [correct +1] <image>You see the picture." in said and "Try again." in said and "{'type'" not in said
+    assert "verifier: [correct +1] <image>You are at an intersection." in said and "Try again." in said and "{'type'" not in said
 
 
 def test_play_shows_prompt_expert_and_verdict():
