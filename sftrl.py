@@ -1367,6 +1367,7 @@ STUDIES["virl-vl"] = replace(
     base=replace(STUDIES["virl-l"].base, steps=800),
     rl=replace(STUDIES["virl-l"].rl, episodes=128, minibatch_size=64, max_new_tokens=80),
     count=3,
+    hands=192,
     max_new_tokens=80,
     options=TINY_WALKS | TINY_VIEWS,
 )
