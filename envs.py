@@ -1709,7 +1709,8 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not all(isinstance(part, str) for part in (report, sentence, action)):
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
-    acted = re.sub(r"[\s'\"]", "", action.lower()) == waypoint.action.replace(" ", "")
+    words = " ".join(re.sub("['\"]", "", action.lower()).split())
+    acted = re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action
     rest, claims = _INTERSECTION.subn("", report, count=1)
     if claims and not _letters(rest):
         rest = NOTHING

@@ -1894,8 +1894,10 @@ def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], fo
 def command_play(args: argparse.Namespace) -> None:
     """`sftrl play`."""
     env = environment_of(args)
-    if given := "--route" if args.route is not None and not isinstance(env, envs.VIRL) else "--cards" if args.cards and isinstance(env, envs.VIRL) else None:
-        raise ValueError(f"{given} is for {'streets' if given == '--route' else 'cards'}, not for task {args.task!r}")
+    streets = isinstance(env, envs.VIRL)
+    for option, value, fits in (("route", args.route, streets), ("cards", args.cards, not streets)):
+        if value is not None and not fits:
+            raise ValueError(f"--{option} is not for task {args.task!r}")
     observation, info = env.reset(options={"cards": args.cards.replace(",", " ").split() if args.cards else None, "route": args.route})
     if args.save:
         if observation.image is None:
@@ -1928,7 +1930,8 @@ def command_data(args: argparse.Namespace) -> None:
     if args.world:
         if not isinstance(env, envs.VIRL) or args.data:
             raise ValueError("--world writes the built-in city: choose task virl-l or virl-vl, without --data")
-        routes = envs.built_in_routes(**env.built_in, **({"n": args.episodes} if args.episodes else {}))
+        count = {"n": args.episodes} if args.episodes else {}
+        routes = envs.built_in_routes(**env.built_in, **count)
         with tqdm(desc="panoramas", total=len(env.world.panoramas.ids), disable=args.task != "virl-vl") as bar:
 
             def picture(place: envs.Geocode) -> tuple[Image.Image, float]:

@@ -784,6 +784,10 @@ def test_milestones_with_odd_but_legal_text(tmp_path):
         env.step(json.dumps(json.loads(env.expert_reply()) | {"action": action}))
         assert env.verdict.verdict == "wrong_action", action
     assert env.step(json.dumps(json.loads(env.expert_reply()) | {"action": " Turn_Direction( NorthEast ) "}))[4]["verdict"] == "correct"
+    waypoint = envs.Waypoint((0, 0), 0.0, envs.NOTHING, False, "Go.", "turn_direction(slightly left)")
+    for action, right in (("'turn_direction'(\"slightly  left\" )", True), ("turn_direction(slightlyleft)", False), ("t u r n_direction(slightly left)", False)):
+        reply = json.dumps(dict(zip(envs.STREET_FIELDS, (envs.NOTHING, "Go.", action))))
+        assert (envs.judge_step(reply, waypoint).verdict == "correct") == right, action
 
 
 SIGN, PLAIN = "Strand Cafe is on your left behind", "No landmarks nearby"
