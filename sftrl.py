@@ -1354,7 +1354,7 @@ STUDIES["virl-l"] = Study(
     base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=220, warmup=0.05, muon=True),
     init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60),
     sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=8, steps=10**9),
-    rl=ppo.PPOConfig(lr=5e-4, value_lr=3e-3, episodes=256, minibatch_size=128, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
+    rl=ppo.PPOConfig(lr=5e-4, value_lr=3e-3, episodes=256, minibatch_size=32, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
                      max_new_tokens=48),
     flops=1.6e13,
     hands=256,
