@@ -266,7 +266,7 @@ class _Reader:
     MAX_DEPTH = 8
 
     def __init__(self, text: str):
-        self.text, self.effort = text, 60_000  # 20 a token and 1 a character; a reply in form takes about 1,000
+        self.text, self.effort = text, 40_000  # 20 a token and 1 a character; a reply in form takes about 1,000
 
     def token(self, at: int) -> tuple[str, Any, int]:
         """Kind ("value" or the punctuation itself), value, and the position after the token."""
@@ -1707,7 +1707,7 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     invent one."""
     parsed = parse_reply(reply, fields)
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
-    if not all(isinstance(part, str) for part in (report, sentence, action)):
+    if not all(isinstance(part, str) and len(part) <= 1000 for part in (report, sentence, action)):  # a landmark has up to 300 characters
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
     words = " ".join(re.sub("['\"]", "", action.lower()).split())
     acted = re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action
