@@ -266,7 +266,7 @@ class _Reader:
     MAX_DEPTH = 8
 
     def __init__(self, text: str):
-        self.text, self.effort = text, 40_000  # 20 a token and 1 a character; a reply in form takes about 1,000
+        self.text, self.effort = text, 30_000  # 20 a token and 1 a character; a reply in form takes about 1,000
 
     def token(self, at: int) -> tuple[str, Any, int]:
         """Kind ("value" or the punctuation itself), value, and the position after the token."""
