@@ -1151,6 +1151,7 @@ class City:
         turned = [wrap(self._heading(b, c) - self._heading(a, b)) for a, b, c in zip(path, path[1:], path[2:])]
         return path if all(20 <= abs(turn) <= 150 for turn in turned) else None
 
+    @lru_cache(maxsize=None)  # drawing 2,048 routes asks for the same few headings a million times
     def _heading(self, a: tuple[int, int], b: tuple[int, int]) -> float:
         return bearing(self.geocode(self.crossings[a]), self.geocode(self.crossings[b]))
 

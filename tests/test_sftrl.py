@@ -532,7 +532,7 @@ def interrupted(command, folder, number, delay):
     return process.wait()
 
 
-@pytest.mark.parametrize("stage, kills", [("ppo", 2), pytest.param("ppo", 20, marks=pytest.mark.slow), pytest.param("sft", 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage, kills", [("ppo", 3), pytest.param("ppo", 20, marks=pytest.mark.slow), pytest.param("sft", 20, marks=pytest.mark.slow)])
 def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_weights(tmp_path, stage, kills):
     whole, broken, chance = tmp_path / "whole", tmp_path / "broken", random.Random(kills)
     size = TINY_PPO if stage == "ppo" else ("--batch-size", 8, "--lr", 1e-3)
