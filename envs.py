@@ -973,7 +973,7 @@ def _read_route(route: Any) -> Route:
             place = route.get("dest_place")
             name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
-        if len(landmark) > 300 or not _letters(landmark) or "<image>" in landmark or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark):
+        if len(landmark) > 300 or not _landmark(landmark) or "<image>" in landmark or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark):
             raise _Fault(f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}")
         legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), float(number[1]) % 360.0, landmark))
     heading = route.get("init_heading")
@@ -1034,17 +1034,19 @@ class CityPlan(NamedTuple):
 
 def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of points [..., 2] the distance to the nearest street of [n, 4], the metres along it, and which one that is; all [...]."""
-    shape = points.shape[:-1]
-    nearest, along, number = np.full(shape, np.inf, points.dtype), np.zeros(shape, points.dtype), np.zeros(shape, int)
-    for k, (x1, y1, x2, y2) in enumerate(streets.tolist()):  # one after the other: all at once would need much memory
-        length = math.hypot(x2 - x1, y2 - y1)
-        dx, dy = (x2 - x1) / length, (y2 - y1) / length
-        x, y = points[..., 0] - x1, points[..., 1] - y1
+    x1, y1, x2, y2 = streets.T.astype(float)
+    length = np.hypot(x2 - x1, y2 - y1)
+    dx, dy, x1, y1, length = (a.astype(points.dtype) for a in ((x2 - x1) / length, (y2 - y1) / length, x1, y1, length))
+    flat = points.reshape(-1, 2)
+    nearest, along, number = np.empty(len(flat), points.dtype), np.empty(len(flat), points.dtype), np.empty(len(flat), int)
+    for part in (slice(i, i + 256) for i in range(0, len(flat), 256)):  # all at once would need much memory
+        x, y = flat[part, :1] - x1, flat[part, 1:] - y1
         walked = np.clip(x * dx + y * dy, 0, length)
         apart = np.hypot(x - walked * dx, y - walked * dy)
-        closer = apart < nearest
-        nearest, along, number = np.where(closer, apart, nearest), np.where(closer, walked, along), np.where(closer, k, number)
-    return nearest, along, number
+        best = apart.argmin(1)
+        number[part], rows = best, np.arange(len(best))
+        nearest[part], along[part] = apart[rows, best], walked[rows, best]
+    return tuple(a.reshape(points.shape[:-1]) for a in (nearest, along, number))
 
 
 class City:
@@ -1130,28 +1132,30 @@ class City:
     def _path(self, rng: random.Random, turns: int) -> list[tuple[int, int]] | None:
         """The crossings where a walk starts, turns and ends; None if it ran into a corner or crossed itself."""
         at = rng.choice(sorted(self.crossings))
-        heading, path, seen = None, [at], {at}
+        path, seen = [at], {at}
         for _ in range(turns + 1):
-            ways = [end for end in self.ways[at] if heading is None or 20 <= abs(wrap(self._heading(at, end) - heading)) <= 150]
+            ways = self._onward(path[-2], at, 20, 150) if len(path) > 1 else self.ways[at]
             if not ways:
                 return None
-            end = rng.choice(ways)
-            start, length = at, rng.randint(1, 2)
+            end, length = rng.choice(ways), rng.randint(1, 2)
             while True:  # on along the same street
                 if end in seen:
                     return None
                 seen.add(end)
-                ahead, at, length = self._heading(at, end), end, length - 1
-                on = [w for w in self.ways[at] if abs(wrap(self._heading(at, w) - ahead)) < 10]
+                on, at, length = self._onward(at, end, 0, 10), end, length - 1
                 if not length or not on:
                     break
                 end = on[0]
-            heading = self._heading(start, at)
             path.append(at)
         turned = [wrap(self._heading(b, c) - self._heading(a, b)) for a, b, c in zip(path, path[1:], path[2:])]
         return path if all(20 <= abs(turn) <= 150 for turn in turned) else None
 
-    @lru_cache(maxsize=None)  # drawing 2,048 routes asks for the same few headings a million times
+    @lru_cache(maxsize=None)  # drawing 2,048 routes asks for the same few a million times, and for the same few headings
+    def _onward(self, a: tuple[int, int], b: tuple[int, int], least: float, most: float) -> list[tuple[int, int]]:
+        """The crossings next to b to which one who comes from a turns by so many degrees."""
+        return [c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - self._heading(a, b))) <= most]
+
+    @lru_cache(maxsize=None)
     def _heading(self, a: tuple[int, int], b: tuple[int, int]) -> float:
         return bearing(self.geocode(self.crossings[a]), self.geocode(self.crossings[b]))
 
@@ -1730,6 +1734,7 @@ _INTERSECTION = re.compile(
     re.IGNORECASE)
 
 
+@lru_cache(maxsize=4096)  # a city's routes name the same few landmarks ten thousand times
 def _landmark(report: str) -> str:
     """The letters of what a report says of landmarks, without what may be said in several ways."""
     letters = _letters(re.sub(r"\bmy\b", "your", report, flags=re.IGNORECASE))

@@ -65,6 +65,7 @@ TINY_VIEWS = {"view_size": 64, "panorama_width": 256}
 NAMED_CITIES = ("new york", envs.ANYWHERE)  # whose names the corpus of walks in pictures has: the test cities' are to be copied, letter by letter
 
 
+@lru_cache(maxsize=None)  # drawing hands and walks takes seconds
 def card_texts() -> list[str]:
     """What is said about cards, for the tokenizer."""
     rng = random.Random(0)
@@ -80,6 +81,7 @@ def card_texts() -> list[str]:
     return texts
 
 
+@lru_cache(maxsize=None)
 def street_texts() -> list[str]:
     """What is said on a walk."""
     rng = random.Random(0)

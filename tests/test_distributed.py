@@ -55,7 +55,7 @@ def worker(kind: str, task: str, out: Path) -> None:
             policy.save(out / "start")
         dist.barrier()
         policy = sftrl.Policy.load_shards(str(out / "start"), torch.float32, recompute=True, rollout_dtype=torch.float32)
-    small = {"gp-vl": SMALL, "virl-vl": {"view_size": 16, "turns": 1, "points_per_leg": 1}}.get(task, {})
+    small = {"gp-vl": SMALL, "virl-vl": {"view_size": 16, "panorama_width": 128, "turns": 1, "points_per_leg": 1}}.get(task, {})
     env = envs.make(task, seed=2, **small)
     records = [envs.demonstration(env, wrong_turns=k % 2) for k in range(8)]
 

@@ -534,9 +534,10 @@ def interrupted(command, folder, number, delay):
 
 @pytest.mark.parametrize("stage, kills", [("ppo", 3), pytest.param("ppo", 20, marks=pytest.mark.slow), pytest.param("sft", 20, marks=pytest.mark.slow)])
 def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_weights(tmp_path, stage, kills):
+    sftrl.Policy.load("tiny").save(tmp_path / "model")  # a process that loads it need not train a tokenizer
     whole, broken, chance = tmp_path / "whole", tmp_path / "broken", random.Random(kills)
     size = TINY_PPO if stage == "ppo" else ("--batch-size", 8, "--lr", 1e-3)
-    args = (stage, *size, "--steps", 4 * kills, "--checkpoints", 2 * kills, "--threads", 1)
+    args = (stage, *size, "--steps", 4 * kills, "--checkpoints", 2 * kills, "--threads", 1, "--model", tmp_path / "model")
     assert inside(*args, "--out", whole) == 0
     command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args), "--out", str(broken)]
     assert interrupted(command, broken, signal.SIGINT, 0.1) == 130
