@@ -731,7 +731,7 @@ def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys
         assert sftrl.main(wrong) == 2 and said in capsys.readouterr().err
 
 
-def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes(tmp_path):
+def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_until_a_picture_breaks(tmp_path, capsys):
     assert sftrl.main(["data", "--task", "virl-vl", "--turns", "1", "--panorama-width", "64", "--world", "--out", str(tmp_path)]) == 0
     written, read = envs.make("virl-vl", turns=1, panorama_width=64, view_size=32), envs.make("virl-vl", data=tmp_path, view_size=32)
     for seed in range(10):
@@ -743,6 +743,13 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes(t
             reply = written.expert_reply()
             ends = [env.step(reply) for env in (written, read)]
         assert read.done == written.done
+    read.reset(options={"route": 0})
+    file = tmp_path / "street_views" / f"{read.world.panoramas.ids[read.waypoints[0].place]}.jpg"
+    for broken in (lambda: file.write_bytes(b"no picture"), file.unlink):
+        broken()
+        capsys.readouterr()
+        assert sftrl.main(["play", "--task", "virl-vl", "--data", str(tmp_path), "--route", "0"]) == 2
+        assert file.name in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_controls(tmp_path, capsys):
