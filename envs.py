@@ -1294,8 +1294,8 @@ def _album(width: int) -> Callable:
     return lru_cache(maxsize=2**29 // width**2)(partial(_draw, width))
 
 
-# Of the built-in routes: the name of their draw, and where they lead. The test routes were drawn anew after a study had been seen.
-SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, second draw", (3,))}
+# Of the built-in routes: the name of their draw, and where they lead. The test routes are drawn anew when a study has been seen.
+SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, third draw", (3,))}
 
 
 @lru_cache(maxsize=None)

@@ -656,11 +656,13 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     args = ("study", "--search", "--out", tmp_path, "--scale", 0.002, "--hands", 4)
     assert inside(*args) == 0
     table = (tmp_path / "search.md").read_text()
-    assert re.findall(r"\| (init|sft|rl) \| ([0-9.e-]+) \| [0-9.]+ ± [0-9.]+ \| [0-9.]+ ± [0-9.]+ \|", table) == [
+    assert re.findall(r"\| (init|sft|rl) \| ([0-9.e-]+)(?: \| [0-9.]+ ± [0-9.]+, [0-9.]+ ± [0-9.]+){2} \|", table) == [
         ("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]  # fmt: skip
-    shown = iter([0.3, 0.2, 0.5, 0.9, 0.7, 0.1, 0.6, 0.2, 0.6, 0.3])  # id and rule of the init, then of each rate
+    # id and rule of both seeds' inits, then of each rate; the second seed tips the scales for SFT, and a draw of RL goes to the lower rate
+    shown = iter([0.3, 0.2, 0.3, 0.2, 0.7, 0.9, 0.5, 0.9, 0.6, 0.1, 0.7, 0.1, 0.6, 0.2, 0.5, 0.2, 0.5, 0.3, 0.6, 0.3])
     monkeypatch.setattr(sftrl.evaluate, "evaluate", lambda *args: ({"success": next(shown), "success_se": 0.0}, []))
     assert inside(*args) == 0  # trains nothing again
+    assert next(shown, None) is None
     assert re.findall(r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search.md").read_text()) == [("sft", "0.001"), ("rl", "0.0001")]
 
 
