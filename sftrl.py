@@ -1356,7 +1356,7 @@ STUDIES["virl-l"] = Study(
     base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=220, warmup=0.05, muon=True),
     init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60),
     sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=8, steps=10**9),
-    rl=ppo.PPOConfig(lr=5e-4, value_lr=3e-3, episodes=256, minibatch_size=32, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
+    rl=ppo.PPOConfig(lr=2e-4, value_lr=3e-3, episodes=256, minibatch_size=32, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
                      max_new_tokens=48),
     flops=1.6e13,
     hands=256,
@@ -1367,7 +1367,7 @@ STUDIES["virl-l"] = Study(
 STUDIES["virl-vl"] = replace(
     STUDIES["virl-l"],
     base=replace(STUDIES["virl-l"].base, steps=800),
-    rl=replace(STUDIES["virl-l"].rl, episodes=128, minibatch_size=64, max_new_tokens=80),
+    rl=replace(STUDIES["virl-l"].rl, lr=5e-4, episodes=128, minibatch_size=64, max_new_tokens=80),
     count=3,
     hands=192,
     max_new_tokens=80,
