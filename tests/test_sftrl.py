@@ -503,7 +503,7 @@ def test_training_stages_and_evaluation_end_to_end(tmp_path):
     cli("sft", "--out", tmp_path / "sft", "--steps", 3, "--batch-size", 4, "--checkpoints", 2, "--wrong-turns", 1)
     assert sorted(p.name for p in (tmp_path / "sft").iterdir()) == ["checkpoint-1", "checkpoint-3", "config.json", "metrics.jsonl", "resume.pt", "samples.jsonl"]
     model = tmp_path / "sft/checkpoint-3"
-    cli("ppo", "--out", tmp_path / "ppo", "--model", model, *TINY_PPO)
+    assert inside("ppo", "--out", tmp_path / "ppo", "--model", model, *TINY_PPO) == 0
     lines = sftrl.read_lines(tmp_path / "ppo/metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     logged = {"return", "success", "reward/unparsed", "approx_kl", "clip_fraction", "explained_variance", "entropy", "value_loss", "grad_norm",
@@ -785,10 +785,12 @@ def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
     assert "verifier: [correct +1] <image>You are at an intersection." in said and "Try again." in said and "{'type'" not in said
 
 
-def test_play_shows_prompt_expert_and_verdict():
-    out = cli("play", "--cards", "A 3 K 10", "--reply", "hello").stdout
+def test_play_shows_prompt_expert_and_verdict(capsys):
+    assert inside("play", "--cards", "A 3 K 10", "--reply", "hello") == 0
+    out = capsys.readouterr().out
     assert "A, 3, K, 10" in out and '"formula": "10+10+3+1=24"' in out and "[unparsed -3]" in out
-    assert "verifier: [" in cli("play", "--model", "tiny", "--max-new-tokens", 5).stdout
+    assert inside("play", "--model", "tiny", "--max-new-tokens", 5) == 0
+    assert "verifier: [" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
