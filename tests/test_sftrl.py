@@ -499,7 +499,7 @@ def inside(*args):
 TINY_PPO = ("--steps", 6, "--episodes", 8, "--minibatch-size", 4, "--max-new-tokens", 8, "--epochs", 1, "--lr", 1e-3, "--value-warmup", 2)
 
 
-def test_training_stages_and_evaluation_end_to_end(tmp_path):
+def test_training_stages_and_evaluation_end_to_end(tmp_path, capsys):
     cli("sft", "--out", tmp_path / "sft", "--steps", 3, "--batch-size", 4, "--checkpoints", 2, "--wrong-turns", 1)
     assert sorted(p.name for p in (tmp_path / "sft").iterdir()) == ["checkpoint-1", "checkpoint-3", "config.json", "metrics.jsonl", "resume.pt", "samples.jsonl"]
     model = tmp_path / "sft/checkpoint-3"
@@ -512,7 +512,9 @@ def test_training_stages_and_evaluation_end_to_end(tmp_path):
     assert len(sftrl.read_lines(tmp_path / "ppo/samples.jsonl")) == 6
     config = json.loads((tmp_path / "ppo/config.json").read_text())
     assert config["settings"]["episodes"] == 8 and config["versions"]["torch"] == torch.__version__
-    out = cli("evaluate", "--model", tmp_path / "ppo/checkpoint-6", "--episodes", 4, "--max-new-tokens", 8, "--variant", "rule").stdout
+    capsys.readouterr()
+    assert inside("evaluate", "--model", tmp_path / "ppo/checkpoint-6", "--episodes", 4, "--max-new-tokens", 8, "--variant", "rule") == 0
+    out = capsys.readouterr().out
     assert "verifier: [" in out and json.loads(out[out.index("\n{") :])["episodes"] == 4
 
 
