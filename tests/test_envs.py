@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from conftest import SMALL
 from PIL import Image, ImageChops
 
 import envs
@@ -428,7 +429,7 @@ def test_jitter_keeps_every_card_in_its_part_of_the_table():
 
 
 def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
-    env = envs.make("gp-vl", "rule", seed=3, size=(96, 48), font_size=0.36)
+    env = envs.make("gp-vl", "rule", seed=3, **SMALL)
     observation, info = env.reset(options={"cards": ["A", "J", "Q", "A"]})
     parts = observation.messages[0]["content"]
     assert [part["type"] for part in parts] == ["image", "text"] and "J is 11, Q is 12, K is 13" in parts[1]["text"]
