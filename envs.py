@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -489,10 +489,16 @@ def draw_hand(ranks: Sequence[str], suits: Sequence[str], size: tuple[int, int],
 @dataclass(frozen=True)
 class Observation:
     """What the model is given: the whole episode so far as chat messages, and the picture (None in text-only tasks). With a picture
-    the first message's content is a list of parts, and the part of type "image" marks its place."""
+    one message's content is a list of parts, and the part of type "image" marks its place. A walk gives a function that draws the picture and
+    keeps it: judging a reply need not wait for it, and a demonstration shows one of many."""
 
     messages: list[dict[str, Any]]
-    image: Image.Image | None = None
+    picture: Image.Image | Callable[[], Image.Image] | None = None
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The picture; the same object whenever one looks."""
+        return self.picture() if callable(self.picture) else self.picture
 
 
 def text_of(content: str | list[dict]) -> str:
@@ -919,8 +925,9 @@ class _Fault(Exception):
 
 
 def _milestones(text: str) -> list[dict[str, str]]:
-    """The blocks of milestone_info. It is no JSON: a line is "key": "value", and a value may hold quotes and braces."""
+    """The blocks of milestone_info. It is no JSON: a line is "key": "value", and a value may hold quotes and braces. Lines may be joined."""
     blocks: list[dict[str, str]] = []
+    text = re.sub(r'",[ \t]*(?="\w+"[ \t]*:)', '",\n', re.sub(r'"[ \t]*,?[ \t]*\}[ \t]*,?[ \t]*\{', '"}\n{', text))
     for line in re.split("\r\n|\r|\n", text):
         line = re.sub(r"^\}\s*,?\s*\{", "{", line.strip())
         if line.startswith("{"):
@@ -984,9 +991,10 @@ def _read_route(route: Any) -> Route:
 
 def write_world(folder: Path, content: Any, ids: dict[Geocode, str],
                 picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None) -> None:  # fmt: skip
-    """Writes a folder that `load_world` reads; `picture` as in World."""
+    """Writes a folder that `load_world` reads; `picture` as in World. The routes come last: a folder that was not finished does not load."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "route_infos.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    routes = folder / "route_infos.json"
+    routes.unlink(missing_ok=True)
     (folder / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(ids))
     if picture:
         views = folder / "street_views"
@@ -996,6 +1004,9 @@ def write_world(folder: Path, content: Any, ids: dict[Geocode, str],
             file, metadata = _picture_files(views, name)
             image.save(file, quality=100, subsampling=0)
             metadata.write_text(json.dumps({"rotation": rotation}))
+    aside = routes.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    aside.replace(routes)
 
 
 # ------------------------------------------------------------------------------------------------- streets: a synthetic city
@@ -1545,7 +1556,7 @@ class VIRL:
     rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn, by variant
     rewards = STREET_REWARDS
     report = ""  # how a report is worded, where the model is not told what is seen
-    image: Image.Image | None = None
+    picture: Callable[[], Image.Image] | None = None  # draws what is seen at the current waypoint
     panorama_width = 1024
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
@@ -1580,6 +1591,11 @@ class VIRL:
     def decisions(self) -> int:
         """How many right replies finish the episode."""
         return len(self.waypoints)
+
+    @property
+    def image(self) -> Image.Image | None:
+        """What is seen at the current waypoint, None in words."""
+        return self._observation().image
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
         """Starts a route drawn at random, or number `options["route"]`. A seed restarts the generator; None goes on with it."""
@@ -1677,7 +1693,7 @@ class VIRL:
         return self._observation(), reward, *self.done, self._info()
 
     def _observation(self) -> Observation:
-        return Observation(copy.deepcopy(self.messages), self.image)
+        return Observation(copy.deepcopy(self.messages), self.picture)
 
     def _info(self) -> dict:
         verdict, feedback, recognized, acted = self.verdict or (None, None, None, None)
@@ -1774,6 +1790,12 @@ class VIRLVL(VIRL):
         if self.world.picture is None:
             raise ValueError("the routes have no panoramas")
 
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
+        """As in VIRL. Raises ValueError if the first picture cannot be read."""
+        observation, info = super().reset(seed, options)
+        observation.picture()
+        return observation, info
+
     def _seen(self) -> str:
         told = self.tell_intersections and self.waypoints[self.at].intersection
         return "You are at an intersection." if told else "You see the picture."
@@ -1783,13 +1805,16 @@ class VIRLVL(VIRL):
         if arrived:
             for message in self.messages:
                 message["content"] = text_of(message["content"]).replace("<image>", "")
-            here = self.waypoints[self.at]
-            try:
-                panorama, rotation = self.world.picture(here.place)
-            except ValueError as error:
-                raise ValueError(f"route {self.number}: {error}") from None
-            self.image = look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
             self.messages[-1]["content"] = [{"type": "image"}, {"type": "text", "text": text}]
+            self.picture = cache(partial(self._look, self.number, self.waypoints[self.at]))
+
+    def _look(self, number: int, here: Waypoint) -> Image.Image:
+        """The picture of a waypoint of route `number`."""
+        try:
+            panorama, rotation = self.world.picture(here.place)
+        except ValueError as error:
+            raise ValueError(f"route {number}: {error}") from None
+        return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks by name

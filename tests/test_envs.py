@@ -766,6 +766,27 @@ def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(
         assert env.step(env.expert_reply())[1:4] == (0.0, False, True)
 
 
+@pytest.mark.parametrize("old, new", [("\n", " "), (",\n}\n{", "},{"), (",\n  ", ", "), ("\n}\n{\n  ", '}\n{')])
+def test_milestones_may_stand_on_one_line(old, new):
+    text = ROUTE["milestone_info"].replace("Starbucks", 'The "{Old}", "Mill"')
+    assert old in text and envs._milestones(text.replace(old, new)) == envs._milestones(text)
+    assert len(envs._milestones(text)) == 3 and envs._milestones(text)[0]["landmarks"] == 'The "{Old}", "Mill" is on your left behind'
+
+
+def test_a_world_that_was_not_written_to_its_end_does_not_load(tmp_path):
+    city = envs.City(envs.CITIES["new york"])
+    content = [[city.route(random.Random(4), 1)], 1]
+    envs.write_world(tmp_path, content, city.panoramas)
+
+    def interrupted(place):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        envs.write_world(tmp_path, content, city.panoramas, interrupted)
+    with pytest.raises(ValueError, match="route_infos.json cannot be read"):
+        envs.load_world(tmp_path)
+
+
 def test_milestones_with_odd_but_legal_text(tmp_path):
     odd = ROUTE["milestone_info"].replace("Starbucks", 'The "{Old}" Mill; café').replace("\n", "\r\n").replace("270 (", "-90 (")
     odd = odd.replace("The destination Joe's Bar is on your right", "no landmark nearby").replace("}\r\n{", "}, {")
@@ -950,6 +971,17 @@ def test_broken_pictures_are_named_in_one_line(tmp_path, capsys, name, content):
     with pytest.raises(ValueError, match=rf"route 0: start_place.relocated_geocode: there is no .*{name}"):
         envs.make("virl-vl", data=tmp_path)
     envs.make("virl-l", data=tmp_path).reset()  # which needs no pictures
+
+
+def test_judging_a_reply_does_not_wait_for_the_next_picture():
+    env, times = envs.make("virl-vl", turns=1), []
+    for seed in range(3):
+        env.reset(seed=seed)
+        reply, start = env.expert_reply(), time.thread_time()
+        observation, reward, *_ = env.step(reply)
+        times.append(time.thread_time() - start)
+        assert reward == 1 and observation.image is observation.image is env.image and observation.image.size == (605, 605)
+    assert min(times) < 0.010
 
 
 def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_it(tmp_path):
