@@ -24,9 +24,11 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -264,16 +266,14 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         self._view()
         return self.keys, self.values
 
-    def row(self, i: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A copy of row i's keys and values [heads, n, d] in some places [n], or in all."""
+    def row(self, i: int) -> tuple[Tensor, Tensor]:
+        """Row i's keys and values [heads, n, d]."""
         if not self.is_initialized:  # looks at pictures, of which there are none
             return torch.empty(0), torch.empty(0)
-        if places is None:
-            return self.keys[i].clone(), self.values[i].clone()
-        return self.keys[i].index_select(1, places), self.values[i].index_select(1, places)
+        return self.keys[i], self.values[i]
 
     def refill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Starts from what `row` gave, padded on the left to the longest."""
+        """Starts from rows as `row` gives them, padded on the left to the longest."""
         first = rows[0][0]
         if not first.numel():
             return
@@ -296,12 +296,19 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
 
 
+PREFILL = 4096  # tokens of prompts read together: what many more would need at once is too much for a CPU's cache, and much of a GPU's memory
+
+
 @dataclass
 class Past:
     """The key-value cache of one conversation, kept from one turn to the next: of its first `length` tokens, by layer ([heads, n, d] twice)."""
 
     length: int = 0
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def cut(self, length: int) -> "Past":
+        """The cache of the first `length` tokens alone."""
+        return Past(length, [(keys[:, :length], values[:, :length]) for keys, values in self.layers if length])
 
 
 def map_file(path: Path, x: Tensor) -> Tensor:
@@ -770,60 +777,28 @@ class Policy(nn.Module):
         the prompts is not computed again; afterwards they hold the prompts.
         """
         replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-        groups: dict[bool, list[int]] = {False: [], True: []}  # conversations that begin, and those that go on
-        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            groups[bool(pasts and pasts[i].length)].append(i)
-        for order in groups.values():
-            for start in range(0, len(order), self.rollout_batch):
-                rows = order[start : start + self.rollout_batch]
-                batch = [[given[i] for i in rows] if given else None for given in (prompts, looks, pasts)]
-                for i, reply in zip(rows, self._decode(model, *batch, max_new_tokens, temperature, generator)):
-                    replies[i] = reply
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self.rollout_batch):
+            rows = order[start : start + self.rollout_batch]
+            batch = [[given[i] for i in rows] if given else None for given in (prompts, looks, pasts)]
+            for i, reply in zip(rows, self._decode(model, *batch, max_new_tokens, temperature, generator)):
+                replies[i] = reply
         return replies
 
     def _decode(self, model, prompts, looks, pasts, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
-        """The cached decode loop for one batch, prompts padded on the left."""
-        device, width = model.device, max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        """The cached decode loop for one batch."""
+        device, held = model.device, sum(past.length for past in pasts or ())
         ends = torch.tensor(sorted(self.end_ids | {self.end_id}), device=device)
         drawn = torch.full((len(prompts), max_new_tokens), self.pad_id, device=device)
         logps = torch.zeros(len(prompts), max_new_tokens, device=device)
         lengths = torch.full((len(prompts),), max_new_tokens, device=device)
-        rows = torch.arange(len(prompts), device=device)  # where each row of the shrinking batch belongs
         open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
-        held = [past.length for past in pasts] if pasts else [0] * len(prompts)
-        new = max(len(p) - h for p, h in zip(prompts, held))  # columns to compute
-        config = model.config.get_text_config()
-        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's, whose keys are the picture's and not the text's
-        cache = transformers.Cache(layers=[RoomyLayer(new * any(held) + max_new_tokens) for _ in range(config.num_hidden_layers)])
-        grids = torch.stack([look["grid"] for look in looks]) if looks and looks[0].get("grid") is not None else None
-        positions = self._positions(model, ids, attention, grids)
-        inputs, tiles = {"input_ids": ids[:, -new:]}, None
-        if looks and "tiles" in looks[0]:
-            tiles = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
-            if not any(held):
-                inputs["cross_attention_states"] = torch.stack([look["seen"] for look in looks])
-        elif looks and not any(held):
-            embeddings, seen, places = model.get_input_embeddings()(ids), torch.cat([look["seen"] for look in looks]), ids == self.image_id
-            if int(places.sum()) != len(seen):
-                raise ValueError(f"the prompts have {int(places.sum())} places for {len(seen)} parts of pictures")
-            inputs = {"inputs_embeds": embeddings.masked_scatter(places[:, :, None], seen)}
-        if any(held):  # the batch: what is held of each row, padded on the left, then its new tokens, padded on the left
-            for layer, kept in zip(cache.layers, zip(*(past.layers for past in pasts))):
-                layer.refill(kept)
-            places = [[0] * (max(held) - h) + [1] * h + [0] * (new - len(p) + h) + [1] * (len(p) - h) for p, h in zip(prompts, held)]
-            positions, attention = positions[..., -new:], torch.tensor(places, device=device)
-            tiles = None if tiles is None else torch.cat([tiles[:, -1:].expand(-1, max(held), -1, -1), tiles[:, -new:]], 1)
+        rows, hidden, cache, attention, positions, tiles = self._prefill(model, prompts, looks, pasts, max_new_tokens)
         for t in range(max_new_tokens):
-            if tiles is not None:
-                inputs["cross_attention_mask"] = tiles
-            hidden = model.base_model(**inputs, attention_mask=attention, position_ids=positions, past_key_values=cache,
-                                      use_cache=True).last_hidden_state[:, -1]  # fmt: skip
-            if pasts and t == 0:
-                for i, past in enumerate(pasts):
-                    text, past.length = attention[i].nonzero()[:, 0], len(prompts[i])
-                    past.layers = [layer.row(i, None if k in crossing else text) for k, layer in enumerate(cache.layers)]
+            if t:
+                crossing = {} if tiles is None else {"cross_attention_mask": tiles}
+                hidden = model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True,
+                                          **crossing).last_hidden_state[:, -1]  # fmt: skip
             logp = self._log_probabilities(model, hidden, temperature or 1.0)
             if temperature:
                 # Inverse transform sampling: one uniform number per row, in double precision.
@@ -846,9 +821,65 @@ class Policy(nn.Module):
                 cache.batch_select_indices(keep)
                 ids, positions, attention, rows, open_ = ids[keep], positions[..., keep, :], attention[keep], rows[keep], open_[keep]
                 tiles = None if tiles is None else tiles[keep]
-            inputs = {"input_ids": ids}
-        self._count(2, sum(map(len, prompts)) - sum(held) + int(lengths.sum()) - len(prompts), {})
+        self._count(2, sum(map(len, prompts)) - held + int(lengths.sum()) - len(prompts), {})
         return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
+
+    def _prefill(self, model, prompts, looks, pasts, room: int) -> tuple[Tensor, Tensor, transformers.Cache, Tensor, Tensor, Tensor | None]:
+        """Reads the prompts of one batch, but for what the pasts hold of them, in parts of PREFILL tokens.
+
+        Returns which prompt each row is [B], the state after its last token [B, H], the cache with `room` for more tokens, the attention mask
+        [B, T], the position of the last token [(3,) B, 1], and Mllama's cross-attention mask [B, T, 1, tiles] or None; all padded on the left.
+        """
+        device, held = model.device, [past.length for past in pasts] if pasts else [0] * len(prompts)
+        config = model.config.get_text_config()
+        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's, whose keys are the picture's and not the text's
+        unread = [len(prompt) - h for prompt, h in zip(prompts, held)]
+        parts: list[list[int]] = []
+        for i in sorted(range(len(prompts)), key=lambda i: (held[i] > 0, unread[i])):
+            if not parts or (held[i] > 0) != (held[parts[-1][0]] > 0) or (len(parts[-1]) + 1) * unread[i] > PREFILL:
+                parts.append([])
+            parts[-1].append(i)
+        states, kept, masks, lasts, crosses = [], [], [], [], []
+        for part in parts:
+            old, new, width = max(held[i] for i in part), max(unread[i] for i in part), max(len(prompts[i]) for i in part)
+            ids = torch.tensor([[self.pad_id] * (width - len(prompts[i])) + prompts[i] for i in part], device=device)
+            real = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part], device=device)
+            grids = torch.stack([looks[i]["grid"] for i in part]) if looks and looks[0].get("grid") is not None else None
+            positions, places = self._positions(model, ids, real, grids)[..., -new:], ids[:, -new:] == self.image_id
+            # The columns: what is held of each row, padded on the left, then its other tokens, padded on the left.
+            attention = torch.tensor([[0] * (old - held[i]) + [1] * held[i] + [0] * (new - unread[i]) + [1] * unread[i] for i in part], device=device)
+            inputs = {"input_ids": ids[:, -new:]}
+            if looks and "tiles" in looks[0]:
+                tiles = self._tiles(ids, torch.stack([looks[i]["tiles"] for i in part]))
+                crosses.append(torch.cat([tiles[:, -1:].expand(-1, old, -1, -1), tiles[:, -new:]], 1))
+                inputs["cross_attention_mask"] = crosses[-1]
+                if not old:
+                    inputs["cross_attention_states"] = torch.stack([looks[i]["seen"] for i in part])
+            elif looks and places.any():
+                seen = torch.cat([looks[i]["seen"] for i, shown in zip(part, places.any(1).tolist()) if shown])
+                if int(places.sum()) != len(seen):
+                    raise ValueError(f"the prompts have {int(places.sum())} places for {len(seen)} parts of pictures")
+                inputs = {"inputs_embeds": model.get_input_embeddings()(ids[:, -new:]).masked_scatter(places[:, :, None], seen)}
+            cache = transformers.Cache(layers=[RoomyLayer(new if old else 0) for _ in range(config.num_hidden_layers)])
+            for k, layer in enumerate(cache.layers if old else ()):
+                layer.refill([pasts[i].layers[k] for i in part])
+            states.append(model.base_model(**inputs, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                                           use_cache=True).last_hidden_state[:, -1])  # fmt: skip
+            rows = [[layer.row(b) for layer in cache.layers] for b in range(len(part))]
+            for b, i in enumerate(part if pasts else ()):
+                text, pasts[i].length = attention[b].nonzero()[:, 0], len(prompts[i])
+                pasts[i].layers = [pair if k in crossing else tuple(x.index_select(1, text) for x in pair) for k, pair in enumerate(rows[b])]
+            kept, masks, lasts = kept + rows, masks + [attention], lasts + [positions[..., -1:]]
+        whole = transformers.Cache(layers=[RoomyLayer(room) for _ in range(config.num_hidden_layers)])
+        for k, layer in enumerate(whole.layers):
+            layer.refill([row[k] for row in kept])
+            for row in kept:
+                row[k] = None  # or memory would hold two caches
+        columns = max(mask.shape[1] for mask in masks)
+        attention = torch.cat([nn.functional.pad(mask, (columns - mask.shape[1], 0)) for mask in masks])
+        tiles = torch.cat([nn.functional.pad(cross, (0, 0, 0, 0, columns - cross.shape[1], 0)) for cross in crosses]) if crosses else None
+        order = torch.tensor([i for part in parts for i in part], device=device)
+        return order, torch.cat(states), whole, attention, torch.cat(lasts, -2), tiles
 
     def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Responder":
         """A player for `envs.play` that keeps the token streams of its conversations."""
@@ -1015,9 +1046,9 @@ class Responder:
                 self.images[i] = o.image
                 new.append((i, o))
         for (i, _), stream in zip(new, opened := policy.open([(o.messages, o.image) for _, o in new])):
-            self.streams.setdefault(i, []).append(stream)
             if self.pasts is not None:
-                self.pasts[i] = Past()
+                self.pasts[i] = self._kept(i, stream.ids)
+            self.streams.setdefault(i, []).append(stream)
         if any(stream.picture for stream in opened):
             self.looks |= dict(zip((i for i, _ in new), policy.look(self._model, [stream.picture for stream in opened])))
         now = [self.streams[i][-1] for i in indices]
@@ -1027,6 +1058,15 @@ class Responder:
         for stream, (ids, logp) in zip(now, drawn):
             stream.reply(ids, logp)
         return [policy.decode(ids) for ids, _ in drawn]
+
+    def _kept(self, i: int, ids: list[int]) -> Past:
+        """What the cache of environment i's last conversation holds of a new one: the words before either one's picture. Mllama's keeps
+        nothing, for there all words know the picture."""
+        if i not in self.streams or getattr(self.policy.model.config.get_text_config(), "cross_attention_layers", ()):
+            return Past()
+        pairs = zip(self.streams[i][-1].ids[: self.pasts[i].length], ids[:-1])
+        same = takewhile(lambda pair: pair[0] == pair[1] != self.policy.image_id, pairs)
+        return self.pasts[i].cut(sum(1 for _ in same))
 
 
 # ---------------------------------------------------------------------------------------------------------------- run folders
@@ -1985,6 +2025,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # its new name is not known to transformers 5.17
     if args.threads:
         torch.set_num_threads(args.threads)
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1

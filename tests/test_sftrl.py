@@ -151,6 +151,30 @@ def test_what_is_kept_from_turn_to_turn_is_what_would_be_computed_again(kind, ta
     assert flops - kept_flops == 2 * policy.parameter_count * repeated
 
 
+@pytest.mark.parametrize("kind", SIGHTED)
+def test_a_walk_in_pictures_reads_again_only_what_follows_the_last_picture(kind):
+    played = []
+    for rollout_batch in (3, 2):
+        policy = make_policy(kind, rollout_batch=rollout_batch)
+        environments = [envs.make("virl-vl", seed=i, verify_iter=1 + i % 2, go_on=True, turns=1, points_per_leg=1, view_size=16, panorama_width=64) for i in range(3)]
+        with policy.responder(0.0, 6, policy.generator("kept")) as respond:
+            envs.play(environments, respond)
+        played.append((policy.flops, respond.streams, policy))
+    (kept_flops, kept, policy), (flops, anew, _) = played
+    walked = [pair for i in kept for pair in zip(kept[i], anew[i], strict=True)]
+    for a, b in walked:
+        assert a.ids == b.ids
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=0, atol=2e-5)
+    again = sum(start for stream, _ in walked for start, _ in stream.replies[:-1])  # of tries after the first
+    shared = 0
+    for own in kept.values():
+        for before, after in zip(own, own[1:]):
+            picture = before.ids.index(policy.image_id)
+            assert before.ids[:picture] == after.ids[:picture] and after.ids[picture] != policy.image_id
+            shared += picture
+    assert shared > 1000 and flops - kept_flops == 2 * policy.parameter_count * (again + shared * (kind != "mllama"))
+
+
 def test_sampling_draws_from_the_distribution_it_reports(policy):
     prompt = policy.tokenize([policy.render([{"role": "user", "content": "7"}])])[0]
     generator = torch.Generator().manual_seed(0)
@@ -452,7 +476,7 @@ def test_the_memory_plan_counts_what_training_and_sampling_really_hold(dtype):
         policy.sample(policy.model.bfloat16(), [stream.ids[:asked]] * 4, room, 1.0, policy.generator("plan"), pasts=pasts)
     finally:
         sftrl.RoomyLayer = original
-    assert plan["rollout: key-value cache"] == sum(4 * (layer.all_keys[0].nbytes + layer.all_values[0].nbytes) for layer in layers)
+    assert plan["rollout: key-value cache"] == sum(4 * (layer.all_keys[0].nbytes + layer.all_values[0].nbytes) for layer in layers if layer.room == room)
     kept = sum(x.nbytes for past in pasts for layer in past.layers for x in layer)
     assert kept == pytest.approx(plan["rollout: caches kept for the next turn"] * asked / len(stream))
 
