@@ -1407,11 +1407,13 @@ STUDIES["virl-l"] = Study(
 STUDIES["virl-vl"] = replace(
     STUDIES["virl-l"],
     base=replace(STUDIES["virl-l"].base, steps=800),
-    rl=replace(STUDIES["virl-l"].rl, lr=5e-4, episodes=128, minibatch_size=64, max_new_tokens=80),
+    rl=replace(STUDIES["virl-l"].rl, lr=5e-4, episodes=128, minibatch_size=16, max_new_tokens=80),
+    flops=1e13,
     count=3,
-    hands=192,
+    hands=128,
     max_new_tokens=80,
-    options=TINY_WALKS | TINY_VIEWS,
+    options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,  # a walk has a row of tokens for each waypoint: shorter ones, or a seed would take hours
+    grid=(1e-4, 2e-4, 5e-4, 1e-3),
 )
 SEARCH_SEEDS = (1000, 1001)  # the rates are chosen on these, which no study reports; one alone has chosen a rate at which other seeds broke down
 
