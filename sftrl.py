@@ -19,6 +19,7 @@ import os
 import pickle
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -378,7 +379,7 @@ class Policy(nn.Module):
             for p in model.parameters():
                 p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
         else:
-            if not Path(name).is_dir() and name.count("/") != 1:
+            if not (folder := Path(name).is_dir()) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
                 raise ValueError(f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, nor a Hub id (owner/name)")
             try:
                 config = transformers.AutoConfig.from_pretrained(name)
@@ -396,7 +397,8 @@ class Policy(nn.Module):
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 if out_of_memory(error):
                     raise
-                raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+                place = "" if folder else "there is no such folder, and as a Hub id it "
+                raise ValueError(f"model {name!r}: {place}cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         policy = cls(model.to(device), processor, **options).to(device)
         if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
             raise ValueError(f"model {name!r}: its tokenizer has {len(policy.tokenizer)} tokens, its vocabulary {rows}")
