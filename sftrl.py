@@ -847,9 +847,10 @@ class Policy(nn.Module):
             ids = torch.tensor([[self.pad_id] * (width - len(prompts[i])) + prompts[i] for i in part], device=device)
             real = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part], device=device)
             grids = torch.stack([looks[i]["grid"] for i in part]) if looks and looks[0].get("grid") is not None else None
-            positions, places = self._positions(model, ids, real, grids)[..., -new:], ids[:, -new:] == self.image_id
-            # The columns: what is held of each row, padded on the left, then its other tokens, padded on the left.
+            # The columns: what is held of each row, padded on the left, then its other tokens, padded on the left (by held ones, which are not seen).
             attention = torch.tensor([[0] * (old - held[i]) + [1] * held[i] + [0] * (new - unread[i]) + [1] * unread[i] for i in part], device=device)
+            positions = self._positions(model, ids, real, grids)[..., -new:]
+            places = (ids[:, -new:] == self.image_id) & attention[:, old:].bool()
             inputs = {"input_ids": ids[:, -new:]}
             if looks and "tiles" in looks[0]:
                 tiles = self._tiles(ids, torch.stack([looks[i]["tiles"] for i in part]))

@@ -152,11 +152,28 @@ def test_what_is_kept_from_turn_to_turn_is_what_would_be_computed_again(kind, ta
 
 
 @pytest.mark.parametrize("kind", SIGHTED)
+def test_conversations_that_go_on_at_different_lengths_do_not_see_each_others_columns(kind):
+    policy = make_policy(kind)
+    observation, _ = envs.make("gp-vl", prompt="$cards", **SMALL).reset()
+    streams = policy.open([(observation.messages, observation.image)] * 4)
+    prompts, pasts = [s.ids for s in streams], [sftrl.Past() for _ in streams]
+    longer = [prompt + [5] * n for prompt, n in zip(prompts, (1, 4, len(prompts[0]) - 3, len(prompts[0]) + 9))]  # the third's columns cut the others' pictures
+    with policy.rollout_weights() as model:
+        looks = policy.look(model, [s.picture for s in streams])
+        policy.sample(model, prompts, 1, 0.0, torch.Generator(), looks, pasts)
+        kept = policy.sample(model, longer, 5, 0.0, torch.Generator(), looks, pasts)
+        anew = policy.sample(model, longer, 5, 0.0, torch.Generator(), looks)
+    for (ids, logp), (expected, expected_logp) in zip(kept, anew):
+        assert ids == expected
+        torch.testing.assert_close(torch.tensor(logp), torch.tensor(expected_logp), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", SIGHTED)
 def test_a_walk_in_pictures_reads_again_only_what_follows_the_last_picture(kind):
     played = []
-    for rollout_batch in (3, 2):
+    for rollout_batch in (4, 3):
         policy = make_policy(kind, rollout_batch=rollout_batch)
-        environments = [envs.make("virl-vl", seed=i, verify_iter=1 + i % 2, go_on=True, turns=1, points_per_leg=1, view_size=16, panorama_width=64) for i in range(3)]
+        environments = [envs.make("virl-vl", seed=i, verify_iter=1 + i // 2, go_on=True, turns=2, points_per_leg=1, view_size=16, panorama_width=64) for i in range(4)]
         with policy.responder(0.0, 6, policy.generator("kept")) as respond:
             envs.play(environments, respond)
         played.append((policy.flops, respond.streams, policy))
