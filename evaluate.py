@@ -87,9 +87,10 @@ class Disguise:
 
 def step_summary(episodes: Sequence[envs.Episode]) -> dict:
     """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the expert's action was found
-    within the budget, whatever the report; the same at the first reply and by kind of action; `steps` has it for each route. Its standard
-    error counts routes, for the waypoints of one route go wrong together."""
+    within the budget, whatever the report; the same at the first reply and by kind of action; `steps` has it for each route, `at_turns` that
+    of its turns, None where there are none. Its standard error counts routes, for the waypoints of one route go wrong together."""
     within: list[list[bool]] = []
+    at_turns: list[list[bool]] = []
     first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
     for episode in episodes:
         acted, at_once = set(), {}
@@ -99,14 +100,18 @@ def step_summary(episodes: Sequence[envs.Episode]) -> dict:
                 acted.add(turn.waypoint)
         within.append([k in acted for k in range(len(episode.asked))])
         first += [at_once.get(k, False) for k in range(len(episode.asked))]
+        at_turns.append([])
         for action, right in zip(episode.asked, within[-1]):
-            kinds[action.partition("(")[0].removesuffix("_direction")].append(right)
+            kinds[kind := action.partition("(")[0].removesuffix("_direction")].append(right)
+            if kind == "turn":
+                at_turns[-1].append(right)
     n = sum(map(len, within))
     accuracy = sum(map(sum, within)) / n
     spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in within)
     return {"step_accuracy": accuracy, "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
             "first_step_accuracy": sum(first) / n, "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
-            "waypoints": n, "steps": [round(mean(route), 4) for route in within]}  # fmt: skip
+            "waypoints": n, "steps": [round(mean(route), 4) for route in within],
+            "at_turns": [round(mean(turns), 4) if turns else None for turns in at_turns]}  # fmt: skip
 
 
 def summary(episodes: Sequence[envs.Episode], rewards: dict[str, float] = envs.REWARDS) -> dict:
@@ -156,19 +161,21 @@ def reading(policy, records: Sequence[dict]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- the report
 
 
+# By measure, the field of a point that has it for each hand or route; a route without turns has None in "at_turns".
+MEASURES = {"success": "outcomes", "recognition": "recognized", "step_accuracy": "steps", "turn_accuracy": "at_turns"}
+
+
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
-    """Paired difference a - b of success, "recognition" or "step_accuracy", points of the same seeds on the same hands or routes.
+    """Paired difference a - b of success or another of MEASURES, points of the same seeds on the same hands or routes.
 
     `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first; it speaks of these seeds'
     checkpoints and other deals. `seed_interval`: Student's t over the seeds' differences; it speaks of other seeds after the same base.
     """
 
     def of_hands(point: dict) -> list[float]:
-        if key == "success":
-            return [outcome > "0" for outcome in point["outcomes"]]
-        return point["recognized" if key == "recognition" else "steps"]
+        return [outcome > "0" for outcome in point["outcomes"]] if key == "success" else point[MEASURES[key]]
 
-    rows = [[x - y for x, y in zip(of_hands(p), of_hands(q), strict=True)] for p, q in zip(a, b, strict=True)]
+    rows = [[x - y for x, y in zip(of_hands(p), of_hands(q), strict=True) if x is not None] for p, q in zip(a, b, strict=True)]
     hands = [mean(column) for column in zip(*rows)]
     seeds = [mean(row) for row in rows]
     middle, half = mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
@@ -240,6 +247,11 @@ def _claims(where: dict[str, str], headline: str) -> list[tuple[str, str, str, f
                 claims.append((f"RL ends above SFT {words}{decoding}", headline, variant, temperature, "rl", "sft", +1))
         if variant != "id":
             claims.append((f"RL ends above SFT's best checkpoint {words}", headline, variant, 1.0, "rl", "sft best", +1))
+        if variant == "rule" and headline == "step_accuracy":  # where the rule matters; the rest of a walk is the same under both
+            for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
+                claims += [(f"RL ends above init at turns {words}{decoding}", "turn_accuracy", variant, temperature, "rl", "init", +1),
+                           (f"SFT ends below init at turns {words}{decoding}", "turn_accuracy", variant, temperature, "sft", "init", -1),
+                           (f"RL ends above SFT at turns {words}{decoding}", "turn_accuracy", variant, temperature, "rl", "sft", +1)]  # fmt: skip
         if variant == "visual":
             for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
                 claims += [(f"RL raises recognition {words}{decoding}", "recognition", variant, temperature, "rl", "init", +1),
@@ -350,6 +362,8 @@ WORDS = {
 
 
 def _mean(points: Sequence[dict], key: str = "success") -> float:
+    if key == "turn_accuracy":
+        return mean(p["step_accuracy_by_action"]["turn"] for p in points)
     return mean(p[key] for p in points)
 
 
@@ -357,11 +371,9 @@ def _cell(points: Sequence[dict], column: str) -> str:
     """One number of the table of checkpoints."""
     if column in ("illegal", "wrong numbers"):
         return _percent(mean(p["verdicts"][column.replace(" ", "_")] for p in points))
-    if column == "turns":
-        return _percent(mean(p["step_accuracy_by_action"]["turn"] for p in points))
     if column == "KL":
         return f"{_mean(points, 'kl_to_init'):.3f}" if all("kl_to_init" in p for p in points) else "-"
-    names = {"first reply": "first_success", "steps": "step_accuracy", "first reply of each step": "first_step_accuracy", "routes": "success"}
+    names = {"turns": "turn_accuracy", "first reply": "first_success", "steps": "step_accuracy", "first reply of each step": "first_step_accuracy", "routes": "success"}
     return _percent(_mean(points, names.get(column, column)))
 
 

@@ -1924,7 +1924,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
             print_transcript(episode)
             if args.save:
                 save_pictures(environments[i], episode, evaluate.start(environments[i], "test", i), Path(args.save) / str(i))
-        print(json.dumps({key: value for key, value in result.items() if key not in ("outcomes", "recognized", "steps")}, indent=1))
+        print(json.dumps({key: value for key, value in result.items() if key not in evaluate.MEASURES.values()}, indent=1))
 
 
 def print_transcript(episode: envs.Episode) -> None:

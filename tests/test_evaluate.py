@@ -39,10 +39,12 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     assert result["waypoints"] == 9 and result["step_accuracy"] == pytest.approx(6 / 9) and result["first_step_accuracy"] == pytest.approx(5 / 9)
     assert result["step_accuracy_by_action"] == {"turn": pytest.approx(2 / 3), "forward": pytest.approx(2 / 3), "stop": pytest.approx(2 / 3)}
     assert result["steps"] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-4)
+    assert result["at_turns"] == [1, 0, 1]
     assert result["step_accuracy_se"] == pytest.approx(math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3))  # routes of one length: that of a mean
     assert evaluate.summary(routes, envs.STREET_REWARDS)["outcomes"] == "200"
     routes[1].turns[0] = envs.Turn("", 0.0, "wrong_observation", "", False, 0, True)  # a wrong report, but the expert's action
     assert evaluate.step_summary(routes)["first_step_accuracy"] == pytest.approx(6 / 9)
+    assert evaluate.step_summary([*routes, envs.Episode("", ["forward()", "stop()"])])["at_turns"] == [1, 1, 1, None]
 
 
 def test_evaluation_walks_every_route_to_its_end(policy):
@@ -73,6 +75,8 @@ def test_recognition_is_counted_over_replies_and_paired_over_hands():
     episodes = [envs.Episode("", [], [envs.Turn("", 0.0, "illegal", "", seen) for seen in replies]) for replies in turns]
     summary = evaluate.summary(episodes)
     assert summary["recognition"] == 4 / 7 and summary["recognized"] == [0.5, 0.0, 0.75]
+    turned = evaluate.difference([{"at_turns": [1.0, None, 0.5]}], [{"at_turns": [0.5, None, 0.5]}], "turn_accuracy")  # the route without turns is left out
+    assert turned["mean"] == 0.25 and turned["interval"] == pytest.approx((0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25))
     d = evaluate.difference([summary], [summary | {"recognized": [0.5, 0.5, 0.5]}], "recognition")
     assert d["mean"] == pytest.approx(-0.25 / 3) and d["interval"][0] < 0 < d["interval"][1]
 

@@ -690,7 +690,7 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
     assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in variants}
     assert all(0 <= p["step_accuracy"] <= 1 and len(p["steps"]) == p["episodes"] == 2 for p in lines)
     report = (tmp_path / "report.md").read_text()
-    assert "per-step accuracy" in report and "other rule: turns" in report
+    assert "per-step accuracy" in report and "other rule: turns" in report and "RL ends above SFT at turns under the other rule, greedy" in report
     assert ("80.8 -> 91.8" if task == "virl-l" else "RL raises recognition in other cities") in report
 
 
