@@ -1598,7 +1598,7 @@ class VIRL:
     @property
     def image(self) -> Image.Image | None:
         """What is seen at the current waypoint, None in words."""
-        return self._observation().image
+        return self.picture() if self.picture else None
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
         """Starts a route drawn at random, or number `options["route"]`. A seed restarts the generator; None goes on with it."""
