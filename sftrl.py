@@ -1410,7 +1410,8 @@ STUDIES["virl-l"] = Study(
 STUDIES["virl-vl"] = replace(
     STUDIES["virl-l"],
     base=replace(STUDIES["virl-l"].base, steps=800),
-    rl=replace(STUDIES["virl-l"].rl, lr=5e-4, episodes=128, minibatch_size=16, max_new_tokens=80),
+    sft=replace(STUDIES["virl-l"].sft, lr=5e-4),
+    rl=replace(STUDIES["virl-l"].rl, lr=1e-4, episodes=128, minibatch_size=16, max_new_tokens=80),
     flops=1e13,
     count=3,
     hands=128,
