@@ -292,7 +292,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in variants for t in (1.0, 0.0)}
     last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
     last |= {("base", v, t): results.find(arm="base", series="test", variant=v, temperature=t) for v in variants for t in (1.0, 0.0)}
-    claims = ["| claim of the paper | measured | difference, 95% over hands | 95% over seeds | each seed | verdict | paper |",
+    claims = [f"| claim of the paper | measured | difference, 95% over {words['hands']} | 95% over seeds | each seed | verdict | paper |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
     for text, measure, variant, temperature, arm, other, sign in _claims(where, headline):
         a, b = last[arm, variant, temperature], last[other, variant, temperature]
@@ -310,8 +310,8 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
              f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation {words['hands']} per point, the same for every checkpoint; {words['measure']} "
              f"in percent within {settings['verify_iter']} replies. " + " ".join([words[v] for v in variants] + base_reading), "",
              "## Claims", "", *claims, "",
-             "A claim *holds* if the paired interval over hands excludes 0 on the expected side and every seed's difference has that sign. "
-             "The interval over hands speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
+             f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and every seed's difference has that sign. "
+             "That interval speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
              "## Checkpoints", "", f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the policy's own replies"
              + (f"; recognition counts the replies that {words['reads']}." if "visual" in variants else "."), "",
              f"| checkpoint | decoding | {' | '.join(head)} | other rule: {words['last']} |", "|---" * (len(head) + 3) + "|"]  # fmt: skip

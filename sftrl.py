@@ -12,6 +12,7 @@ import contextlib
 import copy
 import gc
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -1535,8 +1536,12 @@ def run_study(args: argparse.Namespace) -> None:
     if tiny and args.task == "gp-vl":
         measure_reading(args, study, results, base)
     chosen = "How the learning rates were chosen: README, \"The learning rates\"."
-    settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "study": plain(asdict(study)),
-                "note": f"Learning rates given on the command line: {given}." if given or not tiny else chosen}  # fmt: skip
+    note = f"Learning rates given on the command line: {given}." if given or not tiny else chosen
+    if study.options:
+        usual = {name: p.default for kind in reversed(envs.TASKS[args.task].__mro__) for name, p in inspect.signature(kind.__init__).parameters.items()}
+        note += " For the tiny model the task is made smaller; its options, the defaults in brackets: "
+        note += ", ".join(f"{name} {value} ({usual[name]})" for name, value in study.options.items()) + "."
+    settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "study": plain(asdict(study)), "note": note}
     for seed in range(args.seeds):
         folder = out / f"seed-{seed}"
         init = train_init(args, study, base, folder, seed)
