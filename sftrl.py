@@ -1845,12 +1845,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=seed_number, default=0, help="which episode (default: %(default)s)")
     hand(sub)
 
-    sub = command("data", command_data, "Writes expert demonstrations in the released SFT format, or a city of streets.")
-    sub.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write, or with --world the folder")
-    sub.add_argument("--world", action="store_true", help="virl: write the built-in city, its routes and, for virl-vl, its panoramas, in the released format")
+    sub = command("data", command_data, "Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes.")
+    sub.add_argument("--out", required=True, metavar="PATH", help="demonstrations: the JSON file to write, for virl FILE.json; virl: the folder for the "
+                     "built-in city, its routes and, for virl-vl, its panoramas")  # fmt: skip
     sub.add_argument("--episodes", type=size, help="demonstrations, or routes of a city (default: 1000, or all routes)")
     sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
-    sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
+    sub.add_argument("--seed", type=seed_number, default=0, help="random seed, of a city too: 0 is the study's (default: %(default)s)")
     hand(sub)
     return parser
 
@@ -1988,19 +1988,19 @@ def command_play(args: argparse.Namespace) -> None:
 def command_data(args: argparse.Namespace) -> None:
     """`sftrl data`."""
     env = wrong_turns_fit(args)
-    if args.world:
-        if not isinstance(env, envs.VIRL) or args.data:
-            raise ValueError("--world writes the built-in city: choose task virl-l or virl-vl, without --data")
-        count = {"n": args.episodes} if args.episodes else {}
-        routes = envs.built_in_routes(**env.built_in, **count)
-        with tqdm(desc="panoramas", total=len(env.world.panoramas.ids), disable=args.task != "virl-vl") as bar:
+    if isinstance(env, envs.VIRL) and Path(args.out).suffix != ".json":
+        if args.data or args.wrong_turns:
+            raise ValueError("a folder takes the built-in city, without --data and --wrong-turns: for demonstrations let --out end in .json")
+        city = env.built_in | {"seed": args.seed} | ({"n": args.episodes} if args.episodes else {})
+        routes, world = envs.built_in_routes(**city), envs.built_in_world(**city, width=env.panorama_width)
+        with tqdm(desc="panoramas", total=len(world.panoramas.ids), disable=args.task != "virl-vl") as bar:
 
             def picture(place: envs.Geocode) -> tuple[Image.Image, float]:
                 bar.update()
-                return env.world.picture(place)
+                return world.picture(place)
 
-            envs.write_world(Path(args.out), [routes, len(routes)], env.world.panoramas.ids, picture if args.task == "virl-vl" else None)
-        print(f"{len(routes)} routes and {len(env.world.panoramas.ids)} panoramas in {args.out}")
+            envs.write_world(Path(args.out), [routes, len(routes)], world.panoramas.ids, picture if args.task == "virl-vl" else None)
+        print(f"{len(routes)} routes and {len(world.panoramas.ids)} panoramas in {args.out}")
         return
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes or 1000)]
     pictures = Path(args.out).with_suffix("")

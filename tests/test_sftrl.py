@@ -760,6 +760,8 @@ def test_data_writes_what_sft_reads(tmp_path, capsys):
     assert inside("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4) == 0
     assert inside("data", "--task", "gp-vl", "--out", path, "--episodes", 2, "--size", 128, 64) == 0
     assert all((tmp_path / record["image"]).exists() and "<image>" in record["conversations"][0]["value"] for record in json.loads(path.read_text()))
+    assert inside("data", "--task", "virl-l", "--out", tmp_path / "walks.json", "--episodes", 2) == 0
+    assert all("Walk this route" in record["conversations"][0]["value"] for record in json.loads((tmp_path / "walks.json").read_text()))
     assert inside("sft", "--out", tmp_path / "seen", "--demos", path, "--steps", 1, "--batch-size", 2) == 0
     next((tmp_path / "demos").iterdir()).write_bytes(b"no picture")
     assert inside("sft", "--out", tmp_path / "broken", "--demos", path, "--steps", 1, "--batch-size", 2) == 2
@@ -767,19 +769,20 @@ def test_data_writes_what_sft_reads(tmp_path, capsys):
 
 
 def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys):
-    assert sftrl.main(["data", "--task", "virl-l", "--world", "--episodes", "3", "--out", str(tmp_path)]) == 0
+    assert sftrl.main(["data", "--task", "virl-l", "--episodes", "3", "--out", str(tmp_path)]) == 0
     assert envs.load_world(tmp_path).routes == envs.built_in_world().routes[:3]
     model = ["evaluate", "--model", "tiny-streets", "--task", "virl-l", "--data", str(tmp_path), "--points-per-leg", "0", "--max-new-tokens", "2"]
     capsys.readouterr()
     assert sftrl.main([*model, "--transcripts", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 3  # all routes
-    for wrong, said in ((["data", "--world", "--out", str(tmp_path)], "--world"), (["play", "--task", "virl-l", "--cards", "A 3 K 10"], "--cards"),
-                        (["play", "--route", "3"], "--route"), (["play", "--task", "virl-l", "--data", str(tmp_path), "--city", "lagos"], "--city")):  # fmt: skip
+    for wrong, said in ((["data", "--task", "virl-l", "--wrong-turns", "1", "--out", str(tmp_path)], "--wrong-turns"),
+                        (["play", "--task", "virl-l", "--cards", "A 3 K 10"], "--cards"), (["play", "--route", "3"], "--route"),
+                        (["play", "--task", "virl-l", "--data", str(tmp_path), "--city", "lagos"], "--city")):  # fmt: skip
         assert sftrl.main(wrong) == 2 and said in capsys.readouterr().err
 
 
 def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_until_a_picture_breaks(tmp_path, capsys):
-    assert sftrl.main(["data", "--task", "virl-vl", "--turns", "1", "--panorama-width", "64", "--world", "--out", str(tmp_path)]) == 0
+    assert sftrl.main(["data", "--task", "virl-vl", "--turns", "1", "--panorama-width", "64", "--out", str(tmp_path)]) == 0
     written, read = envs.make("virl-vl", turns=1, panorama_width=64, view_size=32), envs.make("virl-vl", data=tmp_path, view_size=32)
     for seed in range(10):
         ends = [env.reset(seed) for env in (written, read)]
@@ -816,9 +819,9 @@ def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_c
     assert sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--save", str(tmp_path)]) == 2 and "no pictures" in capsys.readouterr().err
     for wrong in (["--city", "atlantis"], ["--differences", "smell"]):
         assert sftrl.main(["play", "--task", "virl-l", *wrong]) == 2 and "unknown" in capsys.readouterr().err
-    assert sftrl.main(["data", "--task", "virl-l", "--turns", "1", "--city", "lagos", "--world", "--episodes", "3", "--out", str(tmp_path / "lagos")]) == 0
+    assert sftrl.main(["data", "--task", "virl-l", "--turns", "1", "--city", "lagos", "--seed", "4", "--episodes", "3", "--out", str(tmp_path / "lagos")]) == 0
     read = envs.load_world(tmp_path / "lagos").routes
-    assert read == envs.built_in_world("train", 1, n=3, cities=("lagos",)).routes
+    assert read == envs.built_in_world("train", 1, 4, 3, ("lagos",)).routes
 
 
 def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
