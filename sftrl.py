@@ -1403,7 +1403,8 @@ STUDIES["virl-l"] = Study(
     rl=ppo.PPOConfig(lr=2e-4, value_lr=3e-3, episodes=256, minibatch_size=32, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
                      max_new_tokens=48),
     flops=1.6e13,
-    hands=256,
+    count=4,
+    hands=192,
     verify_iter=2,
     tiny="tiny-streets",
     options=TINY_WALKS,
@@ -1800,7 +1801,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
     sub.add_argument("--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)")
     sub.add_argument("--model", default="tiny", help="tiny (the task's own built-in model), a folder or a Hub id; those are their own base (default: %(default)s)")
-    sub.add_argument("--hands", type=size, help="evaluation hands, or routes, per point (default: 1024 hands, 256 routes)")
+    sub.add_argument("--hands", type=size, help="evaluation hands, or routes, per point (default: gp 1024, virl-l 192, virl-vl 128)")
     sub.add_argument("--scale", type=positive, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
     for stage in ("init", "sft", "rl"):
         sub.add_argument(f"--{stage}-lr", type=positive, help=f"learning rate of the {stage} stage (default: the tiny model's)")
