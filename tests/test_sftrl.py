@@ -435,8 +435,8 @@ def test_a_model_in_bf16_learns_as_one_in_fp32_and_its_moments_are_bf16():
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         policy, env = sftrl.Policy.load("tiny", dtype=dtype), envs.make("gp-l")
-        optimizers, config = policy.optimizers(1e-3), sftrl.sft.SFTConfig(lr=1e-3, steps=40, batch_size=16)
-        batches = sftrl.fresh_batches(env, envs.demonstration, 16, "bf16")
+        optimizers, config = policy.optimizers(1e-3), sftrl.sft.SFTConfig(lr=1e-3, steps=40, batch_size=4)
+        batches = sftrl.fresh_batches(env, envs.demonstration, 4, "bf16")
         losses.append([metrics["loss"] for metrics in sftrl.sft.train(policy, optimizers, batches, config)])
         (optimizer,) = optimizers
         assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {dtype} and policy.value_head[0].weight.dtype == torch.float32
