@@ -776,6 +776,7 @@ def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys
     assert sftrl.main([*model, "--transcripts", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 3  # all routes
     for wrong, said in ((["data", "--task", "virl-l", "--wrong-turns", "1", "--out", str(tmp_path)], "--wrong-turns"),
+                        (["data", "--task", "virl-l", "--data", str(tmp_path), "--out", str(tmp_path / "again")], "--data"),
                         (["play", "--task", "virl-l", "--cards", "A 3 K 10"], "--cards"), (["play", "--route", "3"], "--route"),
                         (["play", "--task", "virl-l", "--data", str(tmp_path), "--city", "lagos"], "--city")):  # fmt: skip
         assert sftrl.main(wrong) == 2 and said in capsys.readouterr().err
