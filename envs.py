@@ -1875,12 +1875,12 @@ class Episode:
         return {"prompt": self.prompt, "success": self.success, "turns": turns}
 
 
-def play(environments: Sequence[Environment], respond: Callable[[list[int], list[Observation]], list[str]],
+def play(environments: Sequence[Environment], respond: Callable[[list[int], list[Observation]], list[str | None]],
          seeds: Sequence[int | str] | None = None, options: Sequence[dict] | None = None) -> list[Episode]:  # fmt: skip
     """Plays one episode in every environment, in lockstep.
 
     `respond(indices, observations)` is given the environments that still run, by index, and what each one shows, and returns
-    one reply each: a model that samples a batch, or a script. `seeds` restart the environments' generators, `options` go to `reset`.
+    one reply each: a model that samples a batch, or a script; None breaks the episode off, without success. `seeds` restart the environments' generators, `options` go to `reset`.
     """
     starts = [env.reset(seeds[i] if seeds else None, options[i] if options else None) for i, env in enumerate(environments)]
     observations = [observation for observation, _ in starts]
@@ -1890,6 +1890,8 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
         replies = respond(running, [observations[i] for i in running])
         still = []
         for i, reply in zip(running, replies, strict=True):
+            if reply is None:
+                continue
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
             goes_on = not (terminated or truncated)
             read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]

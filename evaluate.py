@@ -29,13 +29,14 @@ PICTURES = ("own", "blank", "shuffled")
 
 
 def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, series: str = "test",
-             initial=None, pictures: str = "own") -> tuple[dict, list[envs.Episode]]:  # fmt: skip
+             initial=None, pictures: str = "own", watch: Callable[[int], None] = lambda done: None) -> tuple[dict, list[envs.Episode]]:  # fmt: skip
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series, or walks route i of its world.
 
     Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With `initial`, another policy, the
     result holds `kl_to_init`: the mean over the sampled reply tokens of the k3 estimate of KL(policy || initial), in nats per token, over
     the first 128 conversations of each rank, or as many as every rank has. `outcomes` holds one digit per hand: the number of the reply that
-    solved it, 0 if none did (a tenth reply and later ones count as 9); for a route, of the waypoint that took most replies.
+    solved it, 0 if none did (a tenth reply and later ones count as 9); for a route, of the waypoint that took most replies. `watch` is told
+    how many of this rank's episodes have ended.
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
@@ -45,8 +46,14 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
             env.go_on = True  # so that accuracy speaks of all waypoints, and not of those before the first failure
     seeds, options = zip(*(start(environments[i], series, i) for i in own))
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
-        player = respond if pictures == "own" else Disguise(respond, pictures)
+        answer = respond if pictures == "own" else Disguise(respond, pictures)
+
+        def player(indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
+            watch(len(own) - len(indices))
+            return answer(indices, observations)
+
         episodes = envs.play([environments[i] for i in own], player, seeds, options)
+    watch(len(own))
     result = {}
     if initial is not None:
         conversations = [stream for i in range(len(own)) for stream in respond.streams[i]]

@@ -30,10 +30,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import takewhile
+from itertools import chain, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import torch.distributed as dist
 import transformers
@@ -178,6 +179,10 @@ class Stream:
         self.mask += [0] * len(ids)
         self.logp += [0.0] * len(ids)
 
+    def cut(self, length: int) -> None:
+        """Drops what stands behind so many tokens."""
+        self.ids, self.mask, self.logp = self.ids[:length], self.mask[:length], self.logp[:length]
+
     def reply(self, ids: Sequence[int], logp: Sequence[float] | None = None) -> None:
         """Appends one reply of the policy."""
         self.replies.append((len(self.ids), len(self.ids) + len(ids)))
@@ -256,33 +261,19 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         self.room, self.used = room, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends keys and values [B, heads, n, d]; returns all so far."""
+        """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
         if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            shape = list(key_states.shape)
-            shape[2] += self.room
-            self.all_keys, self.all_values = key_states.new_empty(shape), value_states.new_empty(shape)
+            self._allocate(key_states, value_states, len(key_states), key_states.shape[2])
+            self.used = 0
         start, self.used = self.used, self.used + key_states.shape[2]
         self.all_keys[:, :, start : self.used] = key_states
         self.all_values[:, :, start : self.used] = value_states
         self._view()
         return self.keys, self.values
 
-    def row(self, i: int) -> tuple[Tensor, Tensor]:
-        """Row i's keys and values [heads, n, d]."""
-        if not self.is_initialized:  # looks at pictures, of which there are none
-            return torch.empty(0), torch.empty(0)
-        return self.keys[i], self.values[i]
-
     def refill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Starts from rows as `row` gives them, padded on the left to the longest."""
-        first = rows[0][0]
-        if not first.numel():
-            return
-        self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
-        self.used = max(keys.shape[1] for keys, _ in rows)
-        self.all_keys = first.new_zeros(len(rows), len(first), self.used + self.room, first.shape[-1])
-        self.all_values = torch.zeros_like(self.all_keys)
+        """Starts from rows of keys and values [heads, n, d], padded on the left to the longest."""
+        self._allocate(*rows[0], len(rows), max(keys.shape[1] for keys, _ in rows))
         for i, (keys, values) in enumerate(rows):
             self.all_keys[i, :, self.used - keys.shape[1] : self.used] = keys
             self.all_values[i, :, self.used - keys.shape[1] : self.used] = values
@@ -294,6 +285,13 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
             self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
             self._view()
 
+    def _allocate(self, keys: Tensor, values: Tensor, rows: int, length: int) -> None:
+        """Makes room for tensors like these, [..., heads, n, d], but of so many rows and tokens."""
+        self.dtype, self.device, self.is_initialized, self.used = keys.dtype, keys.device, True, length
+        self.all_keys, self.all_values = (
+            x.new_zeros(rows, x.shape[-3], length + self.room, x.shape[-1]) for x in (keys, values)
+        )
+
     def _view(self) -> None:
         self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
 
@@ -303,14 +301,51 @@ PREFILL = 4096  # tokens of prompts read together: what many more would need at 
 
 @dataclass
 class Past:
-    """The key-value cache of one conversation, kept from one turn to the next: of its first `length` tokens, by layer ([heads, n, d] twice)."""
+    """The key-value cache of one conversation, kept from one turn to the next: of its first `length` tokens, by layer ([heads, n, d] twice).
+    Mllama's cross-attention layers hold the picture and no tokens: they have None here."""
 
     length: int = 0
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
     def cut(self, length: int) -> "Past":
         """The cache of the first `length` tokens alone."""
-        return Past(length, [(keys[:, :length], values[:, :length]) for keys, values in self.layers if length])
+        return Past(length, [kept and (kept[0][:, :length], kept[1][:, :length]) for kept in self.layers])
+
+
+@dataclass
+class Decoding:
+    """A batch of conversations that grow token by token, padded on the left: the state after the last token [B, H], the cache, the number
+    of tokens so far [B], the position of the last one [(3,) B, 1], and the tiles of Mllama's pictures [B, 1, 1, tiles]."""
+
+    model: nn.Module
+    hidden: Tensor
+    cache: transformers.Cache
+    lengths: Tensor
+    positions: Tensor
+    tiles: Tensor | None
+
+    def feed(self, ids: Tensor) -> None:
+        """Reads one more token of every row, ids [B, 1]."""
+        self.lengths, self.positions = self.lengths + 1, self.positions + 1
+        columns = self.cache.get_seq_length() + 1
+        attention = left_padded(self.lengths, columns)
+        crossing = {} if self.tiles is None else {"cross_attention_mask": self.tiles.expand(-1, columns, -1, -1)}
+        out = self.model.base_model(
+            input_ids=ids, attention_mask=attention, position_ids=self.positions, past_key_values=self.cache,
+            use_cache=True, **crossing,
+        )
+        self.hidden = out.last_hidden_state[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some rows of the batch."""
+        self.cache.batch_select_indices(rows)
+        self.lengths, self.positions = self.lengths[rows], self.positions[..., rows, :]
+        self.tiles = None if self.tiles is None else self.tiles[rows]
+
+
+def left_padded(lengths: Tensor, columns: int) -> Tensor:
+    """The attention mask [B, columns] of rows that are padded on the left: 1 on the last lengths[b] columns."""
+    return (torch.arange(columns, device=lengths.device) >= columns - lengths[:, None]).long()
 
 
 def map_file(path: Path, x: Tensor) -> Tensor:
@@ -329,6 +364,9 @@ class Policy(nn.Module):
         rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else the weights' own.
             Training log-probabilities are always computed by `forward`.
         rollout_batch: conversations decoded together. If there are no more than these, their key-value caches are kept from turn to turn.
+        pictures: whether the model shall read pictures.
+
+    Raises ValueError in one line for a model that cannot be served.
 
     One class serves one process and many: after `shard()` the same methods run on FSDP's shards. `flops` counts the work of this
     process: 6 N per trained token, 2 N per generated or scored token, N the parameters of `model`, padding left out. Pictures count as the
@@ -336,13 +374,12 @@ class Policy(nn.Module):
     """
 
     def __init__(self, model: transformers.PreTrainedModel, processor: Any, rollout_dtype: torch.dtype | None = None,
-                 rollout_batch: int = 256):  # fmt: skip
+                 rollout_batch: int = 256, pictures: bool = False):  # fmt: skip
         super().__init__()
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise ValueError(f"{model.config._name_or_path or 'the model'}: its tokenizer has no chat template; "
-                             "take a chat model, or add chat_template.jinja to its folder")  # fmt: skip
+            raise ValueError("its tokenizer has no chat template; take a chat model, or add chat_template.jinja to its folder")
         width = model.config.get_text_config().hidden_size
         layers = [max(64, width // 4), max(64, width // 8)]  # at the paper's width of 4096: 1024 and 512
         self.value_head = nn.Sequential(nn.Linear(width, layers[0]), nn.ReLU(), nn.Linear(layers[0], layers[1]), nn.ReLU(),
@@ -354,25 +391,89 @@ class Policy(nn.Module):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         self.flops = 0.0
-        transforms = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        if any(getattr(model.config.get_text_config(), name, None) not in (None, 1.0) for name in transforms):
-            raise ValueError(f"{type(model).__name__} transforms its logits after the output head, which `forward` does not do")
         self._sampler: nn.Module | None = None
-        self._content_as_parts = False
-        self._content_as_parts = self._MARK not in self.render([{"role": "user", "content": self._MARK}])
-        end = self.tokenizer.eos_token_id
-        self.end_ids = {end} | set(_as_list(getattr(model.generation_config, "eos_token_id", None)))
-        self.end_id = self._end_of_turn() or end
+        self._learn_template()
         self.image_id = next((i for name in ("image_token_id", "image_token_index") if (i := getattr(model.config, name, None)) is not None), None)
-        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_id
+        self.max_length = longest_conversation(model.config.get_text_config())
         self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
+        architecture = type(model), model.config.to_json_string(), model.dtype, pictures
+        if model.device.type != "meta" and architecture not in self._checked:
+            self.check(pictures)
+            self._checked.add(architecture)
+
+    _checked: set = set()  # architectures that `check` let pass in this process
+
+    @torch.no_grad()
+    def check(self, pictures: bool) -> None:
+        """Raises ValueError if sampling or `forward` disagree with the model's own logits, as for an architecture with a cache of another
+        kind, or that changes its logits after the output head.
+
+        Two conversations of two short turns are read with kept caches and go on token by token; they are compared with one plain call each.
+        """
+        spent, gaps = self.flops, []
+        try:
+            streams = self._two_turns(pictures)
+            sampled = [torch.tensor(stream.logp)[torch.tensor(stream.mask) > 0] for stream in streams]
+            scored = self(self.collate(streams))["logp"].cpu()
+            for b, (stream, own) in enumerate(zip(streams, sampled)):
+                mask = torch.tensor(stream.mask) > 0
+                truth = self._plain_logp(stream)[mask]
+                gaps += [own - truth, scored[b, : len(stream)][mask] - truth]
+        except Exception as error:  # foreign code can raise anything
+            if out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{type(self.model).__name__} cannot be served: {type(error).__name__}: {reason}") from None
+        gap, self.flops = torch.cat(gaps).abs(), spent
+        exact = self.model.dtype == torch.float32 and self.model.device.type == "cpu"
+        if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
+            raise ValueError(f"{type(self.model).__name__} cannot be served: log-probabilities differ from its own by up to {gap.max():.2g}: it "
+                             "treats caches, positions or logits in a way that is not known here")  # fmt: skip
+
+    def _two_turns(self, pictures: bool) -> list[Stream]:
+        """Two conversations whose given replies went through cached decoding; `logp` holds what that says of them."""
+        image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
+        asked = [[{"role": "user", "content": envs.parts_of(text) if pictures else text}] for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
+        streams = self.open([(messages, image) for messages in asked])
+        looks = self.look(self.model, [stream.picture for stream in streams]) if pictures else None
+        pasts = [Past() for _ in streams]
+        for turn in range(2):
+            order, batch = self._prefill(self.model, [stream.ids for stream in streams], looks, pasts, 5)
+            ids = torch.tensor([self.tokenize(["1 2 3 4 5 6 7 8 9 0"])[0][:5]] * 2, device=self.model.device)
+            logps = []
+            for t in range(5):
+                logps.append(self._log_probabilities(self.model, batch.hidden, 1.0).gather(-1, ids[:, t : t + 1]))
+                batch.feed(ids[:, t : t + 1])
+            for i, logp in zip(order, torch.cat(logps, 1).tolist()):
+                streams[i].reply(ids[0].tolist(), logp)
+                if not turn:
+                    self.extend(streams[i], "Again." if i else "No, try again.")
+        return streams
+
+    def _plain_logp(self, stream: Stream) -> Tensor:
+        """The log-probability of every token of a conversation by one call of the model, the library's own way; [T], the first 0."""
+        ids = torch.tensor([stream.ids], device=self.model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if stream.picture:
+            inputs |= self._stack([stream.picture])
+            if "aspect_ratio_mask" in inputs:
+                inputs["cross_attention_mask"] = self._tiles(ids, inputs["aspect_ratio_mask"])
+            if "image_grid_thw" in inputs:
+                inputs["mm_token_type_ids"] = (ids == self.image_id).int()
+        logits = self.model(**inputs, use_cache=False).logits[0, :-1].float()
+        if self.image_id is not None and self.image_id < logits.shape[-1]:
+            logits[:, self.image_id] = -1e9
+        known = ids[0, 1:].clamp(max=logits.shape[-1] - 1)  # Mllama's image token has no logit
+        return nn.functional.pad(logits.log_softmax(-1).gather(-1, known[:, None])[:, 0], (1, 0)).cpu()
 
     # ---- loading, sharding, saving
 
     @classmethod
     def load(cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options) -> "Policy":
         """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. The model's weights are
-        of `dtype`, the value head's fp32. On the device "meta" it is an outline without weights."""
+        of `dtype`, the value head's fp32; `options` are the constructor's. On the device "meta" it is an outline without weights. Raises
+        ValueError in one line for what cannot be loaded or served."""
         device = device or best_device()
         outline = device.type == "meta"
         if name in TINY_MODELS:
@@ -400,7 +501,12 @@ class Policy(nn.Module):
                     raise
                 place = "" if folder else "there is no such folder, and as a Hub id it "
                 raise ValueError(f"model {name!r}: {place}cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-        policy = cls(model.to(device), processor, **options).to(device)
+        try:
+            if model.generation_config:
+                repair_generation_config(model.generation_config)
+            policy = cls(model.to(device), processor, **options).to(device)
+        except ValueError as error:
+            raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
         if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
             raise ValueError(f"model {name!r}: its tokenizer has {len(policy.tokenizer)} tokens, its vocabulary {rows}")
         head = Path(name) / "value_head.safetensors"
@@ -546,73 +652,133 @@ class Policy(nn.Module):
         if self._content_as_parts:  # templates of some vision-language models read nothing else
             messages = [m | {"content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m for m in messages]
         template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-        return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
+        try:
+            return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"its chat template cannot be used: {error}") from None
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """A reply's text, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """What a reply says, special tokens included; only its end of turn is cut off. Nothing counts that stands behind a stop."""
+        stop = next((k for k, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        said = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
+        text = self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text.removesuffix(self.end_blank)
 
     _MARK = "\u2063REPLY\u2063"
 
-    def _end_of_turn(self) -> int | None:
-        """The token that the chat template writes after a reply."""
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": self._MARK}]
-        after = self.tokenize([self.render(messages, reply_follows=False).split(self._MARK)[-1]])[0]
-        return after[0] if after and after[0] in self.tokenizer.all_special_ids else None
+    def _learn_template(self) -> None:
+        """Asks the chat template what it writes around a reply.
 
-    def _after_reply(self, feedback: str) -> list[int]:
-        """What the template writes between a reply and the next one when the user says `feedback`, end of turn included."""
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": self._MARK}, {"role": "user", "content": feedback}]
-        return self.tokenize([self.render(messages).split(self._MARK)[-1]])[0]
+        `opening` is the text before a reply, `reply_start` the blank that some put between. `end_id` ends a reply: the first special or
+        added token after it, for some templates the next role's, with the blank or newline that may stand before (`end_blank`); eos where
+        the template writes plain text. `end_ids` are all tokens that end a turn. Sampling stops at the `stop_ids`: those, and the tokens with
+        which a turn of the user begins. `bos` is what the tokenizer puts before a text.
+        """
+        start = self.tokenizer("x")["input_ids"][:1]
+        self.bos = start if start == [self.tokenizer.bos_token_id] else []
+        asked, replied = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
+        self._content_as_parts = False
+        try:
+            self._content_as_parts = self._MARK not in self.render([asked])
+        except ValueError:
+            self._content_as_parts = True
+        self.opening, parts = self.render([asked]).split(self._MARK)[-1], self.render([asked, replied, asked]).split(self._MARK)
+        if len(parts) != 4:
+            raise ValueError("its chat template leaves out replies, or what is said after them")
+        blank = parts[1].removeprefix(self.opening)
+        self.reply_start = "" if blank.strip() else blank
+        (ids,), added = self._continue([parts[2]]), self.tokenizer.added_tokens_decoder
+        marks = [k for k, token in enumerate(ids) if token in added and added[token].content.strip()]
+        blank = self.tokenizer.decode(ids[: marks[0]]) if marks else "none"
+        closing, self.end_blank = ([ids[marks[0]]], blank) if not blank.strip() else ([], "")
+        named = [self.tokenizer.eos_token_id, *_as_list(getattr(self.model.generation_config, "eos_token_id", None))]
+        ends = closing + [token for token in named if token is not None]
+        if not ends:
+            raise ValueError("its tokenizer has no eos token, and its chat template ends replies with no token of its own")
+        self.end_id, self.end_ids, self.stop_ids = ends[0], set(ends), {*ends, *(ids[k] for k in marks)}
+
+    def _continue(self, texts: list[str], before: str = "x") -> list[list[int]]:
+        """Tokens of texts that go on where the text `before` ended: some tokenizers put a blank before a text, but not inside."""
+        (start, *whole), n = self.tokenize([before, *(before + text for text in texts)]), len(self.tokenize([before])[0])
+        return [ids[n:] if ids[:n] == start else self.tokenize([text])[0] for ids, text in zip(whole, texts)]
 
     def extend(self, stream: Stream, feedback: str) -> None:
         """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized again. If the reply
         closed its turn, the template's end token stands already; if it was cut off, the end token joins as context."""
-        ids = self._after_reply(feedback)
-        stream.context(ids[1:] if stream.ids[-1] == ids[0] else ids)
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": self._MARK}, {"role": "user", "content": feedback}]
+        self._go_on(stream, *self._continue([self.render(messages).split(self._MARK)[-1]]))
+
+    def _go_on(self, stream: Stream, ids: list[int]) -> None:
+        """Appends what the template writes after a reply: `ids`, less the end that the reply has already."""
+        closed = stream.ids[-1] == self.end_id and self.end_id in ids
+        stream.context(ids[ids.index(self.end_id) + 1 :] if closed else ids)
 
     _ROLES = {"human": "user", "gpt": "assistant"}  # of the released data's speakers
     _PICTURE_INPUTS = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "image_grid_thw"}  # of Llava, Mllama and Qwen-VL
 
-    def open(self, conversations: Sequence[tuple[list[dict], Image.Image | None]]) -> list[Stream]:
-        """Token streams of conversations (messages, picture) that wait for their first reply. Raises ValueError if a picture would be
-        lost: the model reads none, its chat template leaves out the picture's place, or only some of the conversations have one."""
-        texts = [self.render(messages) for messages, _ in conversations]
-        images = [image for _, image in conversations if image is not None]
-        pictures: list[dict[str, Tensor] | None] = [None] * len(texts)
-        if not images:
-            prompts = self.tokenize(texts)
-        elif len(images) < len(texts):
-            raise ValueError(f"{len(texts) - len(images)} of {len(texts)} conversations of a batch have no picture: all must have one, or none")
-        elif self.processor is self.tokenizer:
-            raise ValueError(f"{type(self.model).__name__} reads no pictures: choose a vision-language model, or a text task")
-        elif hasattr(self.model.config.vision_config, "deepstack_visual_indexes"):
-            raise ValueError(f"{type(self.model).__name__} feeds pictures to several layers, which sampling does not do: choose another model")
-        else:
-            out = self.processor(text=texts, images=[[image] for image in images], add_special_tokens=False, padding=True, return_tensors="pt")
-            prompts = [row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))]
-            for name in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length: `_tiles` and `_positions` make them for any
-                out.pop(name, None)
-            if any(prompt.count(self.image_id) == 0 for prompt in prompts):
-                raise ValueError("the chat template leaves out the picture's place")
-            rows = {name: values.split(1) for name, values in out.items()}
-            if "image_grid_thw" in out:  # Qwen-VL: the patches of all pictures in one row
-                rows["pixel_values"] = out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())
-            if unknown := rows.keys() - self._PICTURE_INPUTS:
-                raise ValueError(f"{type(self.model).__name__} takes {', '.join(sorted(unknown))}, which is not known here")
-            pictures = [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
+    def open(self, conversations: Sequence[tuple[list[dict], Image.Image | None]],
+             replies: Sequence[Sequence[list[int]]] | None = None) -> list[Stream]:  # fmt: skip
+        """Token streams of conversations (messages, picture) that wait for their next reply; a picture belongs to the last message.
+
+        `replies`: of each conversation the tokens of its last replies, which join as they are: no text that a model wrote becomes a
+        special token. Raises ValueError if a picture would be lost: the model reads none, its chat template leaves out the picture's
+        place, or only some of the conversations have one.
+        """
+        replies = replies or [[] for _ in conversations]
+        texts = [self._around_replies(messages, len(said)) for (messages, _), said in zip(conversations, replies)]
+        prompts, pictures = self._last_parts([parts[-1] for parts in texts], [len(parts) > 1 for parts in texts],
+                                             [image for _, image in conversations])  # fmt: skip
         streams = [Stream(picture=picture) for picture in pictures]
-        for stream, prompt in zip(streams, prompts):
-            stream.context(prompt)
+        for stream, (*before, _), said, prompt in zip(streams, texts, replies, prompts):
+            spoken = [*self.tokenize(before[:1]), *self._continue(before[1:]), prompt]
+            stream.context(spoken[0] if spoken[0][:1] == self.bos else self.bos + spoken[0])
+            for reply, ids in zip(said, spoken[1:], strict=True):
+                stream.context(reply)
+                self._go_on(stream, ids)
         return streams
+
+    def _around_replies(self, messages: list[dict], n: int) -> list[str]:
+        """The template's text before the last n replies of a conversation, between them, and after the last."""
+        places = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+        marked = places[len(places) - n :]
+        return self.render([m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]).split(self._MARK)
+
+    def _last_parts(self, texts: list[str], follow: list[bool], images: list[Image.Image | None]
+                    ) -> tuple[list[list[int]], list[dict[str, Tensor] | None]]:  # fmt: skip
+        """Tokens of the last parts of conversations, some of which follow a reply, and what the processor makes of their pictures."""
+        shown = [image for image in images if image is not None]
+        if not shown:
+            alone, inside = self.tokenize(texts), self._continue(texts) if any(follow) else texts
+            return [ids[after] for *ids, after in zip(alone, inside, follow)], [None] * len(texts)
+        if len(shown) < len(texts):
+            raise ValueError(f"{len(texts) - len(shown)} of {len(texts)} conversations of a batch have no picture: all must have one, or none")
+        if self.processor is self.tokenizer:
+            raise ValueError(f"{type(self.model).__name__} reads no pictures: choose a vision-language model, or a text task")
+        # What follows a reply is tokenized as in `_continue`; the BOS keeps Mllama's processor from writing one.
+        before = f"{self.tokenizer.bos_token or ''}x"
+        out = self.processor(text=[before * after + text for text, after in zip(texts, follow)], images=[[image] for image in shown],
+                             add_special_tokens=False, padding=True, return_tensors="pt")  # fmt: skip
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))]
+        prompts = [ids[after * len(self.tokenize([before])[0]) :] for ids, after in zip(prompts, follow)]
+        for name in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length: `_tiles` and `_positions` make them for any
+            out.pop(name, None)
+        if any(prompt.count(self.image_id) == 0 for prompt in prompts):
+            raise ValueError("the chat template leaves out the picture's place")
+        rows = {name: values.split(1) for name, values in out.items()}
+        if "image_grid_thw" in out:  # Qwen-VL: the patches of all pictures in one row
+            rows["pixel_values"] = out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())
+        if unknown := rows.keys() - self._PICTURE_INPUTS:
+            raise ValueError(f"{type(self.model).__name__} takes {', '.join(sorted(unknown))}, which is not known here")
+        return prompts, [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
 
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
         """Demonstrations in the released format as token streams, built turn by turn exactly as `Responder` builds them; "image" holds a
         picture or its path. Replies before the message with the picture (its text has "<image>") are context: they answered other pictures.
-        `loss_on`: "all" other replies, or the "last", whose forerunners then have mask 0."""
+        `loss_on`: "all" other replies, or the "last", whose forerunners then have mask 0. Raises ValueError for a demonstration that is
+        longer than the model's positions reach."""
         opened, read = [], []  # conversations up to the message with the picture, and how many turns those are
         for record in records:
             image, turns = record.get("image"), record["conversations"]
@@ -627,21 +793,23 @@ class Policy(nn.Module):
                 messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
             opened.append((messages, image))
             read.append(shown + 1)
-        streams = self.open(opened)
-        rest = [record["conversations"][n:] for record, n in zip(records, read)]
-        replies, at = self.tokenize([turn["value"] for turns in rest for turn in turns[::2]]), 0
-        for turns, stream in zip(rest, streams):
-            for turn in turns:
-                if turn["from"] == "human":
-                    self.extend(stream, turn["value"])
-                else:
-                    if loss_on == "last":
-                        stream.mask = [0] * len(stream)
-                    stream.reply(replies[at] + [self.end_id])
-                    at += 1
+        texts = [self.reply_start + turn["value"] + self.end_blank for r in records for turn in r["conversations"][1::2]]
+        tokenized = iter(self._continue(texts, self.opening))
+        replies = [[next(tokenized) + [self.end_id] for _ in record["conversations"][1::2]] for record in records]
+        streams = self.open(opened, [own[: n // 2] for own, n in zip(replies, read)])
+        for stream, record, own, n in zip(streams, records, replies, read):
+            for k in range(n // 2, len(own)):
+                if k > n // 2:
+                    self.extend(stream, record["conversations"][2 * k]["value"])
+                if loss_on == "last":
+                    stream.mask = [0] * len(stream)
+                stream.reply(own[k])
             places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
             if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
                 raise ValueError("a demonstration has a picture's place without a picture, or after its first message")
+            if len(stream) > self.max_length:
+                raise ValueError(f"a demonstration has {len(stream)} tokens, but the positions of {type(self.model).__name__} reach no "
+                                 f"farther than {self.max_length}")  # fmt: skip
         return streams
 
     def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
@@ -791,18 +959,17 @@ class Policy(nn.Module):
     def _decode(self, model, prompts, looks, pasts, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
         """The cached decode loop for one batch."""
         device, held = model.device, sum(past.length for past in pasts or ())
-        ends = torch.tensor(sorted(self.end_ids | {self.end_id}), device=device)
+        stops = torch.tensor(sorted(self.stop_ids), device=device)
         drawn = torch.full((len(prompts), max_new_tokens), self.pad_id, device=device)
         logps = torch.zeros(len(prompts), max_new_tokens, device=device)
-        lengths = torch.full((len(prompts),), max_new_tokens, device=device)
+        lengths = torch.tensor([min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts], device=device)
+        order, batch = self._prefill(model, prompts, looks, pasts, max_new_tokens)
+        rows = torch.tensor(order, device=device)
         open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
-        rows, hidden, cache, attention, positions, tiles = self._prefill(model, prompts, looks, pasts, max_new_tokens)
         for t in range(max_new_tokens):
             if t:
-                crossing = {} if tiles is None else {"cross_attention_mask": tiles}
-                hidden = model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True,
-                                          **crossing).last_hidden_state[:, -1]  # fmt: skip
-            logp = self._log_probabilities(model, hidden, temperature or 1.0)
+                batch.feed(ids)
+            logp = self._log_probabilities(model, batch.hidden, temperature or 1.0)
             if temperature:
                 # Inverse transform sampling: one uniform number per row, in double precision.
                 mass = logp.double().exp().cumsum(-1)
@@ -811,79 +978,95 @@ class Policy(nn.Module):
             else:
                 ids = logp.argmax(-1, keepdim=True)
             drawn[rows, t], logps[rows, t] = ids[:, 0], logp.gather(-1, ids)[:, 0]
-            closed = open_ & torch.isin(ids[:, 0], ends)
+            closed = open_ & (torch.isin(ids[:, 0], stops) | (lengths[rows] == t + 1))
             lengths[rows[closed]] = t + 1
             open_ = open_ & ~closed
             still = int(open_.sum())
             if not still:
                 break
-            positions, attention = positions[..., -1:] + 1, torch.cat([attention, attention.new_ones(len(ids), 1)], 1)
-            tiles = None if tiles is None else torch.cat([tiles, tiles[:, -1:]], 1)
             if still <= 0.75 * len(ids):  # finished rows leave the batch; each time the cache is copied, so not one by one
                 keep = open_.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                ids, positions, attention, rows, open_ = ids[keep], positions[..., keep, :], attention[keep], rows[keep], open_[keep]
-                tiles = None if tiles is None else tiles[keep]
+                batch.keep(keep)
+                ids, rows, open_ = ids[keep], rows[keep], open_[keep]
         self._count(2, sum(map(len, prompts)) - held + int(lengths.sum()) - len(prompts), {})
         return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
-    def _prefill(self, model, prompts, looks, pasts, room: int) -> tuple[Tensor, Tensor, transformers.Cache, Tensor, Tensor, Tensor | None]:
-        """Reads the prompts of one batch, but for what the pasts hold of them, in parts of PREFILL tokens.
-
-        Returns which prompt each row is [B], the state after its last token [B, H], the cache with `room` for more tokens, the attention mask
-        [B, T], the position of the last token [(3,) B, 1], and Mllama's cross-attention mask [B, T, 1, tiles] or None; all padded on the left.
-        """
-        device, held = model.device, [past.length for past in pasts] if pasts else [0] * len(prompts)
-        config = model.config.get_text_config()
-        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's, whose keys are the picture's and not the text's
+    def _prefill(self, model, prompts, looks, pasts, room: int) -> tuple[list[int], Decoding]:
+        """Reads the prompts of one batch, but for what the pasts hold of them, in parts of PREFILL tokens. Returns which prompt each row is,
+        and the batch with room for more tokens."""
+        held = [past.length for past in pasts] if pasts else [0] * len(prompts)
         unread = [len(prompt) - h for prompt, h in zip(prompts, held)]
         parts: list[list[int]] = []
         for i in sorted(range(len(prompts)), key=lambda i: (held[i] > 0, unread[i])):
             if not parts or (held[i] > 0) != (held[parts[-1][0]] > 0) or (len(parts[-1]) + 1) * unread[i] > PREFILL:
                 parts.append([])
             parts[-1].append(i)
-        states, kept, masks, lasts, crosses = [], [], [], [], []
+        layers = model.config.get_text_config().num_hidden_layers
+        rows: list[list] = [[] for _ in range(layers)]  # by layer, the keys and values of each row
+        states, lasts, tiles = [], [], []
         for part in parts:
-            old, new, width = max(held[i] for i in part), max(unread[i] for i in part), max(len(prompts[i]) for i in part)
-            ids = torch.tensor([[self.pad_id] * (width - len(prompts[i])) + prompts[i] for i in part], device=device)
-            real = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part], device=device)
-            grids = torch.stack([looks[i]["grid"] for i in part]) if looks and looks[0].get("grid") is not None else None
-            # The columns: what is held of each row, padded on the left, then its other tokens, padded on the left (by held ones, which are not seen).
-            attention = torch.tensor([[0] * (old - held[i]) + [1] * held[i] + [0] * (new - unread[i]) + [1] * unread[i] for i in part], device=device)
-            positions = self._positions(model, ids, real, grids)[..., -new:]
-            places = (ids[:, -new:] == self.image_id) & attention[:, old:].bool()
-            inputs = {"input_ids": ids[:, -new:]}
-            if looks and "tiles" in looks[0]:
-                tiles = self._tiles(ids, torch.stack([looks[i]["tiles"] for i in part]))
-                crosses.append(torch.cat([tiles[:, -1:].expand(-1, old, -1, -1), tiles[:, -new:]], 1))
-                inputs["cross_attention_mask"] = crosses[-1]
-                if not old:
-                    inputs["cross_attention_states"] = torch.stack([looks[i]["seen"] for i in part])
-            elif looks and places.any():
-                seen = torch.cat([looks[i]["seen"] for i, shown in zip(part, places.any(1).tolist()) if shown])
-                if int(places.sum()) != len(seen):
-                    raise ValueError(f"the prompts have {int(places.sum())} places for {len(seen)} parts of pictures")
-                inputs = {"inputs_embeds": model.get_input_embeddings()(ids[:, -new:]).masked_scatter(places[:, :, None], seen)}
-            cache = transformers.Cache(layers=[RoomyLayer(new if old else 0) for _ in range(config.num_hidden_layers)])
-            for k, layer in enumerate(cache.layers if old else ()):
-                layer.refill([pasts[i].layers[k] for i in part])
-            states.append(model.base_model(**inputs, attention_mask=attention, position_ids=positions, past_key_values=cache,
-                                           use_cache=True).last_hidden_state[:, -1])  # fmt: skip
-            rows = [[layer.row(b) for layer in cache.layers] for b in range(len(part))]
-            for b, i in enumerate(part if pasts else ()):
-                text, pasts[i].length = attention[b].nonzero()[:, 0], len(prompts[i])
-                pasts[i].layers = [pair if k in crossing else tuple(x.index_select(1, text) for x in pair) for k, pair in enumerate(rows[b])]
-            kept, masks, lasts = kept + rows, masks + [attention], lasts + [positions[..., -1:]]
-        whole = transformers.Cache(layers=[RoomyLayer(room) for _ in range(config.num_hidden_layers)])
-        for k, layer in enumerate(whole.layers):
-            layer.refill([row[k] for row in kept])
-            for row in kept:
-                row[k] = None  # or memory would hold two caches
-        columns = max(mask.shape[1] for mask in masks)
-        attention = torch.cat([nn.functional.pad(mask, (columns - mask.shape[1], 0)) for mask in masks])
-        tiles = torch.cat([nn.functional.pad(cross, (0, 0, 0, 0, columns - cross.shape[1], 0)) for cross in crosses]) if crosses else None
-        order = torch.tensor([i for part in parts for i in part], device=device)
-        return order, torch.cat(states), whole, attention, torch.cat(lasts, -2), tiles
+            chosen = [[x[i] for i in part] if x else None for x in (prompts, looks, pasts)]
+            hidden, positions, crossing, caches = self._read(model, *chosen, new=max(unread[i] for i in part))
+            states, lasts, tiles = [*states, hidden], [*lasts, positions], [*tiles, crossing]
+            for k, own in enumerate(caches):
+                rows[k] += own
+        cache = transformers.Cache(layers=[RoomyLayer(room) for _ in range(layers)])
+        for k, layer in enumerate(cache.layers):
+            if rows[k]:  # without pictures Mllama's cross-attention layers hold nothing
+                layer.refill(rows[k])
+            rows[k] = []  # or memory would hold two caches
+        order = [i for part in parts for i in part]
+        lengths = torch.tensor([len(prompts[i]) for i in order], device=model.device)
+        crossing = None if tiles[0] is None else torch.cat(tiles)
+        return order, Decoding(model, torch.cat(states), cache, lengths, torch.cat(lasts, -2), crossing)
+
+    def _read(self, model, prompts, looks, pasts, new: int):
+        """Reads the last `new` tokens of prompts whose other tokens the pasts hold, and notes all of them in the pasts.
+
+        Padding stands on the left of everything: sliding windows, and positions that count columns, allow no masked column inside a row. So
+        of every prompt as many tokens are read, some of them again. Returns the state after the last token [B, H], its position
+        [(3,) B, 1], Mllama's tiles [B, 1, 1, tiles], and by layer the keys and values of each row.
+        """
+        device, config = model.device, model.config.get_text_config()
+        pictured = getattr(config, "cross_attention_layers", ())  # Mllama's layers whose keys are the picture's and not the text's
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        columns = int(lengths.max())
+        ids = torch.tensor([[self.pad_id] * (columns - len(prompt)) + prompt for prompt in prompts], device=device)
+        attention = left_padded(lengths, columns)
+        grids = torch.stack([look["grid"] for look in looks]) if looks and looks[0].get("grid") is not None else None
+        positions = self._positions(model, ids, attention, grids)[..., -new:]
+        cache = transformers.Cache(layers=[RoomyLayer(new if columns > new else 0) for _ in range(config.num_hidden_layers)])
+        if columns > new:
+            before = [past.cut(max(0, len(prompt) - new)) for past, prompt in zip(pasts, prompts)]
+            for k, layer in enumerate(cache.layers):
+                if k not in pictured:
+                    layer.refill([past.layers[k] for past in before])
+        inputs, tiles = self._inputs(model, ids, new, looks)
+        out = model.base_model(**inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True)
+        rows = [
+            [(keys, values) if k in pictured else (keys[:, -n:], values[:, -n:])
+             for keys, values, n in zip(layer.keys, layer.values, lengths.tolist())] if layer.is_initialized else []
+            for k, layer in enumerate(cache.layers)
+        ]
+        for b, past in enumerate(pasts or ()):
+            past.length = len(prompts[b])
+            past.layers = [None if k in pictured else own[b] for k, own in enumerate(rows)]
+        return out.last_hidden_state[:, -1], positions[..., -1:], tiles, rows
+
+    def _inputs(self, model, ids: Tensor, new: int, looks) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the model reads of the last `new` of ids [B, T]: tokens, or where a picture stands among them embeddings, for Mllama with the
+        pictures beside them; and Mllama's tiles [B, 1, 1, tiles]."""
+        if looks and "tiles" in looks[0]:
+            mask = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
+            pictures = torch.stack([look["seen"] for look in looks])
+            return {"input_ids": ids[:, -new:], "cross_attention_mask": mask, "cross_attention_states": pictures}, mask[:, -1:]
+        places = ids[:, -new:] == self.image_id
+        if not looks or not places.any():
+            return {"input_ids": ids[:, -new:]}, None
+        seen = torch.cat([look["seen"][len(look["seen"]) - n :] for look, n in zip(looks, places.sum(1).tolist())])
+        if int((ids == self.image_id).sum()) != sum(len(look["seen"]) for look in looks):
+            raise ValueError("the prompts have places for more or fewer parts of pictures than there are")
+        return {"inputs_embeds": model.get_input_embeddings()(ids[:, -new:]).masked_scatter(places[:, :, None], seen)}, None
 
     def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Responder":
         """A player for `envs.play` that keeps the token streams of its conversations."""
@@ -1018,6 +1201,28 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def repair_generation_config(config: transformers.GenerationConfig) -> None:
+    """The library refuses to save one that names a temperature but says that it does not sample: then it shall say that it samples. Raises
+    ValueError if it cannot be saved all the same."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+        config.validate(strict=True)
+
+
+def longest_conversation(config: transformers.PretrainedConfig) -> float:
+    """How many tokens a language model's positions reach: without end for rotary embeddings (RoPE), but for those whose frequencies change
+    beyond some length, for which keys that were kept would then be wrong."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
+    changing = [kind for kind in kinds if kind["rope_type"] in ("dynamic", "longrope")]
+    reach = getattr(config, "max_position_embeddings", None) or math.inf
+    if kinds and not changing:
+        return math.inf
+    return min([reach, *(kind.get("original_max_position_embeddings") or reach for kind in changing)])
+
+
 class Responder:
     """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's conversation in tokens: one stream,
     or on a walk with pictures one for each waypoint, opened anew with the picture seen there and the words of the walk so far."""
@@ -1025,6 +1230,7 @@ class Responder:
     def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
         self.policy, self.temperature, self.max_new_tokens, self.generator = policy, temperature, max_new_tokens, generator
         self.streams: dict[int, list[Stream]] = {}
+        self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
         self.images: dict[int, Image.Image | None] = {}
         self.looks: dict[int, dict[str, Tensor]] = {}
         self.pasts: dict[int, Past] | None = None
@@ -1039,29 +1245,49 @@ class Responder:
         self.looks.clear()
         self.pasts = None
 
-    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
-        policy, new = self.policy, []
+    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
+        """One reply each; None where the conversation is as long as the model's positions reach. Raises ValueError for a first prompt of
+        that length."""
+        policy = self.policy
         if not self.streams and len(indices) <= policy.rollout_batch:  # more caches than those of one batch might not find room
             self.pasts = {}
-        for i, o in zip(indices, observations):
-            if i in self.streams and self.images[i] is o.image:
-                policy.extend(self.streams[i][-1], o.messages[-1]["content"])
-            else:
-                self.images[i] = o.image
-                new.append((i, o))
-        for (i, _), stream in zip(new, opened := policy.open([(o.messages, o.image) for _, o in new])):
-            if self.pasts is not None:
-                self.pasts[i] = self._kept(i, stream.ids)
-            self.streams.setdefault(i, []).append(stream)
-        if any(stream.picture for stream in opened):
-            self.looks |= dict(zip((i for i, _ in new), policy.look(self._model, [stream.picture for stream in opened])))
-        now = [self.streams[i][-1] for i in indices]
+        new = {i: o for i, o in zip(indices, observations) if i not in self.streams or self.images[i] is not o.image}
+        conversations = [(o.messages, o.image) for o in new.values()]
+        opened = dict(zip(new, policy.open(conversations, [self.said.get(i, []) for i in new])))
+        if any(stream.picture for stream in opened.values()):
+            looks = policy.look(self._model, [stream.picture for stream in opened.values()])
+            self.looks |= dict(zip(opened, looks))
+        ready = [i for i, o in zip(indices, observations) if self._listen(i, o, opened.get(i))]
+        now = [self.streams[i][-1] for i in ready]
         drawn = policy.sample(self._model, [stream.ids for stream in now], self.max_new_tokens, self.temperature, self.generator,
-                              [self.looks[i] for i in indices] if self.looks else None,
-                              [self.pasts[i] for i in indices] if self.pasts else None)  # fmt: skip
-        for stream, (ids, logp) in zip(now, drawn):
+                              [self.looks[i] for i in ready] if self.looks else None,
+                              [self.pasts[i] for i in ready] if self.pasts else None)  # fmt: skip
+        texts = {}
+        for i, stream, (ids, logp) in zip(ready, now, drawn):
             stream.reply(ids, logp)
-        return [policy.decode(ids) for ids, _ in drawn]
+            self.said.setdefault(i, []).append(ids)
+            texts[i] = policy.decode(ids)
+        return [texts.get(i) for i in indices]
+
+    def _listen(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
+        """Takes what environment i says into its conversation, `opened` anew or the last one; False if no room is left for a reply."""
+        reach = self.policy.max_length
+        if opened is None:
+            stream = self.streams[i][-1]
+            before = len(stream)
+            self.policy.extend(stream, observation.messages[-1]["content"])
+            if len(stream) >= reach:
+                stream.cut(before)
+            return len(stream) > before
+        self.images[i] = observation.image
+        if self.pasts is not None:
+            self.pasts[i] = self._kept(i, opened.ids)
+        if len(opened) < reach:
+            self.streams.setdefault(i, []).append(opened)
+        elif i not in self.streams:
+            raise ValueError(f"a prompt has {len(opened)} tokens, but the positions of {type(self.policy.model).__name__} reach no "
+                             f"farther than {reach}")  # fmt: skip
+        return len(opened) < reach
 
     def _kept(self, i: int, ids: list[int]) -> Past:
         """What the cache of environment i's last conversation holds of a new one: the words before either one's picture. Mllama's keeps
@@ -1243,8 +1469,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=step_of)
+    """The checkpoints of a run folder, oldest first. Other folders beside them are not the run's."""
+    return sorted((path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)), key=step_of)
 
 
 def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], save_every: int, count: int = 1,
@@ -1262,15 +1488,13 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
 
         board = SummaryWriter(run.folder / "tensorboard", purge_step=step + 1)
     name = "/".join(run.folder.parts[-2:])
-    looks = {"desc": name, "disable": policy.rank > 0, "bar_format": "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"}
     reached = max((line["progress"] for line in read_lines(run.folder / "metrics.jsonl") if line["step"] <= step), default=0.0)
-    with Interruption() as interruption, tqdm(total=100, **looks) as bar, board or contextlib.nullcontext():
+    with Interruption() as interruption, Progress(name, 100) as bar, board or contextlib.nullcontext():
         for metrics in train(step, flops):
             step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
             due = any(reached < (k / count) ** 2 <= progress for k in range(1, count + 1))
             reached = progress
-            bar.set_postfix_str(" ".join(f"{key} {metrics[key]:.3g}" for key in show))
-            bar.update(100 * min(progress, 1) - bar.n)
+            bar.reach(100 * min(progress, 1), **{key: metrics[key] for key in show})
             run.log(metrics)
             for key, value in metrics.items() if board else ():
                 board.add_scalar(key, value, step)
@@ -1281,6 +1505,29 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
                 run.save_state(policy, optimizers, step, flops, keep)
             if interrupted:
                 raise KeyboardInterrupt
+
+
+class Progress(tqdm):
+    """A progress bar with a count of percent: on a terminal one that moves, in a file a line every half minute."""
+
+    def __init__(self, name: str, total: float):
+        quiet = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
+        super().__init__(desc=name, total=total, disable=policy_rank() > 0, bar_format=self.FORMAT, **quiet)
+
+    FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+
+    @staticmethod
+    def status_printer(file):
+        """What writes one state of the bar to a file."""
+        if file.isatty():
+            return tqdm.status_printer(file)
+        before = chain([""], repeat("\n"))  # the last line is ended when the bar is closed
+        return lambda text: print(next(before) + text.rstrip(), end="", file=file, flush=True)
+
+    def reach(self, done: float, **figures: float) -> None:
+        """So much of the total is done; `figures` stand behind the bar."""
+        self.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in figures.items()), refresh=False)
+        self.update(done - self.n)
 
 
 SFT_SHOW, PPO_SHOW = ("loss", "lr"), ("success", "return", "approx_kl", "explained_variance")
@@ -1295,7 +1542,7 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
     policy = make_policy()
     if config.batch_size % policy.world:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
-    policy.streams(batch_of(0)[:1])  # pictures for a model that reads none end here, before there is a run folder
+    policy.streams(batch_of(0))  # what the model cannot read ends here, before there is a run folder
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
     run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, 50, **logs)
 
@@ -1312,8 +1559,7 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, config.betas, config.eps, config.weight_decay)
     environments = [make_env() for _ in range(config.episodes // policy.world)]
-    observation, _ = environments[0].reset()
-    policy.open([(observation.messages, observation.image)])  # as in run_sft
+    policy.streams([envs.demonstration(environments[0])])  # as in run_sft
     run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, 5, **logs)
 
 
@@ -1424,9 +1670,9 @@ STUDIES["virl-vl"] = replace(
 SEARCH_SEEDS = (1000, 1001)  # the rates are chosen on these, which no study reports; one alone has chosen a rate at which other seeds broke down
 
 
-def load_policy(args: argparse.Namespace, model: str) -> Policy:
-    """The policy on this process's device, sharded if there are several processes."""
-    options = {"rollout_batch": args.rollout_batch}
+def load_policy(args: argparse.Namespace, model: str, pictures: bool | None = None) -> Policy:
+    """The policy on this process's device, sharded if there are several processes; `pictures` None: those of the task, if it has some."""
+    options = {"rollout_batch": args.rollout_batch, "pictures": args.task.endswith("-vl") if pictures is None else pictures}
     if torch.cuda.is_available():
         gc.collect()  # a policy that is no longer used may hold the GPU's memory in reference cycles (FSDP's hooks, recomputed blocks)
     if dist.is_initialized():
@@ -1626,10 +1872,12 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
                             save_pictures(env, episode, evaluate.start(env, series, i), Path(args.out) / pictures["pictures"])
                         file.write(json.dumps(place | {"variant": variant} | pictures | episode.transcript()) + "\n")
 
-    for arm, path in tqdm(arms, desc=f"{folder.name}/evaluation", disable=policy_rank() > 0, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"):
-        point(arm, path, "test", variants, 1.0)
-        if arm == "sft":
-            point(arm, path, "valid", ("id",), 1.0)
+    with Progress(f"{folder.name}/evaluation", len(arms)) as bar:
+        for arm, path in arms:
+            point(arm, path, "test", variants, 1.0)
+            if arm == "sft":
+                point(arm, path, "valid", ("id",), 1.0)
+            bar.update()
     for arm in ("base", "init", "sft", "rl"):
         point(arm, [path for name, path in arms if name == arm][-1], "test", variants, 0.0)
     valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
@@ -1898,13 +2146,15 @@ def command_sft(args: argparse.Namespace) -> None:
     config = config_from(args, sft.SFTConfig)
     if args.plan:
         return print_plan(args, config)
+    pictures = None
     if args.demos:
-        batches = sft.epochs(sft.read_records(args.demos, args.images), config.batch_size, args.seed)
+        records = sft.read_records(args.demos, args.images)
+        batches, pictures = sft.epochs(records, config.batch_size, args.seed), bool(records[0].get("image"))
     else:
         batches = fresh_batches(wrong_turns_fit(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
     torch.manual_seed(args.seed)
     settings = environment_settings(args) | {"demos": args.demos, "images": args.images, "wrong_turns": args.wrong_turns, "seed": args.seed}
-    run_sft(lambda: load_policy(args, args.model), Path(args.out), batches, config, settings, **logs_of(args))
+    run_sft(lambda: load_policy(args, args.model, pictures), Path(args.out), batches, config, settings, **logs_of(args))
 
 
 def command_ppo(args: argparse.Namespace) -> None:
@@ -1925,7 +2175,9 @@ def command_evaluate(args: argparse.Namespace) -> None:
     if args.save and not isinstance(env, (envs.GeneralPointsVL, envs.VIRLVL)):
         raise ValueError(f"task {args.task!r} has no pictures to --save")
     policy = load_policy(args, args.model)
-    result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens, pictures=args.pictures)
+    policy.streams([envs.demonstration(env)])  # what the model cannot read ends here
+    with Progress("evaluation", n // policy.world) as bar:
+        result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens, pictures=args.pictures, watch=bar.reach)
     if policy.rank == 0:
         for i, episode in enumerate(episodes[: args.transcripts]):
             print_transcript(episode)
@@ -1994,14 +2246,16 @@ def command_data(args: argparse.Namespace) -> None:
             raise ValueError("a folder takes the built-in city, without --data and --wrong-turns: for demonstrations let --out end in .json")
         city = env.built_in | {"seed": args.seed} | ({"n": args.episodes} if args.episodes else {})
         routes, world = envs.built_in_routes(**city), envs.built_in_world(**city, width=env.panorama_width)
-        with tqdm(desc="panoramas", total=len(world.panoramas.ids), disable=args.task != "virl-vl") as bar:
+        ids, pictured = world.panoramas.ids, args.task == "virl-vl"
+        with Progress("panoramas", len(ids)) as bar:
 
             def picture(place: envs.Geocode) -> tuple[Image.Image, float]:
                 bar.update()
                 return world.picture(place)
 
-            envs.write_world(Path(args.out), [routes, len(routes)], world.panoramas.ids, picture if args.task == "virl-vl" else None)
-        print(f"{len(routes)} routes and {len(world.panoramas.ids)} panoramas in {args.out}")
+            envs.write_world(Path(args.out), [routes, len(routes)], ids, picture if pictured else None)
+            bar.reach(len(ids))
+        print(f"{len(routes)} routes and {len(ids)} panoramas in {args.out}")
         return
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes or 1000)]
     pictures = Path(args.out).with_suffix("")

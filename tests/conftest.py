@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,7 +60,10 @@ def tiny_mllama():
         for name, p in model.named_parameters():
             if "gate" in name:
                 p.fill_(0.5)
-    tokenizer.bos_token = "<|pad|>"
+    tokenizer.bos_token = "<|pad|>"  # as Llama's, which puts it before a text
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|pad|> $A", pair="<|pad|> $A $B", special_tokens=[("<|pad|>", 0)]
+    )
     images = transformers.MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
     return model, transformers.MllamaProcessor(images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>"))
 
@@ -101,13 +105,74 @@ def tiny_qwen():
     return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+VICUNA = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def chat_tokenizer(template=CHATML, special=("<|end|>", "<|im_start|>", "<|im_end|>"), plain=(), bos=False, **named):
+    """A byte-level tokenizer for a chat template. `special` tokens are so in its own file alone, `plain` ones are added but not special, the
+    `named` ones (eos_token, ...) are known to the library too; with `bos` the first of the special ones is put before a text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(sftrl.card_texts()[:200], trainer)
+    core.add_tokens([AddedToken(token, special=False) for token in plain])
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{special[0]} $A", pair=f"{special[0]} $A $B", special_tokens=[(special[0], 0)]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **named)
+
+
+def random_model(architecture, tokenizer, **settings):
+    """A causal language model of any architecture, small, random and unsure; many tokens end its replies, so that their lengths differ."""
+    usual = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2,
+             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(architecture, **usual | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = list(range(300, 360))
+    return model
+
+
+def tiny_llava_1_5():
+    """Llava-1.5's kind: plain text between the turns, and a BOS that the tokenizer adds and the template lacks."""
+    tokenizer = chat_tokenizer(
+        VICUNA, ("<s>", "</s>", "<image>", "<pad>"), bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    model, processor = sftrl.build_tiny()
+    config = model.config
+    config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config.text_config.vocab_size, config.text_config.initializer_range = len(tokenizer), 0.2
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    return model, transformers.LlavaProcessor(
+        processor.image_processor, tokenizer, patch_size=32, vision_feature_select_strategy="full",
+        num_additional_image_tokens=1, chat_template=VICUNA,
+    )
+
+
 SIGHTED = {"llava": tiny_llava, "mllama": tiny_mllama, "qwen": tiny_qwen}
 MODELS = {"llava": tiny_llava, "llama": tiny_llama, "mllama": tiny_mllama}
 
 
 def make_policy(kind="llava", **options):
     torch.manual_seed(0)
-    return sftrl.Policy(*(MODELS | SIGHTED)[kind](), rollout_dtype=torch.float32, **options)
+    makers = MODELS | SIGHTED | {"llava-1.5": tiny_llava_1_5}
+    return sftrl.Policy(*makers[kind](), rollout_dtype=torch.float32, **options)
 
 
 @pytest.fixture

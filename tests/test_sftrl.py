@@ -1,8 +1,11 @@
 """Policy, run folders, the command line."""
 
 import contextlib
+import copy
 import importlib.util
+import io
 import json
+import math
 import os
 import random
 import re
@@ -19,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MODELS, SIGHTED, SMALL, make_policy
+from conftest import CHATML, MODELS, SIGHTED, SMALL, QwenProcessor, chat_tokenizer, make_policy, random_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
 import envs
 import sftrl
@@ -123,8 +127,9 @@ def test_greedy_equals_the_librarys_greedy(kind):
     with policy.rollout_weights() as model:
         drawn = policy.sample(model, prompts, 10, 0.0, torch.Generator())
     for prompt, (ids, _) in zip(prompts, drawn):
-        expected = policy.model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=10,
-                                         eos_token_id=policy.end_id, pad_token_id=policy.pad_id)  # fmt: skip
+        ids_of_prompt = torch.tensor([prompt])
+        expected = policy.model.generate(input_ids=ids_of_prompt, attention_mask=torch.ones_like(ids_of_prompt), do_sample=False, max_new_tokens=10,
+                                         eos_token_id=sorted(policy.stop_ids), pad_token_id=policy.pad_id)  # fmt: skip
         assert ids == expected[0, len(prompt) :].tolist()
 
 
@@ -216,7 +221,7 @@ def test_rows_that_finish_leave_the_batch_and_no_end_token_is_forged(policy):
     assert len(lengths) > 5
     for stream in streams:
         reply = stream.ids[stream.replies[0][0] :]
-        assert policy.end_id not in reply[:-1] and (reply[-1] == policy.end_id or len(reply) == 400)
+        assert not policy.stop_ids & set(reply[:-1]) and (reply[-1] in policy.stop_ids or len(reply) == 400)
     batch = policy.collate(streams)
     with torch.no_grad():
         scored = policy(batch)["logp"]
@@ -242,6 +247,296 @@ def test_streams_grow_without_being_tokenized_again(kind):
     cut.reply(odd)
     policy.extend(cut, "Again.")
     assert cut.ids == closed and sum(cut.mask) == len(odd)  # the missing end token joined as context, without loss
+
+
+# ---- the chat models that users bring
+
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+PHI = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+       "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")  # fmt: skip
+GLM = "[gMASK]{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+THINK = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}"
+         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}")  # fmt: skip
+NEWLINE = CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '\n<|im_end|>")
+ENDED = {"eos_token": "<|eos|>", "pad_token": "<|eos|>"}
+WORDS, ROLES = ("<|eos|>", "<|im_start|>", "<|im_end|>"), ("<|eos|>", "<|end|>", "<|user|>", "<|assistant|>")
+CHATML_TEXT = "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n<|im_start|>user\n{f}<|im_end|>\n<|im_start|>assistant\n{b}<|im_end|>"
+# By kind: tokenizer, the text of a conversation of two turns as its template writes it, the end of a reply, tokens at which sampling stops.
+TEMPLATES = {
+    "chatml": (dict(special=WORDS, **ENDED), CHATML_TEXT, "<|im_end|>", {*WORDS}),
+    "end token with a name": (dict(special=WORDS, additional_special_tokens=["<|im_end|>"], **ENDED), CHATML_TEXT, "<|im_end|>", {*WORDS}),
+    "end token added, but not special": (dict(special=WORDS[:1], plain=WORDS[1:], **ENDED), CHATML_TEXT, "<|im_end|>", {*WORDS}),
+    "newline before the end": (dict(template=NEWLINE, special=WORDS, **ENDED), CHATML_TEXT.replace("<|im_end|>\n<|im_start|>user", "\n<|im_end|>\n<|im_start|>user")
+                               .replace("<|im_end|>\n<|im_start|>assistant", "\n<|im_end|>\n<|im_start|>assistant").replace("{b}", "{b}\n"), "\n<|im_end|>", {*WORDS}),
+    "no eos": (dict(special=WORDS), CHATML_TEXT, "<|im_end|>", {*WORDS[1:]}),
+    "phi-3": (dict(template=PHI, special=ROLES, **ENDED), "<|user|>\n{q}<|end|>\n<|assistant|>\n{a}<|end|>\n<|user|>\n{f}<|end|>\n<|assistant|>\n{b}<|end|>", "<|end|>", {"<|eos|>", "<|end|>", "<|user|>"}),
+    "glm-4: the next role ends a reply": (dict(template=GLM, special=("[gMASK]", *ROLES), **ENDED), "[gMASK]<|user|>\n{q}<|assistant|>\n{a}<|user|>\n{f}<|assistant|>\n{b}<|user|>", "<|user|>", {"<|eos|>", "<|user|>"}),
+    "plain text": (dict(template=PLAIN, special=ROLES, **ENDED), "user: {q} assistant: {a}<|eos|> user: {f} assistant: {b}<|eos|>", "<|eos|>", {"<|eos|>"}),
+    "thoughts": (dict(template=THINK, special=("<|eos|>", "<|user|>", "<|assistant|>", "<think>"), **ENDED), "<|user|>{q}<|assistant|><think>{a}<|eos|><|user|>{f}<|assistant|><think>{b}<|eos|>", "<|eos|>", {"<|eos|>", "<|user|>"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_between_turns_stand_the_templates_own_tokens(kind):
+    options, text, end, stops = TEMPLATES[kind]
+    tokenizer = chat_tokenizer(**options)
+    model = random_model("llama", tokenizer)
+    model.generation_config.eos_token_id = None
+    policy = sftrl.Policy(model, tokenizer)
+    q, a, f, b = said = 'Say "24".', '{"cards": ["A"]}', "No. Again.", '{"cards": ["2"]}'
+    speakers = ("human", "gpt", "human", "gpt")
+    (stream,) = policy.streams([{"conversations": [{"from": who, "value": value} for who, value in zip(speakers, said)]}])
+    whole = text.format(q=q, a=a, f=f, b=b)
+    assert stream.ids == policy.tokenize([whole])[0]
+    blank = " " * (kind == "plain text")
+    for (start, stop), reply in zip(stream.replies, (a, b)):
+        assert policy.tokenizer.decode(stream.ids[start:stop]) == blank + reply + end
+        assert policy.decode(stream.ids[start:stop]) == policy.decode(stream.ids[start : stop - 1]) == blank + reply
+    assert policy.tokenizer.convert_ids_to_tokens(policy.end_id) == end.strip()
+    assert policy.stop_ids == set(policy.tokenizer.convert_tokens_to_ids(sorted(stops)))
+    # A reply that was cut off gets its end from the template, as context; one that stopped with another token keeps it.
+    (opened,) = policy.open([([{"role": "user", "content": q}], None)])
+    start, stop = stream.replies[0]
+    said = stop - len(policy.tokenize([end])[0])  # up to here it is the reply's text
+    closing = stream.ids[said : stream.replies[1][0]][kind == "plain text" :]
+    for extra in ([], [300]):
+        cut = copy.deepcopy(opened)
+        cut.reply(stream.ids[start:said] + extra)
+        policy.extend(cut, f)
+        assert cut.ids == stream.ids[:said] + extra + closing and sum(cut.mask) == said - start + len(extra)
+
+
+def test_a_model_whose_replies_end_with_nothing_is_refused():
+    tokenizer = chat_tokenizer(PLAIN)
+    model = random_model("llama", tokenizer)
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="no eos token, and its chat template ends replies with no token"):
+        sftrl.Policy(model, tokenizer)
+    with pytest.raises(ValueError, match="leaves out replies"):
+        sftrl.Policy(model, chat_tokenizer("{{ messages[-1]['content'] }}", eos_token="<|end|>"))
+    with pytest.raises(ValueError, match="its chat template cannot be used: no user"):
+        sftrl.Policy(model, chat_tokenizer("{{ raise_exception('no user') }}", eos_token="<|end|>"))
+
+
+def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_between_turns():
+    """Llama-2's kind (SentencePiece): tokenized alone, what follows a reply would begin with one blank too many."""
+    tokenizer = chat_tokenizer(PLAIN, special=ROLES, **ENDED)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    assert tokenizer.decode(tokenizer("x")["input_ids"]) == " x"
+    policy = sftrl.Policy(random_model("llama", tokenizer), tokenizer)
+    turns = [{"from": who, "value": value} for who, value in (("human", "q"), ("gpt", "a"), ("human", "f"), ("gpt", "b"))]
+    (stream,) = policy.streams([{"conversations": turns}])
+    assert tokenizer.decode(stream.ids) == " user: q assistant: a<|eos|> user: f assistant: b<|eos|>"
+
+
+@pytest.mark.parametrize("task", ["gp-l", "gp-vl"])
+def test_a_bos_that_the_template_lacks_stands_before_the_first_words(task):
+    policy = make_policy("llava-1.5")
+    observation, _ = envs.make(task, **(SMALL if task == "gp-vl" else {})).reset(seed=0)
+    (stream,) = policy.open([(observation.messages, observation.image)])
+    ((text,),) = [[m["content"] for m in observation.messages]]
+    parts = [{"type": "text", "text": text}] if task == "gp-l" else [{"type": "image", "image": observation.image}, *text[1:]]
+    library = policy.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=True, add_generation_prompt=True, return_dict=True)
+    expected = torch.tensor(library["input_ids"]).flatten().tolist()
+    assert stream.ids == expected and expected[0] == policy.tokenizer.bos_token_id != expected[1]
+    assert policy.tokenizer.decode(expected[:4]) == "<s>USE"
+
+
+# What a model of each architecture needs beside the usual sizes; as the last item, why it is refused.
+BROUGHT = {
+    "llama": {}, "qwen2": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 60}, "phi3": {}, "gpt2": {}, "bloom": {},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 60}, "mpt": {}, "lfm2": {"layer_types": ["full_attention"] * 2},
+    "deepseek_v2": {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24,
+                    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+}  # fmt: skip
+REFUSED = {
+    "granite": {"logits_scaling": 2.0}, "cohere": {"logit_scale": 0.5}, "gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                   "linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+
+
+def sampler_gap(policy, task="gp-l"):
+    """Mean difference of sampled and scored log-probabilities over three turns of replies of different lengths."""
+    streams = sampled(policy, n=8, max_new_tokens=24, task=task)
+    assert len({stop - start for s in streams for start, stop in s.replies}) > 5 and max(len(s.replies) for s in streams) == 3
+    with torch.no_grad():
+        scored = policy(policy.collate(streams))["logp"]
+    gaps = [abs(scored[b, t] - s.logp[t]) for b, s in enumerate(streams) for t in range(len(s)) if s.mask[t]]
+    return torch.stack(gaps).mean()
+
+
+@pytest.mark.parametrize("architecture", BROUGHT)
+def test_a_chat_model_is_sampled_from_its_own_distribution_over_three_turns(architecture):
+    tokenizer = chat_tokenizer(eos_token="<|end|>")
+    model = random_model(architecture, tokenizer, **BROUGHT[architecture])
+    assert sampler_gap(sftrl.Policy(model, tokenizer, rollout_dtype=torch.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5", *SIGHTED])
+def test_a_vision_language_model_is_sampled_from_its_own_distribution_over_three_turns(kind):
+    policy = make_policy(kind, pictures=True)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.mul_(3)
+    policy.stop_ids |= set(range(300, 400))
+    assert sampler_gap(policy, "gp-vl") < 1e-5
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_an_architecture_that_cannot_be_served_is_refused_in_one_line_that_names_it(architecture, tmp_path, capsys):
+    tokenizer = chat_tokenizer(eos_token="<|end|>", pad_token="<|end|>")
+    model = random_model(architecture, tokenizer, **REFUSED[architecture])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert sftrl.main(["sft", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{type(model).__name__} cannot be served" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_feeds_pictures_to_several_layers_is_served_in_words_alone():
+    tokenizer = sftrl.build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False)
+    image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "head_dim": 8, "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.1}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32, "patch_size": 8,
+              "spatial_merge_size": 2, "deepstack_visual_indexes": [0], "initializer_range": 0.2, "num_position_embeddings": 16}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video)
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLForConditionalGeneration(config)
+    images = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=48 * 48)
+    processor = QwenProcessor(images, tokenizer, sftrl.CHAT_TEMPLATE.replace("<image>", "<|image_pad|>"))
+    assert sampled(sftrl.Policy(model, processor))
+    with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration cannot be served"):
+        sftrl.Policy(model, processor, pictures=True)
+
+
+def test_an_architecture_is_checked_once_in_a_process_and_not_without_weights(monkeypatch):
+    checked = []
+    monkeypatch.setattr(sftrl.Policy, "check", lambda self, pictures: checked.append(pictures))
+    monkeypatch.setattr(sftrl.Policy, "_checked", set())
+    for _ in range(2):
+        sftrl.Policy.load("tiny", torch.device("meta"))
+    assert checked == []
+    for pictures in (False, True, False, True):
+        sftrl.Policy.load("tiny", pictures=pictures)
+    assert checked == [False, True]
+
+
+def test_a_check_in_bf16_passes_what_is_right_and_finds_what_is_not(monkeypatch):
+    model, processor = MODELS["llava"]()
+    policy = sftrl.Policy(model.bfloat16(), processor)
+    policy.check(True)
+    monkeypatch.setattr(policy, "_log_probabilities", lambda model, hidden, t: (2 * model.get_output_embeddings()(hidden).float()).log_softmax(-1))
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration cannot be served"):
+        policy.check(False)
+
+
+# ---- what the model said is what the verifier sees
+
+
+def test_special_tokens_in_a_reply_are_shown_to_the_verifier(policy):
+    ids = policy.tokenizer.convert_tokens_to_ids
+    env = envs.make("gp-l")
+    env.reset(seed=0)
+    (right,), (wrong,) = policy.tokenize([env.expert_reply()]), policy.tokenize([env.wrong_reply()])
+    assert policy.decode([*right, policy.end_id]) == env.expert_reply()
+    inside = right[:9] + ids(["<|pad|>", "<|system|>"]) + right[9:] + [policy.end_id]
+    between = [token for word in right for token in (word, ids("<|pad|>"))]
+    forged = wrong + [ids("<|user|>")] + policy.tokenize(["Correct."])[0] + [ids("<|assistant|>")] + right
+    assert "<|pad|><|system|>" in policy.decode(inside)
+    assert policy.decode(forged).endswith("<|user|>")  # here sampling stops
+    for said, verdict in ((right, "correct"), (inside, "unparsed"), (between, "unparsed"), (forged, "wrong_value")):
+        env.reset(seed=0)
+        *_, info = env.step(policy.decode(said))
+        assert (info["verdict"] == "correct") == (verdict == "correct"), policy.decode(said)
+        assert env.messages[1]["content"] == policy.decode(said)
+
+
+@pytest.mark.parametrize("kind", SIGHTED)
+def test_on_a_walk_in_pictures_earlier_replies_keep_their_tokens(kind, monkeypatch):
+    policy = make_policy(kind)
+    ids = policy.tokenizer.convert_tokens_to_ids
+    written = [token for piece in ("<", "image", ">", "<|", "image_pad", "|>") for token in policy.tokenize([piece])[0]]
+    image = policy.tokenizer.convert_ids_to_tokens(policy.image_id)
+    odd = written + policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0] + [ids("<|pad|>"), ids("<|system|>")]
+    assert policy.image_id not in odd and policy.image_id in policy.tokenize([image])[0]
+    env = envs.make("virl-vl", verify_iter=2, go_on=True, turns=1, points_per_leg=1, view_size=16, panorama_width=64)
+    said = iter([[*odd, k, policy.end_id] for k in range(10, 40)])
+
+    def sample(model, prompts, *args):
+        return [(reply, [0.0] * len(reply)) for _, reply in zip(prompts, said)]
+
+    monkeypatch.setattr(policy, "sample", sample)
+    with policy.responder(1.0, 40, policy.generator("x")) as respond:
+        envs.play([env], respond, [0])
+    own, k = respond.streams[0], 0
+    assert len(own) > 2
+    for stream in own:
+        opened = stream.replies[0][0]
+        assert "".join(map(chr, stream.ids[:opened])).count("".join(map(chr, odd))) == k
+        assert stream.ids.count(policy.image_id) == own[0].ids.count(policy.image_id) > 0
+        k += len(stream.replies)
+
+
+# ---- models whose positions end
+
+
+def test_how_far_positions_reach():
+    def reach(architecture, **settings):
+        return sftrl.longest_conversation(transformers.AutoConfig.for_model(architecture, **settings))
+
+    assert reach("gpt2", n_positions=150) == 150 and reach("opt", max_position_embeddings=99) == 99
+    assert reach("llama", max_position_embeddings=64) == reach("gemma3_text") == math.inf
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    assert reach("llama", max_position_embeddings=64, rope_parameters=rope) == 64
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", **factors}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 96}
+    assert reach("phi3", **sizes, original_max_position_embeddings=48, rope_parameters=rope) == 48
+
+
+def test_a_conversation_that_is_longer_than_positions_reach_ends_and_an_experts_is_refused(tmp_path, capsys):
+    tokenizer = chat_tokenizer(eos_token="<|end|>", pad_token="<|end|>")
+    policy = sftrl.Policy(random_model("gpt2", tokenizer, max_position_embeddings=150), tokenizer)
+    policy.save(tmp_path / "model")
+    environments = [envs.make("gp-l", seed=i) for i in range(8)]
+    with policy.responder(1.0, 40, policy.generator("x")) as respond:
+        episodes = envs.play(environments, respond)
+    lengths = [len(stream) for own in respond.streams.values() for stream in own]
+    assert 140 < max(lengths) <= 150 and all(1 <= len(e.turns) < 5 and not e.success for e in episodes)
+    assert all(len(e.turns) == len(respond.streams[i][0].replies) for i, e in enumerate(episodes))
+    policy(policy.collate([respond.streams[i][0] for i in range(8)]))
+    with policy.responder(1.0, 40, policy.generator("x")) as respond, pytest.raises(ValueError, match="a prompt has [0-9]+ tokens"):
+        envs.play([envs.make("gp-l", prompt="$cards $rule " + "so " * 200)], respond)
+    model = ["--model", str(tmp_path / "model"), "--n-cards", "6", "--max-new-tokens", "8"]
+    for command in (["sft", "--wrong-turns", "1", *model[:2], "--out", str(tmp_path / "a")], ["ppo", *model, "--prompt", str(tmp_path / "long"), "--out", str(tmp_path / "a")],
+                    ["evaluate", *model, "--prompt", str(tmp_path / "long"), "--episodes", "2"]):  # fmt: skip
+        (tmp_path / "long").write_text("$cards $rule " + "so " * 60)
+        assert sftrl.main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "but the positions of GPT2LMHeadModel reach no farther than 150" in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_generation_config_that_the_library_would_not_save_is_repaired(tmp_path):
+    policy = make_policy()
+    policy.save(tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    odd = json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    path.write_text(json.dumps(odd))
+    config = transformers.GenerationConfig(**odd)
+    with pytest.raises(ValueError):
+        config.validate(strict=True)
+    sftrl.Policy.load(str(tmp_path / "model")).save(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (again["temperature"], again["top_p"]) == (0.9, 0.6)
 
 
 # ---- pictures
@@ -300,9 +595,6 @@ def test_models_that_take_pictures_in_other_ways_are_refused(monkeypatch):
     call = type(policy.processor).__call__
     monkeypatch.setattr(type(policy.processor), "__call__", lambda *args, **options: call(*args, **options) | {"depths": torch.ones(1)})
     with pytest.raises(ValueError, match="takes depths, which is not known"):
-        policy.streams([record])
-    policy.model.config.vision_config.deepstack_visual_indexes = [0]  # as Qwen3-VL has
-    with pytest.raises(ValueError, match="several layers"):
         policy.streams([record])
 
 
@@ -658,6 +950,52 @@ def test_tensorboard_gets_every_metric_or_is_refused_in_one_line(tmp_path, capsy
 def test_the_newest_checkpoints_alone_are_kept(tmp_path):
     assert inside("sft", "--out", tmp_path, "--steps", 4, "--batch-size", 2, "--checkpoints", 4, "--keep", 2) == 0
     assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_only_folders_named_checkpoint_and_digits_belong_to_a_run(tmp_path, monkeypatch):
+    command = ("sft", "--out", tmp_path, "--steps", 4, "--batch-size", 2, "--checkpoints", 4, "--keep", 1)
+    log = sftrl.Run.log
+
+    def interrupt(run, metrics):
+        log(run, metrics)
+        if metrics["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sftrl.Run, "log", interrupt)
+    assert inside(*command) == 130
+    monkeypatch.undo()
+    foreign = ["checkpoint-2-backup", "checkpoint-9-backup", "checkpoint-best", "checkpoint-", "checkpoint--1"]
+    for name in foreign:
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert inside(*command) == 0
+    assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", *foreign}
+
+
+@pytest.mark.parametrize("command", ["sft", "evaluate"])
+def test_progress_in_a_file_is_a_line_now_and_then_with_its_figures(tmp_path, command):
+    words = ["sft", "--out", tmp_path / "run", "--steps", 40] if command == "sft" else ["evaluate", "--model", "tiny", "--episodes", 4]
+    words += ["--batch-size", 2] if command == "sft" else ["--max-new-tokens", 8]
+    with open(tmp_path / "log", "wb") as file:
+        subprocess.run([sys.executable, ROOT / "sftrl.py", *map(str, words), "--threads", "1"], stderr=file, stdout=subprocess.DEVNULL, check=True)
+    log = (tmp_path / "log").read_text()
+    lines = log.splitlines()
+    assert "\r" not in log and 2 <= len(lines) <= 8 and "100%" in lines[-1]
+    if command == "sft":
+        loss = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+        assert f"loss {loss:.3g}" in lines[-1]
+
+
+def test_progress_on_a_terminal_moves_in_one_line(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with sftrl.Progress("run", 100) as bar:
+        bar.mininterval = 0
+        for k in range(1, 5):
+            bar.reach(25 * k, loss=1 / k)
+    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().count("\r") > 4 and "loss 0.25" in terminal.getvalue()
 
 
 def shorten(monkeypatch, task, **settings):
