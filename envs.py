@@ -1388,11 +1388,11 @@ class Scene:
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands at longitude h - 180 + rotation
-        (released data), in degrees from the left edge."""
+        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands in the column at the share
+        (h + rotation) / 360 of the width (released data: at longitude h - 180 + rotation, 0 being the middle column)."""
         width, height = size
         plan, eye = self.city.plan, np.array(offset(self.city.plan.centre, at))
-        heading = np.radians((np.arange(width) + 0.5) / width * 360.0 + 180.0 - rotation)
+        heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
         ray = np.stack([np.sin(heading), np.cos(heading)], -1)
         elevation = np.radians(90.0 - (np.arange(height) + 0.5) / height * 180.0)
         up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
@@ -1482,12 +1482,12 @@ def _sight(size: int, fov: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0) -> Image.Image:
-    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square of `size` pixels, bilinear;
-    longitude wraps round (released data)."""
+    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square of `size` pixels,
+    bilinear; the panorama wraps round, and its columns are those of `Scene.draw`."""
     height, width = panorama.shape[:2]
     sideways, latitude = _sight(size, fov)
-    longitude = (heading - 180.0) % 360.0 + rotation + sideways
-    x, y = longitude / 360.0 * width - 0.5, ((90.0 - latitude) / 180.0 * height - 0.5).clip(0, height - 1)
+    x = (heading % 360.0 + rotation + sideways) / 360.0 * width - 0.5
+    y = ((90.0 - latitude) / 180.0 * height - 0.5).clip(0, height - 1)
     x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
     fx, fy = (x - x0)[:, None], (y - y0)[..., None]
     x1, y1 = (x0 + 1) % width, np.minimum(y0 + 1, height - 1)

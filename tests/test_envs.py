@@ -876,12 +876,25 @@ def test_a_view_is_the_gnomonic_projection_of_the_panorama():
             for j in range(size):
                 # the pixel's direction in space: x to the right, y up, z ahead; then round by the heading
                 x, y, z = (j + 0.5) / size * 2 - 1, 1 - (i + 0.5) / size * 2, 1.0
-                longitude = (heading - 180 + rotation + math.degrees(math.atan2(x, z))) % 360
+                longitude = heading - 180 + rotation + math.degrees(math.atan2(x, z))  # 0 is the panorama's middle
                 latitude = math.degrees(math.asin(y / math.sqrt(x * x + y * y + z * z)))
-                column, row = longitude / 360 * 24 - 0.5, min(max((90 - latitude) / 180 * 12 - 0.5, 0), 11)
+                column, row = (longitude + 180) / 360 * 24 - 0.5, min(max((90 - latitude) / 180 * 12 - 0.5, 0), 11)
                 c, r = math.floor(column), math.floor(row)
                 expected = sum(panorama[min(r + b, 11), (c + a) % 24] * (1 - abs(column - c - a)) * (1 - abs(row - r - b)) for a in (0, 1) for b in (0, 1))
                 assert np.abs(picture[i, j] - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("rotation, column", [(0, 256), (-90, 0), (30, 341), (180, 768), (300, 85)])
+def test_a_stripe_of_the_panorama_is_seen_where_the_released_data_has_it(rotation, column):
+    """Heading 90 stands in the column (90 + rotation) / 360 of the width, modulo 1."""
+    panorama = np.zeros((512, 1024, 3), np.uint8)
+    panorama[:, np.arange(column - 4, column + 4) % 1024] = 255
+    for heading, middle in ((90, 50.0), (70, 50 + 50.5 * math.tan(math.radians(20))), (270, None)):
+        bright = np.asarray(envs.view(panorama, heading, rotation, 101))[50].mean(-1)
+        assert (bright.max() > 200) == (middle is not None)
+        assert middle is None or (bright * np.arange(101)).sum() / bright.sum() == pytest.approx(middle, abs=0.5)
+    views = np.asarray(envs.look_around(Image.fromarray(panorama), rotation, 90, 101)).astype(int)
+    assert views[:101, 50].mean() > 200 and views[101:].max() == views[:, 101:].max() == 0  # front, and in no other view
 
 
 def test_signs_stand_in_the_picture_where_geometry_puts_them():
@@ -891,7 +904,7 @@ def test_signs_stand_in_the_picture_where_geometry_puts_them():
         (line, board), at = scene.signs[list(city.places).index(crossing)], city.geocode(city.crossings[crossing])
         middle = city.geocode(tuple((line[:2] + line[2:]) / 2))
         bearing = great_circle(at, middle)[1]
-        for rotation in (0.0, 123.0, 180.0 - bearing):  # the last one puts the sign on the picture's edge
+        for rotation in (0.0, 123.0, -bearing):  # the last one puts the sign on the picture's edge
             panorama = scene.draw(at, (720, 360), rotation)
             heading = (bearing + 40) % 360
             views = np.asarray(envs.look_around(panorama, rotation, heading, 100)).astype(int)
@@ -940,7 +953,7 @@ def test_a_difference_leaves_the_rest_of_a_built_city_alone(name):
 
 
 def with_pictures(folder, ids, rotation=30.0):
-    """street_views/ beside a hand-made folder: each panorama a ramp of grey by longitude."""
+    """street_views/ beside a hand-made folder: each panorama a ramp of grey from its left edge to its right one."""
     (folder / "street_views").mkdir()
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (32, 1, 3))
     for name in ids.values():
@@ -1001,9 +1014,9 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
         observation, reward, *_ = env.step(env.expert_reply())
         assert reward == 1
     assert len(pictures) == len(env.waypoints) == 4 and pictures[0] != pictures[1]
-    # facing 350 degrees with rotation 30: the front view is centred on longitude 200, the right one on 290
-    for corner, longitude in (((8, 8), 200), ((29, 8), 290), ((8, 29), 20), ((29, 29), 110)):
-        assert pictures[0].getpixel(corner)[0] == pytest.approx(longitude / 360 * 255, abs=8)
+    # facing 350 degrees with rotation 30: the front view is centred 20 degrees from the left edge, the right one 110
+    for corner, degrees in (((8, 8), 20), ((29, 8), 110), ((8, 29), 200), ((29, 29), 290)):
+        assert pictures[0].getpixel(corner)[0] == pytest.approx(degrees / 360 * 255, abs=8)
     told = envs.make("virl-vl", data=tmp_path, drop=1.0, view_size=16, tell_intersections=True, view_layout="legacy")
     told.reset()
     assert envs.text_of(told.step(told.expert_reply())[0].messages[-1]["content"]) == "<image>You are at an intersection."
