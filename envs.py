@@ -822,22 +822,25 @@ class World(NamedTuple):
 
 # What a pickled dict from pairs of numbers to strings is made of, and nothing else.
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
-_PLAIN = _NUMBERS | {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "TUPLE", "TUPLE2", "UNICODE", "BINUNICODE",
+_PLAIN = _NUMBERS | {"PROTO", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "TUPLE", "TUPLE2", "UNICODE", "BINUNICODE",
                      "SHORT_BINUNICODE", "BINUNICODE8", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "STOP"}  # fmt: skip
 
 
 def _read_pickle(data: bytes) -> Any:
-    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the pickle asks for something else: a
-    function to call, a memo larger than the file, pairs of pairs (whose hash could take for ever)."""
-    before = ["", ""]
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the pickle asks for something
+    else: a function to call, a memo larger than the file, keys of keys (whose hash could take for ever)."""
+    before = ["", "", ""]
     for code, argument, _ in pickletools.genops(data):
+        if code.name == "FRAME":  # protocols 4 and 5 cut the codes into frames anywhere, and a frame builds nothing
+            continue
         if code.name not in _PLAIN:
             raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
         if "PUT" in code.name and int(argument) > len(data):
             raise ValueError("its memo is too large")
-        if "TUPLE" in code.name and not _NUMBERS.issuperset(before):
+        # TUPLE takes all since the mark, which must be two numbers, too
+        if "TUPLE" in code.name and not (_NUMBERS.issuperset(before[1:]) and (code.name == "TUPLE2" or before[0] == "MARK")):
             raise ValueError("its keys are no pairs of numbers")
-        before = [before[1], code.name]
+        before = [*before[1:], code.name]
     return pickle.loads(data)
 
 
