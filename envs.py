@@ -322,7 +322,6 @@ class Verdict(NamedTuple):
     verdict: str  # a key of REWARDS
     feedback: str
     recognized: bool  # the reply was parsed and names the dealt cards, or the landmark, or truly that there is none
-    acted: bool = False  # on a route: the action is the expert's, whatever the report
 
 
 def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int, fields: Sequence[str] = FIELDS) -> Verdict:
@@ -634,7 +633,7 @@ class GeneralPoints:
         return Observation(copy.deepcopy(self.messages), self.image)
 
     def _info(self) -> dict:
-        verdict, feedback, recognized, _ = self.verdict or (None, None, None, None)
+        verdict, feedback, recognized = self.verdict or (None, None, None)
         return {"cards": list(self.cards), "numbers": list(self.numbers), "verdict": verdict, "feedback": feedback,
                 "recognized": recognized}  # fmt: skip
 
@@ -1518,7 +1517,8 @@ STREET_PROMPT = string.Template(
     'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}$report $observation'
 )
 STREET_FIELDS = ("current observation", "current instruction", "action")
-# Paper, appendix; a reply that cannot be read counts like a wrong action.
+# Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a reply that cannot be read
+# counts like a wrong action.
 STREET_REWARDS = {"correct": 1.0, "wrong_action": -1.0, "wrong_observation": -1.5, "unparsed": -1.0}
 
 
@@ -1541,7 +1541,7 @@ class VIRL:
     """Follow a route through streets (paper, section 3.2), told in words.
 
     An episode is a route. At each waypoint the reply reports what is seen, quotes the sentence of the instruction that it follows, and acts.
-    A right reply leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong, at most `verify_iter` times.
+    A right action leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong, at most `verify_iter` times.
 
     Args:
         variant: "id" (turns by the eight compass words) or "rule" (left, right, slightly left, slightly right).
@@ -1674,8 +1674,8 @@ class VIRL:
         return f"You see: {self.waypoints[self.at].observation}."
 
     def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply: observation, reward, terminated (the destination reached without a fault), truncated (the route ended otherwise),
-        info. Takes any string. After the end of an episode nothing is judged any more: the reward is 0 and nothing changes."""
+        """Judges one reply: observation, reward, terminated (every action found within its budget), truncated (the route ended
+        otherwise), info. Takes any string. After the end of an episode nothing is judged any more: the reward is 0 and nothing changes."""
         if not self.waypoints:
             raise RuntimeError("call reset() before step()")
         if any(self.done):
@@ -1702,9 +1702,9 @@ class VIRL:
         return Observation(copy.deepcopy(self.messages), self.picture)
 
     def _info(self) -> dict:
-        verdict, feedback, recognized, acted = self.verdict or (None, None, None, None)
+        verdict, feedback, recognized = self.verdict or (None, None, None)
         return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints], "verdict": verdict,
-                "feedback": feedback, "recognized": recognized, "acted": acted, "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
+                "feedback": feedback, "recognized": recognized, "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
 
     def _reply(self, action: str) -> str:
         now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
@@ -1728,32 +1728,44 @@ class VIRL:
 
 
 def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS) -> Verdict:
-    """One verdict per reply, by the first test that fails: form, report, action.
-
-    The report must name the landmark and its side; of an intersection it may be silent, or speak in any of the usual words, but must not
-    invent one."""
+    """One verdict per reply, by its action: the expert's is right, whatever the report. Of a wrong one the report tells whether the
+    model knew where it stood, by what it says of an intersection in any of the usual words. That it names the landmark and its side
+    is measured, not judged."""
     parsed = parse_reply(reply, fields)
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not all(isinstance(part, str) and len(part) <= 1000 for part in (report, sentence, action)):  # a landmark has up to 300 characters
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
+    landmark = _landmark(waypoint.landmark)
+    claims, rest = (False, report) if _landmark(report) == landmark else _intersection(report)
+    recognized = _landmark(rest) == landmark
     words = " ".join(re.sub("['\"]", "", action.lower()).split())
-    acted = re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action
-    rest, claims = _INTERSECTION.subn("", report, count=1)
-    if claims and not _letters(rest):
-        rest = NOTHING
-    if _landmark(rest) != _landmark(waypoint.landmark):
-        return Verdict("wrong_observation", "That is not what is seen here.", False, acted)
-    if claims and not waypoint.intersection:
-        return Verdict("wrong_observation", "There is no intersection here.", True, acted)
-    if not acted:
-        return Verdict("wrong_action", "That action is wrong here.", True)
-    return Verdict("correct", "Correct.", True, True)
+    if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
+        return Verdict("correct", "Correct.", recognized)
+    if claims == waypoint.intersection:
+        return Verdict("wrong_action", "That action is wrong here.", recognized)
+    there = "an" if waypoint.intersection else "no"
+    return Verdict("wrong_observation", f"That action is wrong: there is {there} intersection here.", recognized)
 
 
-# How a report says that there is one, with what joins it to the rest: "X is on my left; I observe an intersection" (paper, appendix).
+_AND = "and|but|with|where"
+_CLAUSE = re.compile(rf"(?:(?!\b(?:{_AND})\b)[^;.,:!?\n])+", re.IGNORECASE)
+# An intersection at the end of a clause or before a few words that no name has: "Intersection Cafe is on your left" is none.
 _INTERSECTION = re.compile(
-    r"(?:\band\s{1,3})?(?:\b(?:you|i)\s{1,3}(?:observe|see|am\s{1,3}at|are\s{1,3}at)\s{1,3}|\bthere\s{1,3}is\s{1,3})?\ban\s{1,3}intersection\b",
-    re.IGNORECASE)
+    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}|^(?:\W*[\w-]{1,20}[ -]way)?)\s*"
+    r"\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$", re.IGNORECASE)  # fmt: skip
+_NEGATION = re.compile(
+    r"(?:\b(?:no|not|never|any|without|or|nor|neither|cannot)\b|n['’]t\b)(?!.*\blandmark)", re.IGNORECASE)
+
+
+def _intersection(report: str) -> tuple[bool, str]:
+    """Whether a report claims an intersection: "X is on my left; I observe an intersection" (paper, appendix). And the rest of it."""
+    for clause in _CLAUSE.finditer(report):
+        said = _INTERSECTION.search(clause[0])
+        if said and not _NEGATION.search(clause[0][: said.end()]):
+            start, end = clause.start() + said.start(), clause.start() + said.end()
+            rest = re.sub(rf"^\W*\b(?:{_AND})\b|\b(?:{_AND})\b\W*$", "", report[:start] + report[end:], flags=re.IGNORECASE)
+            return True, rest if _letters(rest) else NOTHING
+    return False, report
 
 
 @lru_cache(maxsize=4096)  # a city's routes name the same few landmarks ten thousand times
@@ -1855,7 +1867,6 @@ class Turn:
     feedback: str  # what the model read next; after the last reply the verifier's words alone
     recognized: bool
     waypoint: int = 0
-    acted: bool = False  # the expert's action, whatever the report
     landmark: bool = True  # there was something to recognize: cards, or a landmark
 
 
@@ -1896,8 +1907,8 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
             goes_on = not (terminated or truncated)
             read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], info.get("waypoint", 0), info.get("acted", False),
-                                          info.get("landmark", True)))  # fmt: skip
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], info.get("waypoint", 0),
+                                          info.get("landmark", True)))
             episodes[i].success = terminated
             if goes_on:
                 still.append(i)

@@ -97,9 +97,9 @@ def street_texts() -> list[str]:
     while not any(env.done):
         env.step(env.expert_reply())
     rare = [envs.text_of(message["content"]) for message in env.messages]  # what only walks in pictures hear, and what few walkers do
-    for report in (envs.NOTHING, "an intersection", "nothing", None):
+    for report, there in ((envs.NOTHING, False), (envs.NOTHING, True), ("an intersection", False), (None, False)):
         reply = dict(zip(envs.STREET_FIELDS, (report, "", "")))
-        rare.append(envs.judge_step(json.dumps(reply), envs.Waypoint((0, 0), 0, envs.NOTHING, False, "", "forward()")).feedback)
+        rare.append(envs.judge_step(json.dumps(reply), envs.Waypoint((0, 0), 0, envs.NOTHING, there, "", "forward()")).feedback)
     return texts + 50 * rare
 
 

@@ -777,16 +777,29 @@ def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(
         observation, reward, terminated, truncated, info = env.step(json.dumps(right | {"action": "forward()"}))
         assert (reward, info["verdict"], info["waypoint"], terminated, truncated) == (-1, "wrong_action", 0, False, False)
         assert observation.messages[-1]["content"] == "That action is wrong here. Try again." and env.at == 0
-        observation, reward, terminated, truncated, info = env.step(json.dumps(right | {"current observation": "Joe's Bar"}))
+        false = {"current observation": "an intersection", "action": "stop()"}
+        observation, reward, terminated, truncated, info = env.step(json.dumps(right | false))
         assert (reward, info["verdict"], truncated, env.at) == (-2.5, "wrong_observation", not go_on, 1)
         if go_on:
-            assert observation.messages[-1]["content"].startswith("That is not what is seen here. You are led on. You see: Starbucks")
+            assert observation.messages[-1]["content"].startswith(
+                "That action is wrong: there is no intersection here. You are led on. You see: Starbucks")
             silent = json.loads(env.expert_reply()) | {"current observation": "starbucks is on your LEFT behind"}
-            assert env.step(json.dumps(silent))[4]["verdict"] == "correct"  # silence about an intersection is no lie
-            env.step(json.dumps(json.loads(env.expert_reply()) | {"current observation": "No landmarks nearby; an intersection"}))
+            assert env.step(json.dumps(silent))[4]["verdict"] == "correct"  # silence about an intersection is no fault
+            assert env.step(json.dumps(json.loads(env.expert_reply()) | {"current observation": "a zebra"}))[1] == 1
             *_, terminated, truncated, info = env.step(env.expert_reply())
             assert (terminated, truncated, info["verdict"]) == (False, True, "correct")  # at the goal, but the route counts as failed
         assert env.step(env.expert_reply())[1:4] == (0.0, False, True)
+
+
+def test_a_walk_with_every_action_right_succeeds_whatever_is_reported():
+    """The paper's success of a route, also for a model that cannot read the names of another city."""
+    for report in ("Joe's Bar is on your left", "an intersection", envs.NOTHING, ""):
+        env = envs.make("virl-l", city="lagos", seed=2)
+        lie = {"current observation": report}
+        (walk,) = envs.play([env], lambda indices, observations: [json.dumps(json.loads(env.expert_reply()) | lie)])
+        assert walk.success and len(walk.turns) == len(walk.asked) > 4
+        assert all((turn.reward, turn.verdict) == (1, "correct") for turn in walk.turns)
+        assert not any(turn.recognized for turn in walk.turns if turn.landmark)
 
 
 @pytest.mark.parametrize("old, new", [("\n", " "), (",\n}\n{", "},{"), (",\n  ", ", "), ("\n}\n{\n  ", '}\n{')])
@@ -814,14 +827,15 @@ def test_milestones_with_odd_but_legal_text(tmp_path):
     odd = ROUTE["milestone_info"].replace("Starbucks", 'The "{Old}" Mill; café').replace("\n", "\r\n").replace("270 (", "-90 (")
     odd = odd.replace("The destination Joe's Bar is on your right", "no landmark nearby").replace("}\r\n{", "}, {")
     content = altered(milestone_info=odd, init_heading=0)
-    env = envs.make("virl-l", data=by_hand(tmp_path, content), drop=1.0)
+    env = envs.make("virl-l", data=by_hand(tmp_path, content), drop=1.0, verify_iter=3)
     env.reset()
     assert [w.landmark for w in env.waypoints[1:]] == ['The "{Old}" Mill; café is on your left behind', "No landmarks nearby", "The destination Joe's Bar"]
     assert env.waypoints[1].heading == 270 and env.world.routes[0].heading is None
     env.step(env.expert_reply())
     assert "café" in env.expert_reply()
-    for report, verdict in (('The "{Old}" Mill', "wrong_observation"), ('the "{old}" mill; cafe\u0301 is on your left behind', "correct")):
-        assert env.step(json.dumps(json.loads(env.expert_reply()) | {"current observation": report}))[4]["verdict"] == verdict
+    for report, named in (('The "{Old}" Mill', False), ('the "{old}" mill; cafe\u0301 is on your left behind', True)):
+        reply = json.loads(env.expert_reply()) | {"current observation": report, "action": ""}
+        assert env.step(json.dumps(reply))[4]["recognized"] == named
     for action in ("t-u-r-n_direction(north)", "turn_direction(northeast)!", "turn_direction(north)", ""):
         env.reset(), env.step(env.expert_reply()), env.step(env.expert_reply())
         env.step(json.dumps(json.loads(env.expert_reply()) | {"action": action}))
@@ -836,26 +850,52 @@ def test_milestones_with_odd_but_legal_text(tmp_path):
 SIGN, PLAIN = "Strand Cafe is on your left behind", "No landmarks nearby"
 
 
-@pytest.mark.parametrize("report, landmark, intersection, right", [
-    (SIGN, SIGN, True, True), ("strand cafe is on my left behind.", SIGN, False, True), (f"{SIGN}; an intersection", SIGN, True, True),
+def judged_step(report, action, landmark=SIGN, intersection=False):
+    """The verifier's answer to a reply at a waypoint where forward() is right."""
+    waypoint = envs.Waypoint((0, 0), 0.0, landmark, intersection, "Go.", "forward()")
+    return envs.judge_step(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", action)))), waypoint)
+
+
+@pytest.mark.parametrize("report, landmark, claims, recognized", [
+    (SIGN, SIGN, False, True), ("strand cafe is on my left behind.", SIGN, False, True), (f"{SIGN}; an intersection", SIGN, True, True),
     (f"{SIGN}; You observe an intersection", SIGN, True, True), (f"{SIGN}. There is an intersection.", SIGN, True, True),
     ("Strand Cafe is on my left behind; I observe an intersection", SIGN, True, True), (f"An intersection; {SIGN}", SIGN, True, True),
-    (f"{SIGN} and an intersection", SIGN, True, True), (f"{SIGN}; an intersection", SIGN, False, False), ("an intersection", SIGN, True, False),
+    (f"{SIGN} and an intersection", SIGN, True, True), ("an intersection", SIGN, True, False), (f"{SIGN} at an intersection", SIGN, True, True),
     ("You are at an intersection.", PLAIN, True, True), ("No landmark nearby; You observe an intersection", PLAIN, True, True),
-    ("no landmarks nearby", PLAIN, True, True), ("an intersection", PLAIN, False, False), ("", PLAIN, True, False), ("", PLAIN, False, False),
+    ("no landmarks nearby", PLAIN, False, True), ("an intersection", PLAIN, True, True), ("", PLAIN, False, False),
     ("Strand Cafe is on your left", SIGN, False, False), ("Cafe is on your left behind", SIGN, False, False), (PLAIN, SIGN, False, False),
     (SIGN, PLAIN, False, False), ("The Strand; an intersection", "The Strand", True, True),
-    ("Bank is on your left", "The destination Bank is on your left", False, True)])  # fmt: skip
-def test_a_true_report_is_taken_in_the_usual_words_and_an_untrue_one_is_not(report, landmark, intersection, right):
-    waypoint = envs.Waypoint((0, 0), 0.0, landmark, intersection, "Go.", "forward()")
-    verdict = envs.judge_step(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", "Forward ( )")))), waypoint)
-    assert verdict.verdict == ("correct" if right else "wrong_observation") and verdict.acted
+    ("Bank is on your left", "The destination Bank is on your left", False, True), ("The Intersection", "The Intersection", False, True),
+    (f"There is an intersection, and {SIGN}", SIGN, True, True), (f"You see an intersection where {SIGN}", SIGN, True, True),
+    ("Intersection Cafe is on my left; an intersection", "Intersection Cafe is on your left", True, True)])
+def test_an_action_is_judged_first_and_a_report_tells_what_kind_of_fault_a_wrong_one_is(report, landmark, claims, recognized):
+    for there in (False, True):
+        right, wrong = (judged_step(report, action, landmark, there) for action in ("Forward ( )", "stop()"))
+        assert right == ("correct", "Correct.", recognized)
+        if claims == there:
+            assert wrong == ("wrong_action", "That action is wrong here.", recognized)
+        else:
+            feedback = f"That action is wrong: there is {'an' if there else 'no'} intersection here."
+            assert wrong == ("wrong_observation", feedback, recognized)
+    assert judged_step(report, None, landmark, there) == ("unparsed", "The answer is not in the form asked for.", False)
 
 
-def test_the_verifier_says_which_part_of_a_report_is_wrong():
-    waypoint = envs.Waypoint((0, 0), 0.0, SIGN, False, "Go.", "forward()")
-    for report, feedback in ((f"{SIGN}; an intersection", "There is no intersection here."), (PLAIN, "That is not what is seen here.")):
-        assert envs.judge_step(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", "forward()")))), waypoint).feedback == feedback
+@pytest.mark.parametrize("report, claims", [
+    *((report, True) for report in (
+        "There is a 4-way intersection", "There's an intersection", "You observe the intersection", "There’s a busy intersection here.",
+        "I am at a T-intersection", "You're at an intersection", "There are 4-way intersections.", "Intersection ahead",
+        "four-way intersection", "You have reached the next intersection", "An intersection is ahead", "We are at this intersection",
+        "You are at the intersection of Broadway and 5th Avenue", "There are no landmarks at this intersection",
+        "No landmarks nearby and an intersection", "You don't see any landmarks at the intersection")),
+    *((report, False) for report in (
+        "There is no intersection", "No intersection nearby", "There isn't an intersection", "There’s no 4-way intersection",
+        "I am not at an intersection", "You do not observe the intersection", "No landmark or intersection", "without any intersection",
+        "There is no landmark and no intersection", "Intersection Cafe is on your left", "The Intersection is on my right behind",
+        "Intersection of Arts is on your left", "An Intersection Bar is on your right", "Cafe at the Intersection is on your left",
+        "Bed and Bath Intersection is on your left", "Intersection Cafe", "The destination Intersection Cafe is on your right", ""))])
+def test_an_intersection_is_claimed_in_the_usual_words_and_not_by_a_name_or_a_denial(report, claims):
+    for there in (False, True):
+        assert judged_step(report, "stop()", PLAIN, there).verdict == ("wrong_action" if claims == there else "wrong_observation")
 
 
 def test_a_reply_may_think_long_before_its_answer_but_not_report_at_length():
@@ -868,7 +908,8 @@ def test_a_reply_may_think_long_before_its_answer_but_not_report_at_length():
 
 def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
     env, slowest = envs.make("virl-l", verify_iter=1, data=by_hand(tmp_path), drop=1.0), 0.0
-    reports = (" " * 19_000, "and " * 4000, "an intersection " * 1200, "; " * 9000, "there is " * 2000)
+    reports = (" " * 19_000, "and " * 4000, "an intersection " * 1200, "; " * 9000, "there is " * 2000,
+               *((part * 1000)[:987] + " intersection" for part in ("a ", "you ", "intersection of ", "- way ", "and ", "no landmark ", "x")))
     for text in [*hostile_strings(), *(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", "")))) for report in reports)]:
         times = []
         for _ in range(3):
