@@ -756,11 +756,9 @@ def compass_word(heading: float) -> str:
 
 
 def relative_word(turn: float) -> str:
-    """What one says of a turn of so many degrees, right positive; "" below 20: straight on."""
+    """What one says of a turn of so many degrees, right positive."""
     turn = wrap(turn)
-    if abs(turn) < 20.0:
-        return ""
-    return ("slightly " if abs(turn) < 60.0 else "") + ("right" if turn > 0 else "left")
+    return ("slightly " if abs(turn) <= 45.0 else "") + ("right" if turn > 0 else "left")
 
 
 class Panoramas:
@@ -799,6 +797,7 @@ class Leg(NamedTuple):
 
     end: Geocode
     heading: float  # of the leg, compass degrees
+    compass: str  # and the word of COMPASS that the file has for it
     landmark: str  # what is seen at its end, as "Starbucks is on your left behind", or NOTHING
 
 
@@ -973,7 +972,7 @@ def _read_route(route: Any) -> Route:
         raise _Fault(f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
     legs = []
     for i, (block, end) in enumerate(zip(blocks, ends)):
-        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(\(.*\)\s*)?", block.get("to_next_intersection_heading", ""), re.ASCII)
+        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", block.get("to_next_intersection_heading", ""), re.ASCII)
         if not number or not -360 <= float(number[1]) <= 360:
             raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
         if "landmarks" not in block:
@@ -987,7 +986,9 @@ def _read_route(route: Any) -> Route:
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
         if len(landmark) > 300 or not _landmark(landmark) or "<image>" in landmark or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark):
             raise _Fault(f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}")
-        legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), float(number[1]) % 360.0, landmark))
+        degrees, word = float(number[1]) % 360.0, (number[2] or "").strip().lower()
+        compass = word if word in COMPASS else compass_word(degrees)
+        legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), degrees, compass, landmark))
     heading = route.get("init_heading")
     if heading is not None and (isinstance(heading, bool) or not isinstance(heading, (int, float)) or not -360 <= heading <= 360):
         raise _Fault(f"init_heading is no number of degrees: {_line(heading)}")
@@ -1567,7 +1568,7 @@ class VIRL:
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
                  split: str = "train", turns: int = 7, city: str | None = None, differences: Sequence[str] | None = None, go_on: bool = False,
-                 points_per_leg: int = 5, drop: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+                 points_per_leg: int = 4, drop: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
@@ -1630,17 +1631,17 @@ class VIRL:
         self.messages.append({"role": "user", "content": text})
 
     def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """The instruction's sentences and the waypoints of a route (released data's rules)."""
+        """The instruction's sentences and the waypoints of a route, by the released data's rules: at the start and at every turning
+        point the expert turns, however little, and between them it goes on."""
         route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
         at, seen, intersection = self._standing(route.start, number), NOTHING, False
         sentences: list[str] = []
         waypoints: list[Waypoint] = []
         for k, leg in enumerate(route.legs):
-            turn, last = wrap(leg.heading - heading), k == len(route.legs) - 1
-            relative, compass = relative_word(turn), compass_word(leg.heading)
-            sentences.append(f"Turn {relative} to face {compass}." if relative else f"Go straight on, facing {compass}.")
-            action = f"turn_direction({compass if self.rules[self.variant] is COMPASS else relative})" if relative else "forward()"
+            relative, last = relative_word(leg.heading - heading), k == len(route.legs) - 1
+            sentences.append(f"Turn {relative} to face {leg.compass}.")
+            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
             waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
             end, place = self._standing(leg.end, number), leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark
             goal = ("the destination" if last else "an intersection") + ("" if leg.landmark == NOTHING else f": {place}")

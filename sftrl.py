@@ -1790,7 +1790,7 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
         group.add_argument("--city", help=f"virl: {', '.join(envs.CITIES)}, or others, all but the first (default: new york; others with --variant visual)")
         group.add_argument("--differences", nargs="*", metavar="GROUP", help=f"virl: in what a city differs from new york, of {', '.join(envs.DIFFERENCES)} (default: all)")
-        group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
+        group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 4)")
         group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
         group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
         group.add_argument("--panorama-width", type=size, help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)")

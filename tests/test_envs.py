@@ -462,7 +462,7 @@ def test_angles_are_wrapped_for_all_pairs_of_headings():
             turn = envs.wrap(b - a)
             assert -180 < turn <= 180 and (turn - (b - a)) % 360 == 0
             word = envs.relative_word(b - a)
-            assert (word == "") == (abs(turn) < 20) and ("right" in word) == (turn >= 20) and ("slightly" in word) == (20 <= abs(turn) < 60)
+            assert word == ("slightly " if abs(turn) <= 45 else "") + ("right" if turn > 0 else "left")
     assert [envs.compass_word(h) for h in (0, 22, 23, 90, 180, 270, 337, 338, 359.9)] == [
         "north", "north", "northeast", "east", "south", "west", "northwest", "north", "north"]  # fmt: skip
 
@@ -561,6 +561,45 @@ def test_a_folder_in_the_released_format_loads_and_plays(tmp_path):
     assert relative._info()["actions"] == ["turn_direction(left)", "turn_direction(right)", "turn_direction(slightly right)", "stop()"]
     (tmp_path / "route_infos.json").write_text(json.dumps(ROUTE))  # some released files hold one bare route
     assert envs.load_world(tmp_path).routes == env.world.routes
+
+
+@pytest.mark.parametrize("first, written, relative, compass", [
+    (350, "10 (north)", "slightly right", "north"), (10, "350 (north)", "slightly left", "north"),
+    (10, "10 (north)", "slightly left", "north"), (10, "11 (north)", "slightly right", "north"),
+    (10, "55 (northeast)", "slightly right", "northeast"), (10, "56 (northeast)", "right", "northeast"),
+    (10, "325 (northwest)", "slightly left", "northwest"), (10, "324 (northwest)", "left", "northwest"),
+    (10, "190 (south)", "right", "south"), (10, "191 (south)", "left", "south"), (10, "-80 (west)", "left", "west"),
+    (10, "170 (southeast)", "right", "southeast"), (10, "170 ( SouthEast ) ", "right", "southeast"),
+    (10, "170", "right", "south"), (10, "170 (uptown)", "right", "south"), (10, "170 ()", "right", "south")])
+def test_the_expert_turns_at_the_start_and_at_every_turning_point(tmp_path, first, written, relative, compass):
+    """By the file's own word of the compass, however small the angle; the second leg goes on as the first one."""
+    milestones = ROUTE["milestone_info"].replace("270 (west)", written).replace('"0 (north)', f'"{written}')
+    by_hand(tmp_path, altered(init_heading=first, milestone_info=milestones))
+    for variant, words in (("id", (compass, compass, "northeast")), ("rule", (relative, "slightly left"))):
+        env = envs.make("virl-l", variant, data=tmp_path, drop=1.0)
+        prompt, actions = env.reset()[0].messages[0]["content"], env._info()["actions"]
+        assert actions[: len(words)] == [f"turn_direction({word})" for word in words]
+        assert len(actions) == 4 and actions[2].startswith("turn_direction") and actions[3] == "stop()"
+        assert f" 1. Turn {relative} to face {compass}. " in prompt and f" 3. Turn slightly left to face {compass}. " in prompt
+
+
+def test_the_points_of_a_leg_are_its_fifths(tmp_path):
+    env = envs.make("virl-l", data=by_hand(tmp_path), drop=0.0)
+    env.reset()
+    names = [env.world.panoramas.ids[w.place] for w in env.waypoints]
+    assert names[1:5] == ["p0_2", "p0_4", "p0_6", "p0_8"] and names[6:10] == ["p1_2", "p1_4", "p1_6", "p1_8"] and len(names) == 16
+    assert [k for k, w in enumerate(env.waypoints) if w.action != "forward()"] == [0, 5, 10, 15]
+
+
+def test_built_in_routes_have_turns_of_both_kinds():
+    env, at_start, later = envs.make("virl-l", "rule", drop=1.0), envs.Counter(), envs.Counter()
+    for number in range(2048):
+        env.reset(options={"route": number})
+        at_start[env.waypoints[0].action] += 1  # from any heading
+        later.update(w.action for w in env.waypoints[1:-1])
+    turns = [f"turn_direction({word})" for word in envs.RELATIVE]
+    assert set(at_start) == set(later) == set(turns)
+    assert all(200 < at_start[turn] and 20 < later[turn] for turn in turns)
 
 
 class Bomb:

@@ -692,7 +692,7 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
     report = (tmp_path / "report.md").read_text()
     assert "per-step accuracy" in report and "other rule: turns" in report and "RL ends above SFT at turns under the other rule, greedy" in report
     assert ("80.8 -> 91.8" if task == "virl-l" else "RL raises recognition in other cities") in report
-    smaller = {"virl-l": "turns 3 (7), points_per_leg 1 (5).", "virl-vl": "turns 2 (7), points_per_leg 1 (5), view_size 64 (300), panorama_width 256 (1024)."}
+    smaller = {"virl-l": "turns 3 (7), points_per_leg 1 (4).", "virl-vl": "turns 2 (7), points_per_leg 1 (4), view_size 64 (300), panorama_width 256 (1024)."}
     assert "95% over routes" in report and smaller[task] in report
 
 
