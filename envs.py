@@ -811,11 +811,12 @@ class Route(NamedTuple):
 
 class World(NamedTuple):
     """What `VIRL` walks through: routes and panoramas; `picture(place)` is the equirectangular picture of a panorama and its rotation in
-    degrees, None where there are no pictures."""
+    degrees, None where there are no pictures. Between turning points no walk comes by a panorama of `lost`, whose picture is missing."""
 
     routes: tuple[Route, ...]
     panoramas: Panoramas
     picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
+    lost: frozenset[Geocode] = frozenset()
 
 
 # What a pickled dict from pairs of numbers to strings is made of, and nothing else.
@@ -846,7 +847,8 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/.
 
     Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields are left alone. With `pictures`
-    the files of the panoramas where routes start, turn and end must be there; what is in them is read when a walk comes by.
+    the files of the panoramas where routes start, turn and end must be there, and a warning says that others are missing; what is in
+    them is read when a walk comes by.
     """
     folder = Path(folder)
     path = folder / "route_infos.json"
@@ -873,7 +875,11 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
                 raise ValueError(f"{path}: route {k}: {name}: {mapping.name} has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
             if pictures and (lost := next((f for f in _picture_files(views, ids[near]) if not f.is_file()), None)):
                 raise ValueError(f"{path}: route {k}: {name}: there is no {lost}")
-    return World(routes, panoramas, partial(_read_picture, views, ids) if views.is_dir() else None)
+    there = {file.name for file in views.iterdir()} if pictures else set()
+    lost = [place for place, name in ids.items() if pictures and not there.issuperset(f.name for f in _picture_files(views, name))]
+    if lost:
+        warnings.warn(f"{views}: {len(lost)} of {len(ids)} panoramas are missing; no walk comes by there", stacklevel=2)
+    return World(routes, panoramas, partial(_read_picture, views, ids) if views.is_dir() else None, frozenset(lost))
 
 
 def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
@@ -975,15 +981,14 @@ def _read_route(route: Any) -> Route:
         number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", block.get("to_next_intersection_heading", ""), re.ASCII)
         if not number or not -360 <= float(number[1]) <= 360:
             raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
-        if "landmarks" not in block:
-            raise _Fault(f"milestone_info, block {i + 1}: no field landmarks")
-        landmark = block["landmarks"].strip().rstrip(".") or NOTHING
+        landmark = block.get("landmarks", "").strip().rstrip(".") or NOTHING
         if _landmark(landmark) == _landmark(NOTHING):
             landmark = NOTHING
         if landmark == NOTHING and i == len(ends) - 1:  # without a sign nobody would know where to stop
             place = route.get("dest_place")
             name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
+        landmark = " ".join(landmark.split())
         if len(landmark) > 300 or not _landmark(landmark) or "<image>" in landmark or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark):
             raise _Fault(f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}")
         degrees, word = float(number[1]) % 360.0, (number[2] or "").strip().lower()
@@ -1666,7 +1671,9 @@ class VIRL:
                 share = k / (self.points_per_leg + 1)
                 if self.random.random() < 1 - self.drop:
                     near = self.world.panoramas.nearest((a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share))
-                    if near is not None and near not in found and min(distance(near, a), distance(near, b)) > 8:
+                    if near is None or near in self.world.lost or near in found:
+                        continue
+                    if min(distance(near, a), distance(near, b)) > 8:
                         found.append(near)
         return found
 

@@ -1860,7 +1860,15 @@ TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", 
                 "split", "turns", "city", "differences", "points_per_leg", "drop", "view_layout", "view_size", "panorama_width", "tell_intersections")  # fmt: skip
 
 
-load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
+@lru_cache(maxsize=None)  # for all environments of a command
+def load_world_once(folder: str, pictures: bool) -> envs.World:
+    """The streets of a folder; what is missing there is said in one line."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        world = envs.load_world(folder, pictures)
+    for warning in heard:
+        complain(f"warning: {warning.message}")
+    return world
 
 
 def environment_of(args: argparse.Namespace):

@@ -638,7 +638,6 @@ def altered(**changes):
         (altered(route_results__geocode_list=[[1, 2]]), None, ("route 0", "3 blocks for 1 points")),
         (altered(milestone_info=["x"]), None, ("route 0", "milestone_info")),
         (altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "(")), None, ("block 3", "to_next_intersection_heading")),
-        (altered(milestone_info=ROUTE["milestone_info"].replace('"landmarks": "No', '"l": "No')), None, ("block 2", "landmarks")),
         (altered(init_heading="west"), None, ("route 0", "init_heading")),
         (altered(init_heading=10**400), None, ("route 0", "init_heading")),
         (altered(start_place__relocated_geocode=["a\nb", 2]), None, ("route 0", "latitude")),
@@ -886,6 +885,18 @@ def test_milestones_with_odd_but_legal_text(tmp_path):
         assert (envs.judge_step(reply, waypoint).verdict == "correct") == right, action
 
 
+def test_a_block_without_landmarks_has_none_and_white_space_in_a_name_is_a_blank(tmp_path):
+    text = ROUTE["milestone_info"].replace('"landmarks": "No', '"l": "No').replace('"landmarks": "The', '"l": "The')
+    for blank in ("\t", "\v", " \t ", "\x1f", "\u00a0"):
+        text_now = text.replace("Starbucks is", f"Star{blank}bucks{blank}is{blank}")
+        by_hand(tmp_path, altered(milestone_info=text_now, dest_place__name=f"Joe's{blank}Bar"))
+        env = envs.make("virl-l", data=tmp_path, drop=1.0)
+        env.reset()
+        seen = ["Star bucks is on your left behind", envs.NOTHING, "The destination Joe's Bar"]
+        assert [w.landmark for w in env.waypoints[1:]] == seen
+        assert envs.play([env], lambda indices, observations: [env.expert_reply()])[0].success
+
+
 SIGN, PLAIN = "Strand Cafe is on your left behind", "No landmarks nearby"
 
 
@@ -1085,6 +1096,26 @@ def test_broken_pictures_are_named_in_one_line(tmp_path, capsys, name, content):
     with pytest.raises(ValueError, match=rf"route 0: start_place.relocated_geocode: there is no .*{name}"):
         envs.make("virl-vl", data=tmp_path)
     envs.make("virl-l", data=tmp_path).reset()  # which needs no pictures
+
+
+@pytest.mark.parametrize("lost", ["p0_5.jpg", "p0_5.metadata.json"])
+def test_a_panorama_that_is_missing_between_turning_points_is_left_out_with_one_warning(tmp_path, recwarn, lost):
+    by_hand(tmp_path)
+    with_pictures(tmp_path, envs.load_world(tmp_path).panoramas.ids)
+    options = {"data": tmp_path, "drop": 0.0, "points_per_leg": 1}
+    whole = envs.make("virl-vl", view_size=16, **options)
+    whole.reset(seed=0)
+    assert not recwarn.list and [whole.world.panoramas.ids[w.place] for w in whole.waypoints[1:2]] == ["p0_5"]
+    for name in (lost, "p1_3.jpg", "p1_3.metadata.json"):
+        (tmp_path / "street_views" / name).unlink()
+    env = envs.make("virl-vl", view_size=16, **options)
+    (warning,) = recwarn.list
+    assert "street_views" in str(warning.message) and "2 of 31 panoramas" in str(warning.message) and "\n" not in str(warning.message)
+    (walk,) = envs.play([env], lambda indices, observations: [observations[0].image and env.expert_reply()], seeds=[0])
+    assert walk.success and env.waypoints == whole.waypoints[:1] + whole.waypoints[2:] and len(recwarn.list) == 1
+    words = envs.make("virl-l", **options)  # which needs no pictures
+    words.reset(seed=0)
+    assert words.waypoints == whole.waypoints and len(recwarn.list) == 1
 
 
 def test_judging_a_reply_does_not_wait_for_the_next_picture():

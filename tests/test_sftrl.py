@@ -795,6 +795,13 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_u
             ends = [env.step(reply) for env in (written, read)]
         assert read.done == written.done
     read.reset(options={"route": 0})
+    point = next(w for w in read.waypoints if w.action == "forward()")  # between two turning points
+    (tmp_path / "street_views" / f"{read.world.panoramas.ids[point.place]}.jpg").unlink()
+    capsys.readouterr()
+    command = ["play", "--task", "virl-vl", "--data", str(tmp_path), "--route", "0", "--drop", "0", "--view-size", "32"]
+    assert sftrl.main([*command, "--reply", read.expert_reply()]) == 0
+    said = capsys.readouterr()
+    assert "[correct +1]" in said.out and re.fullmatch(r"sftrl: warning: .*street_views: 1 of \d+ panoramas .*\n", said.err)
     file = tmp_path / "street_views" / f"{read.world.panoramas.ids[read.waypoints[0].place]}.jpg"
     for broken in (lambda: file.write_bytes(b"no picture"), file.unlink):
         broken()
