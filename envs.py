@@ -810,8 +810,9 @@ class Route(NamedTuple):
 
 
 class World(NamedTuple):
-    """What `VIRL` walks through: routes and panoramas; `picture(place)` is the equirectangular picture of a panorama and its rotation in
-    degrees, None where there are no pictures. Between turning points no walk comes by a panorama of `lost`, whose picture is missing."""
+    """What `VIRL` walks through: routes and panoramas. `picture(place)` is the equirectangular picture of a
+    panorama and its rotation in degrees, None where there are no pictures; of the panoramas at `lost` it is
+    missing, and between turning points no walk comes by."""
 
     routes: tuple[Route, ...]
     panoramas: Panoramas
@@ -821,24 +822,26 @@ class World(NamedTuple):
 
 # What a pickled dict from pairs of numbers to strings is made of, and nothing else.
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
-_PLAIN = _NUMBERS | {"PROTO", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "TUPLE", "TUPLE2", "UNICODE", "BINUNICODE",
-                     "SHORT_BINUNICODE", "BINUNICODE8", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "STOP"}  # fmt: skip
+_PLAIN = _NUMBERS | set(
+    "PROTO MARK EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
+    "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split())
 
 
 def _read_pickle(data: bytes) -> Any:
-    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the pickle asks for something
-    else: a function to call, a memo larger than the file, keys of keys (whose hash could take for ever)."""
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the
+    pickle asks for something else: a function to call, a memo larger than the file, keys of keys (whose hash
+    could take for ever)."""
     before = ["", "", ""]
     for code, argument, _ in pickletools.genops(data):
-        if code.name == "FRAME":  # protocols 4 and 5 cut the codes into frames anywhere, and a frame builds nothing
+        if code.name == "FRAME":  # protocols 4 and 5 cut the codes into frames, anywhere; it builds nothing
             continue
         if code.name not in _PLAIN:
             raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
         if "PUT" in code.name and int(argument) > len(data):
             raise ValueError("its memo is too large")
-        # TUPLE takes all since the mark, which must be two numbers, too
-        if "TUPLE" in code.name and not (_NUMBERS.issuperset(before[1:]) and (code.name == "TUPLE2" or before[0] == "MARK")):
-            raise ValueError("its keys are no pairs of numbers")
+        if "TUPLE" in code.name:  # TUPLE takes all since the mark
+            if not _NUMBERS.issuperset(before[1:]) or code.name == "TUPLE" and before[0] != "MARK":
+                raise ValueError("its keys are no pairs of numbers")
         before = [*before[1:], code.name]
     return pickle.loads(data)
 
@@ -847,8 +850,8 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/.
 
     Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields are left alone. With `pictures`
-    the files of the panoramas where routes start, turn and end must be there, and a warning says that others are missing; what is in
-    them is read when a walk comes by.
+    the files of the panoramas where routes start, turn and end must be there, and a warning says how many
+    others are missing; what is in them is read when a walk comes by.
     """
     folder = Path(folder)
     path = folder / "route_infos.json"
@@ -875,15 +878,24 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
                 raise ValueError(f"{path}: route {k}: {name}: {mapping.name} has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
             if pictures and (lost := next((f for f in _picture_files(views, ids[near]) if not f.is_file()), None)):
                 raise ValueError(f"{path}: route {k}: {name}: there is no {lost}")
-    there = {file.name for file in views.iterdir()} if pictures else set()
-    lost = [place for place, name in ids.items() if pictures and not there.issuperset(f.name for f in _picture_files(views, name))]
+    if not views.is_dir():
+        return World(routes, panoramas)
+    lost = frozenset(_without_picture(views, ids)) if pictures else frozenset()
     if lost:
-        warnings.warn(f"{views}: {len(lost)} of {len(ids)} panoramas are missing; no walk comes by there", stacklevel=2)
-    return World(routes, panoramas, partial(_read_picture, views, ids) if views.is_dir() else None, frozenset(lost))
+        said = f"{views}: {len(lost)} of {len(ids)} panoramas are missing; no walk comes by"
+        warnings.warn(said, stacklevel=2)
+    return World(routes, panoramas, partial(_read_picture, views, ids), lost)
 
 
 def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
     return views / f"{name}.jpg", views / f"{name}.metadata.json"
+
+
+def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
+    """The places of the panoramas that are not, or not wholly, in street_views/."""
+    there = {file.name for file in views.iterdir()}
+    return [place for place, name in ids.items()
+            if not there.issuperset(file.name for file in _picture_files(views, name))]
 
 
 def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
@@ -978,7 +990,8 @@ def _read_route(route: Any) -> Route:
         raise _Fault(f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
     legs = []
     for i, (block, end) in enumerate(zip(blocks, ends)):
-        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", block.get("to_next_intersection_heading", ""), re.ASCII)
+        heading = block.get("to_next_intersection_heading", "")
+        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", heading, re.ASCII)
         if not number or not -360 <= float(number[1]) <= 360:
             raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
         landmark = block.get("landmarks", "").strip().rstrip(".") or NOTHING
@@ -1396,8 +1409,9 @@ class Scene:
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands in the column at the share
-        (h + rotation) / 360 of the width (released data: at longitude h - 180 + rotation, 0 being the middle column)."""
+        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands in the
+        column at the share (h + rotation) / 360 of the width (released data: at longitude h - 180 + rotation,
+        0 in the middle)."""
         width, height = size
         plan, eye = self.city.plan, np.array(offset(self.city.plan.centre, at))
         heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
@@ -1490,8 +1504,8 @@ def _sight(size: int, fov: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0) -> Image.Image:
-    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square of `size` pixels,
-    bilinear; the panorama wraps round, and its columns are those of `Scene.draw`."""
+    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square
+    of `size` pixels, bilinear; the panorama wraps round, and its columns are those of `Scene.draw`."""
     height, width = panorama.shape[:2]
     sideways, latitude = _sight(size, fov)
     x = (heading % 360.0 + rotation + sideways) / 360.0 * width - 0.5
@@ -1523,8 +1537,8 @@ STREET_PROMPT = string.Template(
     'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}$report $observation'
 )
 STREET_FIELDS = ("current observation", "current instruction", "action")
-# Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a reply that cannot be read
-# counts like a wrong action.
+# Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a reply
+# that cannot be read counts like a wrong action.
 STREET_REWARDS = {"correct": 1.0, "wrong_action": -1.0, "wrong_observation": -1.5, "unparsed": -1.0}
 
 
@@ -1547,7 +1561,8 @@ class VIRL:
     """Follow a route through streets (paper, section 3.2), told in words.
 
     An episode is a route. At each waypoint the reply reports what is seen, quotes the sentence of the instruction that it follows, and acts.
-    A right action leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong, at most `verify_iter` times.
+    A right action leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong,
+    at most `verify_iter` times.
 
     Args:
         variant: "id" (turns by the eight compass words) or "rule" (left, right, slightly left, slightly right).
@@ -1573,7 +1588,8 @@ class VIRL:
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
                  split: str = "train", turns: int = 7, city: str | None = None, differences: Sequence[str] | None = None, go_on: bool = False,
-                 points_per_leg: int = 4, drop: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+                 points_per_leg: int = 4, drop: float = 0.5,
+                 fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
@@ -1636,8 +1652,8 @@ class VIRL:
         self.messages.append({"role": "user", "content": text})
 
     def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """The instruction's sentences and the waypoints of a route, by the released data's rules: at the start and at every turning
-        point the expert turns, however little, and between them it goes on."""
+        """The instruction's sentences and the waypoints of a route, by the released data's rules: at the
+        start and at every turning point the expert turns, however little, and between them it goes on."""
         route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
         at, seen, intersection = self._standing(route.start, number), NOTHING, False
@@ -1682,8 +1698,9 @@ class VIRL:
         return f"You see: {self.waypoints[self.at].observation}."
 
     def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply: observation, reward, terminated (every action found within its budget), truncated (the route ended
-        otherwise), info. Takes any string. After the end of an episode nothing is judged any more: the reward is 0 and nothing changes."""
+        """Judges one reply: observation, reward, terminated (every action found within its budget), truncated
+        (the route ended otherwise), info. Takes any string. After the end of an episode nothing is judged any
+        more: the reward is 0 and nothing changes."""
         if not self.waypoints:
             raise RuntimeError("call reset() before step()")
         if any(self.done):
@@ -1711,8 +1728,9 @@ class VIRL:
 
     def _info(self) -> dict:
         verdict, feedback, recognized = self.verdict or (None, None, None)
-        return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints], "verdict": verdict,
-                "feedback": feedback, "recognized": recognized, "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
+        return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints],
+                "verdict": verdict, "feedback": feedback, "recognized": recognized,
+                "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
 
     def _reply(self, action: str) -> str:
         now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
@@ -1736,9 +1754,9 @@ class VIRL:
 
 
 def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS) -> Verdict:
-    """One verdict per reply, by its action: the expert's is right, whatever the report. Of a wrong one the report tells whether the
-    model knew where it stood, by what it says of an intersection in any of the usual words. That it names the landmark and its side
-    is measured, not judged."""
+    """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
+    if the report claims an intersection, in any of the usual words, that is not there or leaves out one that
+    is. Whether it names the landmark and its side is measured, not judged."""
     parsed = parse_reply(reply, fields)
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not all(isinstance(part, str) and len(part) <= 1000 for part in (report, sentence, action)):  # a landmark has up to 300 characters
@@ -1751,27 +1769,32 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
         return Verdict("correct", "Correct.", recognized)
     if claims == waypoint.intersection:
         return Verdict("wrong_action", "That action is wrong here.", recognized)
-    there = "an" if waypoint.intersection else "no"
-    return Verdict("wrong_observation", f"That action is wrong: there is {there} intersection here.", recognized)
+    truth = f"there is {'an' if waypoint.intersection else 'no'} intersection here"
+    return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
 
 
-_AND = "and|but|with|where"
-_CLAUSE = re.compile(rf"(?:(?!\b(?:{_AND})\b)[^;.,:!?\n])+", re.IGNORECASE)
-# An intersection at the end of a clause or before a few words that no name has: "Intersection Cafe is on your left" is none.
+_JOIN = re.compile(r"((?:\s{0,3}(?:[;.,:!?\n]|\b(?:and|but|with|where)\b))+)", re.IGNORECASE)  # two clauses
+# What leads to the word, and what may follow it: "Intersection Cafe is on your left" is a name.
 _INTERSECTION = re.compile(
-    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}|^(?:\W*[\w-]{1,20}[ -]way)?)\s*"
-    r"\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$", re.IGNORECASE)  # fmt: skip
+    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}"
+    r"|^(?:\W*[\w-]{1,20}[ -]way)?)"
+    r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
+    re.IGNORECASE)
 _NEGATION = re.compile(
     r"(?:\b(?:no|not|never|any|without|or|nor|neither|cannot)\b|n['’]t\b)(?!.*\blandmark)", re.IGNORECASE)
 
 
 def _intersection(report: str) -> tuple[bool, str]:
-    """Whether a report claims an intersection: "X is on my left; I observe an intersection" (paper, appendix). And the rest of it."""
-    for clause in _CLAUSE.finditer(report):
-        said = _INTERSECTION.search(clause[0])
-        if said and not _NEGATION.search(clause[0][: said.end()]):
-            start, end = clause.start() + said.start(), clause.start() + said.end()
-            rest = re.sub(rf"^\W*\b(?:{_AND})\b|\b(?:{_AND})\b\W*$", "", report[:start] + report[end:], flags=re.IGNORECASE)
+    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
+    appendix), and what else it says."""
+    parts = _JOIN.split(report)
+    for k, clause in enumerate(parts):
+        said = _INTERSECTION.search(clause)
+        if said and not _NEGATION.search(clause[: said.end()]):
+            parts[k] = clause[: said.start()]
+            if not _letters(parts[k]):  # all that the clause says: it goes with what joins it to another
+                del parts[max(k - 1, 0) : max(k - 1, 0) + 2]
+            rest = "".join(parts)
             return True, rest if _letters(rest) else NOTHING
     return False, report
 
@@ -1915,8 +1938,8 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
             goes_on = not (terminated or truncated)
             read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], info.get("waypoint", 0),
-                                          info.get("landmark", True)))
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"],
+                                          info.get("waypoint", 0), info.get("landmark", True)))
             episodes[i].success = terminated
             if goes_on:
                 still.append(i)

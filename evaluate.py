@@ -86,9 +86,10 @@ class Disguise:
 
 
 def step_summary(episodes: Sequence[envs.Episode]) -> dict:
-    """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the expert's action was found
-    within the budget; the same at the first reply and by kind of action; `steps` has it for each route, `at_turns` that
-    of its turns, None where there are none. Its standard error counts routes, for the waypoints of one route go wrong together."""
+    """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the
+    expert's action was found within the budget; the same at the first reply and by kind of action; `steps`
+    has it for each route, `at_turns` that of its turns, None where there are none. Its standard error counts
+    routes, for the waypoints of one route go wrong together."""
     within: list[list[bool]] = []
     at_turns: list[list[bool]] = []
     first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}

@@ -42,7 +42,7 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     assert result["at_turns"] == [1, 0, 1]
     assert result["step_accuracy_se"] == pytest.approx(math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3))  # routes of one length: that of a mean
     assert evaluate.summary(routes, envs.STREET_REWARDS)["outcomes"] == "200"
-    for verdict, recognized, right in (("wrong_observation", True, 5), ("correct", False, 6)):  # a wrong report is no fault
+    for verdict, recognized, right in (("wrong_observation", True, 5), ("correct", False, 6)):
         routes[1].turns[0] = envs.Turn("", 0.0, verdict, "", recognized, 0)
         assert evaluate.step_summary(routes)["first_step_accuracy"] == pytest.approx(right / 9)
     assert evaluate.step_summary([*routes, envs.Episode("", ["forward()", "stop()"])])["at_turns"] == [1, 1, 1, None]
