@@ -322,7 +322,6 @@ class Verdict(NamedTuple):
     verdict: str  # a key of REWARDS
     feedback: str
     recognized: bool  # the reply was parsed and names the dealt cards, or the landmark, or truly that there is none
-    acted: bool = False  # on a route: the action is the expert's, whatever the report
 
 
 def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int, fields: Sequence[str] = FIELDS) -> Verdict:
@@ -634,7 +633,7 @@ class GeneralPoints:
         return Observation(copy.deepcopy(self.messages), self.image)
 
     def _info(self) -> dict:
-        verdict, feedback, recognized, _ = self.verdict or (None, None, None, None)
+        verdict, feedback, recognized = self.verdict or (None, None, None)
         return {"cards": list(self.cards), "numbers": list(self.numbers), "verdict": verdict, "feedback": feedback,
                 "recognized": recognized}  # fmt: skip
 
@@ -757,11 +756,9 @@ def compass_word(heading: float) -> str:
 
 
 def relative_word(turn: float) -> str:
-    """What one says of a turn of so many degrees, right positive; "" below 20: straight on."""
+    """What one says of a turn of so many degrees, right positive."""
     turn = wrap(turn)
-    if abs(turn) < 20.0:
-        return ""
-    return ("slightly " if abs(turn) < 60.0 else "") + ("right" if turn > 0 else "left")
+    return ("slightly " if abs(turn) <= 45.0 else "") + ("right" if turn > 0 else "left")
 
 
 class Panoramas:
@@ -800,6 +797,7 @@ class Leg(NamedTuple):
 
     end: Geocode
     heading: float  # of the leg, compass degrees
+    compass: str  # and the word of COMPASS that the file has for it
     landmark: str  # what is seen at its end, as "Starbucks is on your left behind", or NOTHING
 
 
@@ -812,32 +810,39 @@ class Route(NamedTuple):
 
 
 class World(NamedTuple):
-    """What `VIRL` walks through: routes and panoramas; `picture(place)` is the equirectangular picture of a panorama and its rotation in
-    degrees, None where there are no pictures."""
+    """What `VIRL` walks through: routes and panoramas. `picture(place)` is the equirectangular picture of a
+    panorama and its rotation in degrees, None where there are no pictures; of the panoramas at `lost` it is
+    missing, and between turning points no walk comes by."""
 
     routes: tuple[Route, ...]
     panoramas: Panoramas
     picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
+    lost: frozenset[Geocode] = frozenset()
 
 
 # What a pickled dict from pairs of numbers to strings is made of, and nothing else.
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
-_PLAIN = _NUMBERS | {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "TUPLE", "TUPLE2", "UNICODE", "BINUNICODE",
-                     "SHORT_BINUNICODE", "BINUNICODE8", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "STOP"}  # fmt: skip
+_PLAIN = _NUMBERS | set(
+    "PROTO MARK EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
+    "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split())
 
 
 def _read_pickle(data: bytes) -> Any:
-    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the pickle asks for something else: a
-    function to call, a memo larger than the file, pairs of pairs (whose hash could take for ever)."""
-    before = ["", ""]
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the
+    pickle asks for something else: a function to call, a memo larger than the file, keys of keys (whose hash
+    could take for ever)."""
+    before = ["", "", ""]
     for code, argument, _ in pickletools.genops(data):
+        if code.name == "FRAME":  # protocols 4 and 5 cut the codes into frames, anywhere; it builds nothing
+            continue
         if code.name not in _PLAIN:
             raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
         if "PUT" in code.name and int(argument) > len(data):
             raise ValueError("its memo is too large")
-        if "TUPLE" in code.name and not _NUMBERS.issuperset(before):
-            raise ValueError("its keys are no pairs of numbers")
-        before = [before[1], code.name]
+        if "TUPLE" in code.name:  # TUPLE takes all since the mark
+            if not _NUMBERS.issuperset(before[1:]) or code.name == "TUPLE" and before[0] != "MARK":
+                raise ValueError("its keys are no pairs of numbers")
+        before = [*before[1:], code.name]
     return pickle.loads(data)
 
 
@@ -845,7 +850,8 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/.
 
     Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields are left alone. With `pictures`
-    the files of the panoramas where routes start, turn and end must be there; what is in them is read when a walk comes by.
+    the files of the panoramas where routes start, turn and end must be there, and a warning says how many
+    others are missing; what is in them is read when a walk comes by.
     """
     folder = Path(folder)
     path = folder / "route_infos.json"
@@ -872,11 +878,24 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
                 raise ValueError(f"{path}: route {k}: {name}: {mapping.name} has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
             if pictures and (lost := next((f for f in _picture_files(views, ids[near]) if not f.is_file()), None)):
                 raise ValueError(f"{path}: route {k}: {name}: there is no {lost}")
-    return World(routes, panoramas, partial(_read_picture, views, ids) if views.is_dir() else None)
+    if not views.is_dir():
+        return World(routes, panoramas)
+    lost = frozenset(_without_picture(views, ids)) if pictures else frozenset()
+    if lost:
+        said = f"{views}: {len(lost)} of {len(ids)} panoramas are missing; no walk comes by"
+        warnings.warn(said, stacklevel=2)
+    return World(routes, panoramas, partial(_read_picture, views, ids), lost)
 
 
 def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
     return views / f"{name}.jpg", views / f"{name}.metadata.json"
+
+
+def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
+    """The places of the panoramas that are not, or not wholly, in street_views/."""
+    there = {file.name for file in views.iterdir()}
+    return [place for place, name in ids.items()
+            if not there.issuperset(file.name for file in _picture_files(views, name))]
 
 
 def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
@@ -971,21 +990,23 @@ def _read_route(route: Any) -> Route:
         raise _Fault(f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
     legs = []
     for i, (block, end) in enumerate(zip(blocks, ends)):
-        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(\(.*\)\s*)?", block.get("to_next_intersection_heading", ""), re.ASCII)
+        heading = block.get("to_next_intersection_heading", "")
+        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", heading, re.ASCII)
         if not number or not -360 <= float(number[1]) <= 360:
             raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
-        if "landmarks" not in block:
-            raise _Fault(f"milestone_info, block {i + 1}: no field landmarks")
-        landmark = block["landmarks"].strip().rstrip(".") or NOTHING
+        landmark = block.get("landmarks", "").strip().rstrip(".") or NOTHING
         if _landmark(landmark) == _landmark(NOTHING):
             landmark = NOTHING
         if landmark == NOTHING and i == len(ends) - 1:  # without a sign nobody would know where to stop
             place = route.get("dest_place")
             name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
+        landmark = " ".join(landmark.split())
         if len(landmark) > 300 or not _landmark(landmark) or "<image>" in landmark or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark):
             raise _Fault(f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}")
-        legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), float(number[1]) % 360.0, landmark))
+        degrees, word = float(number[1]) % 360.0, (number[2] or "").strip().lower()
+        compass = word if word in COMPASS else compass_word(degrees)
+        legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), degrees, compass, landmark))
     heading = route.get("init_heading")
     if heading is not None and (isinstance(heading, bool) or not isinstance(heading, (int, float)) or not -360 <= heading <= 360):
         raise _Fault(f"init_heading is no number of degrees: {_line(heading)}")
@@ -1388,11 +1409,12 @@ class Scene:
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands at longitude h - 180 + rotation
-        (released data), in degrees from the left edge."""
+        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands in the
+        column at the share (h + rotation) / 360 of the width (released data: at longitude h - 180 + rotation,
+        0 in the middle)."""
         width, height = size
         plan, eye = self.city.plan, np.array(offset(self.city.plan.centre, at))
-        heading = np.radians((np.arange(width) + 0.5) / width * 360.0 + 180.0 - rotation)
+        heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
         ray = np.stack([np.sin(heading), np.cos(heading)], -1)
         elevation = np.radians(90.0 - (np.arange(height) + 0.5) / height * 180.0)
         up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
@@ -1482,12 +1504,12 @@ def _sight(size: int, fov: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0) -> Image.Image:
-    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square of `size` pixels, bilinear;
-    longitude wraps round (released data)."""
+    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square
+    of `size` pixels, bilinear; the panorama wraps round, and its columns are those of `Scene.draw`."""
     height, width = panorama.shape[:2]
     sideways, latitude = _sight(size, fov)
-    longitude = (heading - 180.0) % 360.0 + rotation + sideways
-    x, y = longitude / 360.0 * width - 0.5, ((90.0 - latitude) / 180.0 * height - 0.5).clip(0, height - 1)
+    x = (heading % 360.0 + rotation + sideways) / 360.0 * width - 0.5
+    y = ((90.0 - latitude) / 180.0 * height - 0.5).clip(0, height - 1)
     x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
     fx, fy = (x - x0)[:, None], (y - y0)[..., None]
     x1, y1 = (x0 + 1) % width, np.minimum(y0 + 1, height - 1)
@@ -1515,7 +1537,8 @@ STREET_PROMPT = string.Template(
     'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}$report $observation'
 )
 STREET_FIELDS = ("current observation", "current instruction", "action")
-# Paper, appendix; a reply that cannot be read counts like a wrong action.
+# Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a reply
+# that cannot be read counts like a wrong action.
 STREET_REWARDS = {"correct": 1.0, "wrong_action": -1.0, "wrong_observation": -1.5, "unparsed": -1.0}
 
 
@@ -1538,7 +1561,8 @@ class VIRL:
     """Follow a route through streets (paper, section 3.2), told in words.
 
     An episode is a route. At each waypoint the reply reports what is seen, quotes the sentence of the instruction that it follows, and acts.
-    A right reply leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong, at most `verify_iter` times.
+    A right action leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong,
+    at most `verify_iter` times.
 
     Args:
         variant: "id" (turns by the eight compass words) or "rule" (left, right, slightly left, slightly right).
@@ -1564,7 +1588,8 @@ class VIRL:
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
                  split: str = "train", turns: int = 7, city: str | None = None, differences: Sequence[str] | None = None, go_on: bool = False,
-                 points_per_leg: int = 5, drop: float = 0.5, fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+                 points_per_leg: int = 4, drop: float = 0.5,
+                 fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
@@ -1627,17 +1652,17 @@ class VIRL:
         self.messages.append({"role": "user", "content": text})
 
     def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """The instruction's sentences and the waypoints of a route (released data's rules)."""
+        """The instruction's sentences and the waypoints of a route, by the released data's rules: at the
+        start and at every turning point the expert turns, however little, and between them it goes on."""
         route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
         at, seen, intersection = self._standing(route.start, number), NOTHING, False
         sentences: list[str] = []
         waypoints: list[Waypoint] = []
         for k, leg in enumerate(route.legs):
-            turn, last = wrap(leg.heading - heading), k == len(route.legs) - 1
-            relative, compass = relative_word(turn), compass_word(leg.heading)
-            sentences.append(f"Turn {relative} to face {compass}." if relative else f"Go straight on, facing {compass}.")
-            action = f"turn_direction({compass if self.rules[self.variant] is COMPASS else relative})" if relative else "forward()"
+            relative, last = relative_word(leg.heading - heading), k == len(route.legs) - 1
+            sentences.append(f"Turn {relative} to face {leg.compass}.")
+            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
             waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
             end, place = self._standing(leg.end, number), leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark
             goal = ("the destination" if last else "an intersection") + ("" if leg.landmark == NOTHING else f": {place}")
@@ -1662,7 +1687,9 @@ class VIRL:
                 share = k / (self.points_per_leg + 1)
                 if self.random.random() < 1 - self.drop:
                     near = self.world.panoramas.nearest((a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share))
-                    if near is not None and near not in found and min(distance(near, a), distance(near, b)) > 8:
+                    if near is None or near in self.world.lost or near in found:
+                        continue
+                    if min(distance(near, a), distance(near, b)) > 8:
                         found.append(near)
         return found
 
@@ -1671,8 +1698,9 @@ class VIRL:
         return f"You see: {self.waypoints[self.at].observation}."
 
     def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply: observation, reward, terminated (the destination reached without a fault), truncated (the route ended otherwise),
-        info. Takes any string. After the end of an episode nothing is judged any more: the reward is 0 and nothing changes."""
+        """Judges one reply: observation, reward, terminated (every action found within its budget), truncated
+        (the route ended otherwise), info. Takes any string. After the end of an episode nothing is judged any
+        more: the reward is 0 and nothing changes."""
         if not self.waypoints:
             raise RuntimeError("call reset() before step()")
         if any(self.done):
@@ -1699,9 +1727,10 @@ class VIRL:
         return Observation(copy.deepcopy(self.messages), self.picture)
 
     def _info(self) -> dict:
-        verdict, feedback, recognized, acted = self.verdict or (None, None, None, None)
-        return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints], "verdict": verdict,
-                "feedback": feedback, "recognized": recognized, "acted": acted, "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
+        verdict, feedback, recognized = self.verdict or (None, None, None)
+        return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints],
+                "verdict": verdict, "feedback": feedback, "recognized": recognized,
+                "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
 
     def _reply(self, action: str) -> str:
         now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
@@ -1725,32 +1754,49 @@ class VIRL:
 
 
 def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS) -> Verdict:
-    """One verdict per reply, by the first test that fails: form, report, action.
-
-    The report must name the landmark and its side; of an intersection it may be silent, or speak in any of the usual words, but must not
-    invent one."""
+    """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
+    if the report claims an intersection, in any of the usual words, that is not there or leaves out one that
+    is. Whether it names the landmark and its side is measured, not judged."""
     parsed = parse_reply(reply, fields)
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not all(isinstance(part, str) and len(part) <= 1000 for part in (report, sentence, action)):  # a landmark has up to 300 characters
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
+    landmark = _landmark(waypoint.landmark)
+    claims, rest = (False, report) if _landmark(report) == landmark else _intersection(report)
+    recognized = _landmark(rest) == landmark
     words = " ".join(re.sub("['\"]", "", action.lower()).split())
-    acted = re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action
-    rest, claims = _INTERSECTION.subn("", report, count=1)
-    if claims and not _letters(rest):
-        rest = NOTHING
-    if _landmark(rest) != _landmark(waypoint.landmark):
-        return Verdict("wrong_observation", "That is not what is seen here.", False, acted)
-    if claims and not waypoint.intersection:
-        return Verdict("wrong_observation", "There is no intersection here.", True, acted)
-    if not acted:
-        return Verdict("wrong_action", "That action is wrong here.", True)
-    return Verdict("correct", "Correct.", True, True)
+    if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
+        return Verdict("correct", "Correct.", recognized)
+    if claims == waypoint.intersection:
+        return Verdict("wrong_action", "That action is wrong here.", recognized)
+    truth = f"there is {'an' if waypoint.intersection else 'no'} intersection here"
+    return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
 
 
-# How a report says that there is one, with what joins it to the rest: "X is on my left; I observe an intersection" (paper, appendix).
+_JOIN = re.compile(r"((?:\s{0,3}(?:[;.,:!?\n]|\b(?:and|but|with|where)\b))+)", re.IGNORECASE)  # two clauses
+# What leads to the word, and what may follow it: "Intersection Cafe is on your left" is a name.
 _INTERSECTION = re.compile(
-    r"(?:\band\s{1,3})?(?:\b(?:you|i)\s{1,3}(?:observe|see|am\s{1,3}at|are\s{1,3}at)\s{1,3}|\bthere\s{1,3}is\s{1,3})?\ban\s{1,3}intersection\b",
+    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}"
+    r"|^(?:\W*[\w-]{1,20}[ -]way)?)"
+    r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
     re.IGNORECASE)
+_NEGATION = re.compile(
+    r"(?:\b(?:no|not|never|any|without|or|nor|neither|cannot)\b|n['’]t\b)(?!.*\blandmark)", re.IGNORECASE)
+
+
+def _intersection(report: str) -> tuple[bool, str]:
+    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
+    appendix), and what else it says."""
+    parts = _JOIN.split(report)
+    for k, clause in enumerate(parts):
+        said = _INTERSECTION.search(clause)
+        if said and not _NEGATION.search(clause[: said.end()]):
+            parts[k] = clause[: said.start()]
+            if not _letters(parts[k]):  # all that the clause says: it goes with what joins it to another
+                del parts[max(k - 1, 0) : max(k - 1, 0) + 2]
+            rest = "".join(parts)
+            return True, rest if _letters(rest) else NOTHING
+    return False, report
 
 
 @lru_cache(maxsize=4096)  # a city's routes name the same few landmarks ten thousand times
@@ -1852,7 +1898,6 @@ class Turn:
     feedback: str  # what the model read next; after the last reply the verifier's words alone
     recognized: bool
     waypoint: int = 0
-    acted: bool = False  # the expert's action, whatever the report
     landmark: bool = True  # there was something to recognize: cards, or a landmark
 
 
@@ -1895,8 +1940,8 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
             goes_on = not (terminated or truncated)
             read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], info.get("waypoint", 0), info.get("acted", False),
-                                          info.get("landmark", True)))  # fmt: skip
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"],
+                                          info.get("waypoint", 0), info.get("landmark", True)))
             episodes[i].success = terminated
             if goes_on:
                 still.append(i)

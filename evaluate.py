@@ -93,20 +93,19 @@ class Disguise:
 
 
 def step_summary(episodes: Sequence[envs.Episode]) -> dict:
-    """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the expert's action was found
-    within the budget, whatever the report; the same at the first reply and by kind of action; `steps` has it for each route, `at_turns` that
-    of its turns, None where there are none. Its standard error counts routes, for the waypoints of one route go wrong together."""
+    """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the
+    expert's action was found within the budget; the same at the first reply and by kind of action; `steps`
+    has it for each route, `at_turns` that of its turns, None where there are none. Its standard error counts
+    routes, for the waypoints of one route go wrong together."""
     within: list[list[bool]] = []
     at_turns: list[list[bool]] = []
     first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
     for episode in episodes:
-        acted, at_once = set(), {}
+        verdicts: list[list[str]] = [[] for _ in episode.asked]  # of each waypoint
         for turn in episode.turns:
-            at_once.setdefault(turn.waypoint, turn.acted)
-            if turn.acted:
-                acted.add(turn.waypoint)
-        within.append([k in acted for k in range(len(episode.asked))])
-        first += [at_once.get(k, False) for k in range(len(episode.asked))]
+            verdicts[turn.waypoint].append(turn.verdict)
+        within.append(["correct" in tries for tries in verdicts])
+        first += [tries[:1] == ["correct"] for tries in verdicts]
         at_turns.append([])
         for action, right in zip(episode.asked, within[-1]):
             kinds[kind := action.partition("(")[0].removesuffix("_direction")].append(right)
@@ -362,7 +361,7 @@ WORDS = {
              "visual": "Other cities: the training rule in nine cities that training never sees.", "hands": "routes",
              "measure": "per-step accuracy", "columns": ("steps", "first reply of each step", "routes"), "last": "turns",
              "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
-                      "routes the share of routes without a fault",
+                      "routes the share of routes with all of them",
              "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right",
                         "visual": "other cities"}, "axis": "waypoints passed within budget, %", "reads": "name the landmark, where there is one"},
 }  # fmt: skip

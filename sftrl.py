@@ -98,9 +98,10 @@ def street_texts() -> list[str]:
     while not any(env.done):
         env.step(env.expert_reply())
     rare = [envs.text_of(message["content"]) for message in env.messages]  # what only walks in pictures hear, and what few walkers do
-    for report in (envs.NOTHING, "an intersection", "nothing", None):
-        reply = dict(zip(envs.STREET_FIELDS, (report, "", "")))
-        rare.append(envs.judge_step(json.dumps(reply), envs.Waypoint((0, 0), 0, envs.NOTHING, False, "", "forward()")).feedback)
+    for report, there in (("nothing", False), ("nothing", True), ("an intersection", False), (None, True)):
+        reply = json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", ""))))
+        here = envs.Waypoint((0, 0), 0, envs.NOTHING, there, "", "forward()")
+        rare.append(envs.judge_step(reply, here).feedback)
     return texts + 50 * rare
 
 
@@ -2038,7 +2039,8 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
         group.add_argument("--city", help=f"virl: {', '.join(envs.CITIES)}, or others, all but the first (default: new york; others with --variant visual)")
         group.add_argument("--differences", nargs="*", metavar="GROUP", help=f"virl: in what a city differs from new york, of {', '.join(envs.DIFFERENCES)} (default: all)")
-        group.add_argument("--points-per-leg", type=number(int, least=0), help="virl: points between two turning points (default: 5)")
+        group.add_argument("--points-per-leg", type=number(int, least=0),
+                           help="virl: points between two turning points (default: 4)")
         group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
         group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
         group.add_argument("--panorama-width", type=size, help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)")
@@ -2108,7 +2110,15 @@ TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", 
                 "split", "turns", "city", "differences", "points_per_leg", "drop", "view_layout", "view_size", "panorama_width", "tell_intersections")  # fmt: skip
 
 
-load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
+@lru_cache(maxsize=None)  # for all environments of a command
+def load_world_once(folder: str, pictures: bool) -> envs.World:
+    """The streets of a folder; what is missing there is said in one line."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        world = envs.load_world(folder, pictures)
+    for warning in heard:
+        complain(f"warning: {warning.message}")
+    return world
 
 
 def environment_of(args: argparse.Namespace):

@@ -29,7 +29,7 @@ def test_summary_counts_successes_first_replies_and_verdicts():
 
 def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     def turns(*marks):
-        return [envs.Turn("", 0.0, "correct" if right else "wrong_action", "", True, k, right) for k, right in marks]
+        return [envs.Turn("", 0.0, "correct" if right else "wrong_action", "", True, k) for k, right in marks]
 
     actions = ["turn_direction(left)", "forward()", "stop()"]
     routes = [envs.Episode("", actions, turns((0, True), (1, False), (1, True), (2, True)), True),
@@ -42,8 +42,9 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     assert result["at_turns"] == [1, 0, 1]
     assert result["step_accuracy_se"] == pytest.approx(math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3))  # routes of one length: that of a mean
     assert evaluate.summary(routes, envs.STREET_REWARDS)["outcomes"] == "200"
-    routes[1].turns[0] = envs.Turn("", 0.0, "wrong_observation", "", False, 0, True)  # a wrong report, but the expert's action
-    assert evaluate.step_summary(routes)["first_step_accuracy"] == pytest.approx(6 / 9)
+    for verdict, recognized, right in (("wrong_observation", True, 5), ("correct", False, 6)):
+        routes[1].turns[0] = envs.Turn("", 0.0, verdict, "", recognized, 0)
+        assert evaluate.step_summary(routes)["first_step_accuracy"] == pytest.approx(right / 9)
     assert evaluate.step_summary([*routes, envs.Episode("", ["forward()", "stop()"])])["at_turns"] == [1, 1, 1, None]
 
 

@@ -1030,7 +1030,8 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
     report = (tmp_path / "report.md").read_text()
     assert "per-step accuracy" in report and "other rule: turns" in report and "RL ends above SFT at turns under the other rule, greedy" in report
     assert ("80.8 -> 91.8" if task == "virl-l" else "RL raises recognition in other cities") in report
-    smaller = {"virl-l": "turns 3 (7), points_per_leg 1 (5).", "virl-vl": "turns 2 (7), points_per_leg 1 (5), view_size 64 (300), panorama_width 256 (1024)."}
+    smaller = {"virl-l": "turns 3 (7), points_per_leg 1 (4).",
+               "virl-vl": "turns 2 (7), points_per_leg 1 (4), view_size 64 (300), panorama_width 256 (1024)."}
     assert "95% over routes" in report and smaller[task] in report
 
 
@@ -1133,6 +1134,15 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_u
             ends = [env.step(reply) for env in (written, read)]
         assert read.done == written.done
     read.reset(options={"route": 0})
+    point = next(w for w in read.waypoints if w.action == "forward()")  # between two turning points
+    (tmp_path / "street_views" / f"{read.world.panoramas.ids[point.place]}.jpg").unlink()
+    capsys.readouterr()
+    command = ["play", "--task", "virl-vl", "--data", str(tmp_path), "--route", "0", "--drop", "0",
+               "--view-size", "32"]
+    assert sftrl.main([*command, "--reply", read.expert_reply()]) == 0
+    said = capsys.readouterr()
+    assert "[correct +1]" in said.out
+    assert re.fullmatch(r"sftrl: warning: .*street_views: 1 of \d+ panoramas .*\n", said.err)
     file = tmp_path / "street_views" / f"{read.world.panoramas.ids[read.waypoints[0].place]}.jpg"
     for broken in (lambda: file.write_bytes(b"no picture"), file.unlink):
         broken()
