@@ -1853,7 +1853,9 @@ class VIRLVL(VIRL):
         super()._tell(text, arrived)
         if arrived:
             for message in self.messages:
-                message["content"] = text_of(message["content"]).replace("<image>", "")
+                if not isinstance(message["content"], str):
+                    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+                    message["content"] = "".join(texts)
             self.messages[-1]["content"] = [{"type": "image"}, {"type": "text", "text": text}]
             self.picture = cache(partial(self._look, self.number, self.waypoints[self.at]))
 
