@@ -842,6 +842,29 @@ def test_play_shows_prompt_expert_and_verdict(capsys):
     assert "verifier: [" in capsys.readouterr().out
 
 
+def test_a_prompt_of_ones_own_states_the_cards_and_is_told_of_a_missing_rule(tmp_path, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfCards: $cards_list. $rule")
+    assert inside("play", "--cards", "A 3 K 10", "--prompt", file) == 0
+    out, err = capsys.readouterr()
+    assert "user: Cards: ['A', '3', 'K', '10']. J is 10, Q is 10, K is 10\n" in out and not err
+    file.write_text("Make $target. $rule")
+    assert inside("play", "--task", "gp-vl", "--size", 64, 32, "--prompt", file) == 0
+    assert inside("play", "--prompt", file) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("sftrl: error: the prompt template states the cards nowhere")
+        and error.count("\n") == 1
+    )
+    file.write_text("Cards: $cards")
+    done = cli("evaluate", "--model", "tiny", "--episodes", 3, "--max-new-tokens", 2, "--prompt", file)
+    assert (
+        done.stderr.count("sftrl: warning: the prompt template does not state the rule")
+        == done.stderr.count("warning")
+        == 1
+    )
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
