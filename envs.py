@@ -276,7 +276,7 @@ def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] 
     starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
     reader, found, last = _Reader(reply), None, -1
     for order in (starts[:1], reversed(starts)):
-        reader.effort = 3_000 + len(reply) / 50  # one a token and 50 characters; a reply in form takes 40
+        reader.effort = 1_500 + len(reply) / 50  # one a token and 50 characters; a reply in form takes 40
         for start in order:
             try:
                 value, end = reader.value(start)
@@ -382,8 +382,14 @@ class Verdict(NamedTuple):
     acted: bool = False  # on a route: the action is the expert's, whatever the report
 
 
-def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int,
-          fields: Sequence[str] = FIELDS, feedback: dict[str, str] = FEEDBACK) -> Verdict:  # fmt: skip
+def judge(
+    reply: str,
+    cards: Sequence[str],
+    numbers: Sequence[int],
+    target: int,
+    fields: Sequence[str] = FIELDS,
+    feedback: dict[str, str] = FEEDBACK,
+) -> Verdict:
     """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value.
 
     `cards` are the dealt rank names, `numbers` what they count under the rule in force, `feedback` the

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -57,6 +59,17 @@ def test_numbers_ranks_and_operators_are_tokens_and_fixed_text_is_short(policy):
     prompt = policy.tokenize([policy.render(env.reset()[0].messages)])[0]
     reply = policy.tokenize([env.expert_reply()])[0]
     assert len(prompt) <= 45 and len(reply) <= 40
+
+
+def test_the_tokenizer_learns_from_all_that_the_verifier_of_cards_says():
+    said = set(sftrl.card_texts())
+    raised = "".join(re.findall(r"raise Illegal\(.*", inspect.getsource(envs)))
+    reasons = re.findall('"([a-z ,]{9,})"', raised) + ["its two sides differ"]
+    wanted = {string.Template(envs.FEEDBACK["illegal"]).substitute(reason=reason) for reason in reasons}
+    wanted |= {envs.PICTURE_FEEDBACK[verdict] for verdict in ("unparsed", "misread")}
+    wanted |= {"A number was left out. Try again.", "There is no 2 left to use. Try again."}
+    assert len(reasons) > 8 and wanted <= said
+    assert any(re.fullmatch(r"The formula gives .*, not 24\. Try again\.", text) for text in said)
 
 
 def test_text_survives_the_tokenizer(policy):
