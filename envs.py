@@ -255,7 +255,8 @@ _STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
 _KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _WORD = r"""[^\s{}\[\]:,"']++"""
 _REPLY_TOKEN = re.compile(
-    rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL)
+    rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
+)
 _OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
 _INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]{0,5}))(?:\.0+)?")
 _decode = json.JSONDecoder(strict=False).decode
@@ -292,7 +293,7 @@ def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] 
 class _Reader:
     """A recursive-descent reader of JSON-like text that remembers what it has read."""
 
-    MAX_DEPTH = 50
+    MAX_DEPTH = 100
 
     def __init__(self, text: str):
         self.text, self.effort = text, 0.0
@@ -648,10 +649,11 @@ class GeneralPoints:
         for verdict, text in self.feedback.items():
             if verdict not in self.said:
                 raise ValueError(f"unknown verdict {verdict!r}: choose from {', '.join(self.said)}")
-            told, template = {"target"} | TOLD.get(verdict, set()), string.Template(str(text))
-            if text != template.template or not template.is_valid() or set(template.get_identifiers()) - told:
-                raise ValueError(f"the feedback of {verdict!r} must be text with no other placeholders than "
-                                 + ", ".join(sorted(told)))
+            template = string.Template(text if isinstance(text, str) else "$")  # a lone $ is no template
+            told = {"target"} | TOLD.get(verdict, set())
+            if not template.is_valid() or set(template.get_identifiers()) - told:
+                names = ", ".join(f"${name}" for name in sorted(told))
+                raise ValueError(f"the feedback of {verdict!r} must be text with no placeholders but {names}")
 
     def value_of(self, card: str) -> int:
         """What a rank counts under the rule in force."""
