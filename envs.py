@@ -24,10 +24,11 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import combinations, zip_longest
+from itertools import combinations, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,22 @@ FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
     "rule": {"J": 11, "Q": 12, "K": 13},
 }
 # Paper, appendix: one verdict per reply. A reply that cannot be read counts like any other illegal equation.
-REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0, "misread": -1.5, "unparsed": -3.0}
+REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0, "unparsed": -3.0}
+PICTURE_REWARDS = REWARDS | {"misread": -1.5}  # where the cards are in a picture
 BUDGET_PENALTY = -1.0  # added to the last verdict's reward when the verification budget is used up without success
-MAX_REPLY, MAX_FORMULA, MAX_BRACKETS = 20_000, 200, 20  # characters, characters, pairs: more is no answer, and judging stays fast
+MAX_FORMULA, MAX_BRACKETS = 200, 20  # characters, pairs: more is no answer, and judging stays fast
+
+# What the verifier says, by verdict. Every template may hold $target beside the placeholders that TOLD lists.
+FEEDBACK = {
+    "correct": "Correct.",
+    "wrong_value": "The formula gives $value, not $target. Try again.",
+    "wrong_numbers": "$reason. Try again.",
+    "illegal": "The formula is not a legal equation: $reason. Try again.",
+    "unparsed": "The answer is not in the form asked for. Try again.",
+}
+PICTURE_FEEDBACK = FEEDBACK | {"misread": "These are not the cards on the table. Try again."}
+# $number is there once too often or left out; $reason says which of the two, or why a formula is illegal.
+TOLD = {"wrong_value": {"value"}, "wrong_numbers": {"reason", "number"}, "illegal": {"reason"}}
 
 PROMPT = string.Template(
     "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. Cards: $cards. "
@@ -206,6 +220,8 @@ def _value(tokens: list[str]) -> tuple[Fraction, list[int]]:
             return value
         if not token.isdigit():
             raise Illegal("a number is missing")
+        if token[0] == "0" and token != "0":
+            raise Illegal("a number begins with a zero")
         numbers.append(int(token))
         return Fraction(numbers[-1])
 
@@ -234,124 +250,181 @@ def _value(tokens: list[str]) -> tuple[Fraction, list[int]]:
     return value, numbers
 
 
-_REPLY_TOKEN = re.compile(r"""\s*(?:("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|([{}\[\]:,])|([^\s{}\[\]:,"']+))""", re.DOTALL)
+# A string may hold quotes of its own kind: it ends at the first before comma, colon, closing bracket or end.
+_STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
+_KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_WORD = r"""[^\s{}\[\]:,"']++"""
+_REPLY_TOKEN = re.compile(
+    rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
+)
+_OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
+_INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]{0,5}))(?:\.0+)?")
+_decode = json.JSONDecoder(strict=False).decode
 
 
 def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] | None:
-    """The last object in `reply` that has all `required` keys, or None: what stands before it is thought.
+    """The object in `reply` that has all `required` keys and ends last, alone or inside others, or None.
 
-    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing commas. Values are strings,
-    integers, None, lists and objects.
+    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
+    commas, quotes inside strings. Values are strings, integers, None, lists and objects.
+
+    First the reply's first object is read: if the reply is one object, its strings may hold anything. Then
+    all are, from the last to the first: what stands before the answer, however long, cannot hide it. An
+    object inside another is read once, and both rounds' effort is bounded by the reply's length: time is
+    linear for any text. Once the effort is spent, what was found by then decides.
     """
-    if len(reply) > MAX_REPLY:
-        return None
-    reader, found, start = _Reader(reply), None, reply.find("{")
-    while start >= 0:
-        end = start + 1
-        try:
-            value, end = reader.value(start)
-            if isinstance(value, dict) and all(key in value for key in required):
-                found = value
-        except OverflowError:
-            break
-        except ValueError:
-            pass
-        start = reply.find("{", end)
+    stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
+    starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
+    reader, found, last = _Reader(reply), None, -1
+    for order in (starts[:1], reversed(starts)):
+        reader.effort = 1_500 + len(reply) / 50  # one a token and 50 characters; a reply in form takes 40
+        for start in order:
+            try:
+                value, end = reader.value(start)
+            except OverflowError:
+                break
+            except ValueError:
+                continue
+            if end > last and all(key in value for key in required):
+                found, last = value, end
     return found
 
 
 class _Reader:
-    """A recursive-descent reader of JSON-like text. Its effort is bounded, whatever the text and however often it starts anew."""
+    """A recursive-descent reader of JSON-like text that remembers what it has read."""
 
-    MAX_DEPTH = 8
+    MAX_DEPTH = 100
 
     def __init__(self, text: str):
-        self.text, self.effort = text, 30_000  # 20 a token, 1 a character, 80 a string with escapes; a reply in form takes about 1,000
+        self.text, self.effort = text, 0.0
+        self.known: dict[int, tuple[Any, int] | None] = {}  # lists and objects and their ends
 
     def token(self, at: int) -> tuple[str, Any, int]:
         """Kind ("value" or the punctuation itself), value, and the position after the token."""
         match = _REPLY_TOKEN.match(self.text, at)
-        self.effort -= 20 + (match.end() if match else len(self.text)) - at
-        if self.effort < 0:
-            raise OverflowError("too much to read")
         if not match:
-            raise ValueError("end of text or an open quote")
+            raise ValueError("end of text")
+        self._spend(1 + (match.end() - at) / 50)
         quoted, mark, word = match.groups()
         if mark:
             return mark, mark, match.end()
-        if quoted is None:
-            return "value", int(word) if re.fullmatch("-?[0-9]{1,6}", word) else None if word in ("null", "None") else word, match.end()
-        if "\\" not in quoted:
-            return "value", quoted[1:-1], match.end()
-        self.effort -= 80
-        try:
-            return "value", json.loads(quoted if quoted[0] == '"' else '"' + quoted[1:-1].replace('"', '\\"') + '"'), match.end()
-        except ValueError:  # an escape that JSON does not know: the characters as they stand
-            return "value", quoted[1:-1], match.end()
+        if quoted:
+            return "value", self._unquoted(quoted[1:-1]), match.end()
+        integer = _INTEGER.fullmatch(word)
+        value = int(integer[1]) if integer else None if word in ("null", "None") else word
+        return "value", value, match.end()
 
-    def value(self, at: int, depth: int = 0) -> tuple[Any, int]:
+    def _spend(self, effort: float) -> None:
+        self.effort -= effort
+        if self.effort < 0:
+            raise OverflowError("too much to read")
+
+    def _unquoted(self, text: str) -> str:
+        """A string without its escapes; as it stands if JSON does not know one of them."""
+        if "\\" not in text:
+            return text
+        self._spend(2)
+        with suppress(ValueError):
+            return _decode(f'"{text}"')
+        if len(text) < 2_000:  # a longer one is no answer
+            self._spend(len(text) / 10)
+            with suppress(ValueError):  # between single quotes, or with quotes of its own
+                as_json = {'"': r"\"", r"\'": "'"}
+                text = _decode('"' + re.sub(r'\\.|"', lambda m: as_json.get(m[0], m[0]), text) + '"')
+        return text
+
+    def value(self, at: int) -> tuple[Any, int]:
         """The value that starts at `at`, and the position after it."""
-        kind, value, at = self.token(at)
+        return self._value(self.token(at), 0)
+
+    def _value(self, token: tuple[str, Any, int], depth: int) -> tuple[Any, int]:
+        """The value whose first token has been read."""
+        kind, value, end = token
         if kind == "value":
-            return value, at
+            return value, end
         if kind not in "[{" or depth == self.MAX_DEPTH:
             raise ValueError("not a value")
+        if end not in self.known:
+            try:
+                self.known[end] = self._items(kind, end, depth)
+            except ValueError:
+                self.known[end] = None
+        if not self.known[end]:
+            raise ValueError("read before, in vain")
+        return self.known[end]
+
+    def _items(self, kind: str, at: int, depth: int) -> tuple[Any, int]:
+        """The list or object whose first item starts at `at`, and the position after it."""
         close, items = {"[": "]", "{": "}"}[kind], []
-        after, _, end = self.token(at)
-        while after != close:
-            item, at = self.value(at, depth + 1)
+        token = self.token(at)
+        while token[0] != close:
+            item, at = self._value(token, depth + 1)
             if kind == "{":
                 colon, _, at = self.token(at)
                 if colon != ":" or not isinstance(item, str):
                     raise ValueError("a key and a colon are missing")
-                value, at = self.value(at, depth + 1)
+                value, at = self._value(self.token(at), depth + 1)
                 item = (item, value)
             items.append(item)
-            after, _, end = self.token(at)
-            if after == ",":
-                at = end
-                after, _, end = self.token(at)
-            elif after != close:
+            token = self.token(at)
+            if token[0] == ",":
+                token = self.token(token[2])
+            elif token[0] != close:
                 raise ValueError("a comma is missing")
-        return (dict(items) if kind == "{" else items), end
+        return (dict(items) if kind == "{" else items), token[2]
 
 
 class Verdict(NamedTuple):
     """The verifier's judgement of one reply."""
 
-    verdict: str  # a key of REWARDS
+    verdict: str  # a key of the task's rewards
     feedback: str
     recognized: bool  # the reply was parsed and names the dealt cards, or the landmark, or truly that there is none
 
 
-def judge(reply: str, cards: Sequence[str], numbers: Sequence[int], target: int, fields: Sequence[str] = FIELDS) -> Verdict:
+def judge(
+    reply: str,
+    cards: Sequence[str],
+    numbers: Sequence[int],
+    target: int,
+    fields: Sequence[str] = FIELDS,
+    feedback: dict[str, str] = FEEDBACK,
+) -> Verdict:
     """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value.
 
-    `cards` are the dealt rank names, `numbers` what they count under the rule in force. The order goes from the fault that
-    makes all later tests meaningless to the mildest, so that penalties never add up.
+    `cards` are the dealt rank names, `numbers` what they count under the rule in force, `feedback` the
+    templates of what the verifier says. If these have no word for misread cards, what the reply says of the
+    cards is not judged. The order goes from the fault that makes all later tests meaningless to the mildest,
+    so that penalties never add up.
     """
-    parsed = parse_reply(reply, fields)
+
+    def verdict(name: str, **told: str) -> Verdict:
+        return Verdict(name, string.Template(feedback[name]).substitute(told, target=target), recognized)
+
+    parsed, recognized = parse_reply(reply, fields), False
     named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
-    if not (isinstance(named, list) and isinstance(stated, list) and isinstance(formula, str)):
-        return Verdict("unparsed", "The answer is not in the form asked for. Try again.", False)
-    if Counter(str(card).strip().upper() for card in named) != Counter(cards):
-        return Verdict("misread", "These are not the cards on the table. Try again.", False)
+    if not (isinstance(stated, list) and isinstance(formula, str)):
+        return verdict("unparsed")
+    recognized = (isinstance(named, list) and len(named) == len(cards)
+                  and Counter(str(card).strip().upper() for card in named) == Counter(cards))
+    if "misread" in feedback and not recognized:
+        return verdict("misread")
     try:
         value, right, used = evaluate_formula(formula)
     except Illegal as reason:
-        return Verdict("illegal", f"The formula is not a legal equation: {reason}. Try again.", True)
-    have = Counter(numbers)
+        return verdict("illegal", reason=str(reason))
     if value == target and right not in (None, target):
-        return Verdict("illegal", "The formula is not a legal equation: its two sides differ. Try again.", True)
-    for count in (Counter(str(n).strip() for n in stated), Counter(str(n) for n in used)):
-        extra = count - Counter({str(n): k for n, k in have.items()})
-        if extra:
-            return Verdict("wrong_numbers", f"There is no {_short(next(iter(extra)))} left to use. Try again.", True)
-        if count.total() < have.total():
-            return Verdict("wrong_numbers", "A number was left out. Try again.", True)
+        return verdict("illegal", reason="its two sides differ")
+    have = Counter(map(str, numbers))
+    for count in (Counter(str(n).strip() for n in stated[: len(numbers) + 1]), Counter(map(str, used))):
+        if extra := count - have:
+            number = _short(next(iter(extra)))
+            return verdict("wrong_numbers", reason=f"There is no {number} left to use", number=number)
+        if missing := have - count:
+            return verdict("wrong_numbers", reason="A number was left out", number=next(iter(missing)))
     if value != target:
-        return Verdict("wrong_value", f"The formula gives {_short(str(value))}, not {target}. Try again.", True)
-    return Verdict("correct", "Correct.", True)
+        return verdict("wrong_value", value=_short(str(value)))
+    return verdict("correct")
 
 
 def _short(text: str) -> str:
@@ -523,22 +596,26 @@ class GeneralPoints:
         seed: of the one random generator of this environment, which deals the hands.
         verify_iter: replies judged per episode, the verification budget.
         faces: what J, Q, K count; None takes the variant's rule.
-        replacement: deal with replacement, as the paper's released code does.
-        prompt: text with the placeholders $target $operators $cards $rule $field_cards $field_number $field_formula.
+        replacement: deal as the paper's released code does: each rank by itself, with "rule" one of J, Q, K.
+        prompt: text with the placeholders $target $operators $cards (A, 3, K, 10) or $cards_list (the same as
+            a Python list) $rule $field_cards $field_number $field_formula.
         fields: the names of the three fields of a reply.
+        feedback: other words for the verifier: templates by verdict, see FEEDBACK and TOLD.
 
     Raises ValueError for a wrong argument.
     """
 
     rules = FACE_RULES  # what J, Q and K count, by variant
     rewards = REWARDS
+    said = FEEDBACK  # by the verifier, if `feedback` has no other words
     decisions = 1  # right replies that finish the episode
     suits: tuple[str, ...] = SUITS  # in the deck
     image: Image.Image | None = None  # of the hand, in visual tasks
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 5, *, n_cards: int = 4, target: int = 24,
                  operators: str = OPERATORS, faces: dict[str, int] | None = None, replacement: bool = False,
-                 prompt: str | None = None, fields: Sequence[str] = FIELDS):  # fmt: skip
+                 prompt: str | None = None, fields: Sequence[str] = FIELDS,
+                 feedback: dict[str, str] | None = None):  # fmt: skip
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         numbers = (verify_iter, target, n_cards, *(faces or self.rules[variant]).values())
@@ -553,12 +630,29 @@ class GeneralPoints:
         self.faces = dict(faces or self.rules[variant])
         self.replacement, self.fields = replacement, tuple(fields)
         self.template = PROMPT if prompt is None else string.Template(prompt)
+        self.feedback = self.said | (feedback or {})
         self.random = random.Random(seed)
         self.cards: list[str] = []
+        self._check_templates()
+
+    def _check_templates(self) -> None:
         try:
-            self._prompt(["A"] * n_cards)
+            self._prompt(["A"] * self.n_cards)
         except (KeyError, ValueError) as error:
             raise ValueError(f"the prompt template has a wrong placeholder: {error}") from None
+        stated = set(self.template.get_identifiers())
+        if not isinstance(self, GeneralPointsVL) and not stated & {"cards", "cards_list"}:
+            raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
+        if "rule" not in stated:
+            warnings.warn("the prompt template does not state the rule: it has no $rule")
+        for verdict, text in self.feedback.items():
+            if verdict not in self.said:
+                raise ValueError(f"unknown verdict {verdict!r}: choose from {', '.join(self.said)}")
+            template = string.Template(text if isinstance(text, str) else "$")  # a lone $ is no template
+            told = {"target"} | TOLD.get(verdict, set())
+            if not template.is_valid() or set(template.get_identifiers()) - told:
+                names = ", ".join(f"${name}" for name in sorted(told))
+                raise ValueError(f"the feedback of {verdict!r} must be text with no placeholders but {names}")
 
     def value_of(self, card: str) -> int:
         """What a rank counts under the rule in force."""
@@ -566,13 +660,13 @@ class GeneralPoints:
 
     def _prompt(self, cards: Sequence[str]) -> str:
         return self.template.substitute(
-            target=self.target, operators=self.operators, cards=self._stated(cards),
+            self._stated(cards), target=self.target, operators=self.operators,
             rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
             **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)})  # fmt: skip
 
-    def _stated(self, cards: Sequence[str]) -> str:
-        """What the prompt says of the cards."""
-        return ", ".join(cards)
+    def _stated(self, cards: Sequence[str]) -> dict[str, str]:
+        """What the prompt says of the cards, by placeholder."""
+        return {"cards": ", ".join(cards), "cards_list": str(list(cards))}
 
     def _first_message(self) -> str | list[dict]:
         """The content of the message that opens the episode."""
@@ -604,9 +698,14 @@ class GeneralPoints:
 
     def _deal(self) -> list[str]:
         deck = [rank for rank in RANKS for _ in self.suits]
+        n, least = self.n_cards, int(self.variant == "rule")  # at least so many of J, Q, K
         for _ in range(100_000):
-            cards = self.random.choices(deck, k=self.n_cards) if self.replacement else self.random.sample(deck, self.n_cards)
-            if (self.variant != "rule" or any(card in "JQK" for card in cards)) and self._solutions(cards):
+            if self.replacement:
+                cards = self.random.choices(RANKS, k=n - least) + self.random.choices("JQK", k=least)
+                self.random.shuffle(cards)
+            else:
+                cards = self.random.sample(deck, n)
+            if sum(card in "JQK" for card in cards) >= least and self._solutions(cards):
                 return cards
         raise ValueError(f"no hand of {self.n_cards} cards makes {self.target} with {self.operators}")
 
@@ -619,11 +718,11 @@ class GeneralPoints:
             raise RuntimeError("call reset() before step()")
         if any(self.done):
             return self._observation(), 0.0, *self.done, self._info()
-        self.verdict = judge(reply, self.cards, self.numbers, self.target, self.fields)
+        self.verdict = judge(reply, self.cards, self.numbers, self.target, self.fields, self.feedback)
         self.judged += 1
         solved = self.verdict.verdict == "correct"
         self.done = (solved, not solved and self.judged >= self.verify_iter)
-        reward = REWARDS[self.verdict.verdict] + (BUDGET_PENALTY if self.done[1] else 0.0)
+        reward = self.rewards[self.verdict.verdict] + (BUDGET_PENALTY if self.done[1] else 0.0)
         self.messages.append({"role": "assistant", "content": reply})
         if not any(self.done):
             self.messages.append({"role": "user", "content": self.verdict.feedback})
@@ -640,7 +739,8 @@ class GeneralPoints:
     def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
         """A reply in the required form that names `cards`, the dealt ones if None, with their numbers and gives `formula`."""
         cards = self.cards if cards is None else cards
-        return json.dumps(dict(zip(self.fields, (cards, [self.value_of(card) for card in cards], formula))))
+        parts = cards, [self.value_of(card) for card in cards], formula
+        return json.dumps(dict(zip(self.fields, parts)), ensure_ascii=False)
 
     def expert_reply(self) -> str:
         """A reply that the verifier accepts now: the canonical solution."""
@@ -683,6 +783,8 @@ class GeneralPointsVL(GeneralPoints):
     """
 
     rules = FACE_RULES | {"visual": FACE_RULES["id"]}
+    rewards = PICTURE_REWARDS
+    said = PICTURE_FEEDBACK
 
     def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 5, *, color: str | None = None,
                  size: tuple[int, int] = (1200, 480), jitter: float = 0.3, font_size: float = 0.17, **options):  # fmt: skip
@@ -696,8 +798,8 @@ class GeneralPointsVL(GeneralPoints):
         self.suits, self.size, self.jitter, self.font_size = COLORS[color], tuple(size), jitter, font_size
         super().__init__(variant, seed, verify_iter, **options)
 
-    def _stated(self, cards: Sequence[str]) -> str:
-        return "in the picture, from left to right"
+    def _stated(self, cards: Sequence[str]) -> dict[str, str]:
+        return dict.fromkeys(("cards", "cards_list"), "in the picture, from left to right")
 
     def _first_message(self) -> list[dict]:
         """Picture and prompt. Cards of one rank get different suits as long as the deck has them."""

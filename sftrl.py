@@ -79,10 +79,10 @@ def card_texts() -> list[str]:
     records += [envs.foundation_record(rng, TINY_PICTURES) for _ in range(300)] + [envs.reading_record(rng, **TINY_PICTURES) for _ in range(100)]
     records += [envs.demonstration(envs.make("gp-vl", variant, seed, **TINY_PICTURES), 1) for variant in envs.FACE_RULES for seed in range(100)]
     texts = [turn["value"] for record in records for turn in record["conversations"]]
-    texts += [envs.judge(reply, ["A"] * 4, [1] * 4, 24).feedback for reply in ("", '{"cards": [], "number": [], "formula": ""}')]
-    for formula in ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "1" * 300, "1", "2"):
-        texts.append(envs.judge(json.dumps(dict(zip(envs.FIELDS, ("AAAA", [1] * 4, formula)))).replace('"AAAA"', '["A","A","A","A"]'),
-                                ["A"] * 4, [1] * 4, 24).feedback)  # fmt: skip
+    formulas = ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "01", "1" * 300, "(" * 30, "1", "2")
+    answers = [([], [], "")] + [(["A"] * 4, [1] * 4, formula) for formula in formulas]
+    for reply in ["", *(json.dumps(dict(zip(envs.FIELDS, answer))) for answer in answers)]:
+        texts.append(envs.judge(reply, ["A"] * 4, [1] * 4, 24, feedback=envs.PICTURE_FEEDBACK).feedback)
     return texts
 
 
@@ -2028,12 +2028,15 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--target", type=size, help="gp: the number to make (default: 24)")
         group.add_argument("--n-cards", type=size, help="gp: cards per hand (default: 4)")
         group.add_argument("--operators", help="gp: operators allowed (default: +-*/)")
-        group.add_argument("--replacement", action="store_true", default=None, help="gp: deal with replacement, as the paper's released code does")
+        group.add_argument("--replacement", action="store_true", default=None,
+                           help="gp: deal each rank by itself, as the paper's released code does")
         group.add_argument("--color", help="gp-vl: suits in the deck, black, red or mixed (default: black; red with --variant visual)")
         group.add_argument("--size", type=size, nargs=2, metavar=("WIDTH", "HEIGHT"), help="gp-vl: pixels of the picture (default: 1200 480)")
         group.add_argument("--jitter", type=float, help="gp-vl: disorder of the cards, from 0 to 1 (default: 0.3)")
         group.add_argument("--font-size", type=float, help="gp-vl: the ranks' share of a card's height (default: 0.17)")
-        group.add_argument("--prompt", metavar="FILE", help="gp: a prompt template of your own; placeholders as in envs.PROMPT")
+        group.add_argument("--prompt", metavar="FILE",
+                           help="gp: a prompt template of your own with the placeholders of envs.PROMPT; "
+                           "gp-l must state the cards, as $cards or $cards_list")
         group.add_argument("--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)")
         group.add_argument("--split", help="virl: of the built-in city's routes, train, valid or test (default: train)")
         group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
@@ -2110,22 +2113,14 @@ TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", 
                 "split", "turns", "city", "differences", "points_per_leg", "drop", "view_layout", "view_size", "panorama_width", "tell_intersections")  # fmt: skip
 
 
-@lru_cache(maxsize=None)  # for all environments of a command
-def load_world_once(folder: str, pictures: bool) -> envs.World:
-    """The streets of a folder; what is missing there is said in one line."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        world = envs.load_world(folder, pictures)
-    for warning in heard:
-        complain(f"warning: {warning.message}")
-    return world
+load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
 
 
 def environment_of(args: argparse.Namespace):
     """The environment that a command's options describe."""
     options = {name: value for name in TASK_OPTIONS if (value := getattr(args, name)) is not None}
     if args.prompt:
-        options["prompt"] = Path(args.prompt).read_text(encoding="utf8")
+        options["prompt"] = Path(args.prompt).read_text(encoding="utf-8-sig")
     if args.data and issubclass(envs.TASKS.get(args.task, object), envs.VIRL):
         if lost := [name for name in ("split", "turns", "city", "differences", "panorama_width") if name in options]:
             raise ValueError(f"--{lost[0].replace('_', '-')} is for built-in streets; those of --data are what they are")
@@ -2309,6 +2304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torch.cuda.is_available():
             torch.cuda.set_device(best_device())
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    warnings.formatwarning = lambda message, *_: f"sftrl: warning: {message}\n"
+    if policy_rank():
+        warnings.simplefilter("ignore")
     status = 0
     try:
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):

@@ -10,6 +10,8 @@ import pickle
 import random
 import re
 import time
+import warnings
+from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 
@@ -139,6 +141,12 @@ def judged(reply, cards=("A", "3", "K", "10"), variant="id"):
     return env.step(reply)
 
 
+def in_pictures(reply, cards=("A", "3", "K", "10")):
+    env = envs.make("gp-vl", **SMALL)
+    env.reset(options={"cards": list(cards)})
+    return env.step(reply)[4]
+
+
 def reply(formula, cards=("A", "3", "K", "10"), number=(1, 3, 10, 10)):
     return json.dumps({"cards": list(cards), "number": list(number), "formula": formula})
 
@@ -168,6 +176,11 @@ def reply(formula, cards=("A", "3", "K", "10"), number=(1, 3, 10, 10)):
         ("10+10+3+1=24=24", "illegal", "equals"),
         ("", "illegal", "number"),
         ("1" * 10_000, "illegal", "long"),
+        ("10+10+03+1=24", "illegal", "zero"),
+        ("10+10+3+1=024", "illegal", "zero"),
+        ("10+10+3+1+0=24", "wrong_numbers", "no 0"),
+        ("10+10+3+1=0", "illegal", "sides"),
+        ("10+10+3+00+1", "illegal", "begins with a zero"),
     ],
 )
 def test_verdict_of_a_formula(formula, verdict, words):
@@ -183,11 +196,60 @@ def test_exact_arithmetic_where_floats_fail():
 
 def test_one_verdict_in_a_fixed_order():
     assert judged("no json")[4]["verdict"] == "unparsed"
-    assert judged('{"cards": 3, "number": [], "formula": "1"}')[4]["verdict"] == "unparsed"
+    assert judged('{"cards": [], "number": 3, "formula": "1"}')[4]["verdict"] == "unparsed"
     assert judged('{"cards": [], "number": [], "formula": null}')[4]["verdict"] == "unparsed"
-    assert judged(reply("(((", cards=("A", "3", "K", "9")))[4]["verdict"] == "misread"
+    assert in_pictures(reply("(((", cards=("A", "3", "K", "9")))["verdict"] == "misread"
     assert judged(reply("(((", number=(9, 9, 9, 9)))[4]["verdict"] == "illegal"
     assert judged(reply("10+10+3+1=24", number=(1, 3, 13, 10)))[4]["verdict"] == "wrong_numbers"
+
+
+@pytest.mark.parametrize(
+    "cards, named",
+    [
+        ('["A", "3", "K", "10"]', True),
+        ('["A", "3", "K", "9"]', False),
+        ("[]", False),
+        ('["A", "3", "K", "10", "10"]', False),
+        ('"A, 3, K, 10"', False),
+        ("null", False),
+        ("7", False),
+        ('{"A": 1}', False),
+        ('["A", "3", "K", ["10"]]', False),
+    ],
+)
+def test_in_words_the_cards_field_is_reported_and_in_pictures_it_is_judged(cards, named):
+    text = reply("10+10+3+1=24").replace('["A", "3", "K", "10"]', cards)
+    _, reward, terminated, _, info = judged(text)
+    assert (info["verdict"], reward, terminated, info["recognized"]) == ("correct", 5, True, named)
+    seen = in_pictures(text)
+    assert (seen["verdict"], seen["recognized"]) == (("correct", True) if named else ("misread", False))
+    without = text.replace('"cards"', '"ranks"')
+    assert judged(without)[4]["verdict"] == in_pictures(without)["verdict"] == "unparsed"
+    assert not judged(without)[4]["recognized"]
+
+
+def test_misread_is_a_verdict_of_the_picture_task_alone():
+    assert "misread" not in envs.make("gp-l").rewards
+    assert envs.make("gp-vl", **SMALL).rewards["misread"] == -1.5
+
+
+@pytest.mark.parametrize(
+    "number, verdict",
+    [
+        ("[1.0, 3.0, 10.00, 10]", "correct"),
+        ("[1, 03, 10, 10]", "wrong_numbers"),
+        ('["1", "03", "10", "10"]', "wrong_numbers"),
+        ("[1, 3, 10, 010]", "wrong_numbers"),
+        ("[1, 3, 10, 10.5]", "wrong_numbers"),
+        ("[01.0, 3, 10, 10]", "wrong_numbers"),
+        ("[1, 3, 10, 10, 0]", "wrong_numbers"),
+        ("[1, 3, 10]", "wrong_numbers"),
+        ("[]", "wrong_numbers"),
+    ],
+)
+def test_numbers_are_integers_without_leading_zeros(number, verdict):
+    text = reply("10+10+3+1=24").replace("[1, 3, 10, 10]", number)
+    assert judged(text)[4]["verdict"] == verdict
 
 
 def test_the_number_field_follows_the_rule_in_force():
@@ -211,6 +273,155 @@ def test_the_number_field_follows_the_rule_in_force():
 )
 def test_strict_json_and_the_released_form_are_read(text):
     assert judged(text)[4]["verdict"] == "correct"
+
+
+ANSWER = reply("10+10+3+1=24")
+DRAFT = {"cards": [], "number": [], "formula": "x"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\frac{8}{3} " * 180 + ANSWER,
+        r"\frac{8}{3} " * 20_000 + ANSWER,
+        "{" * 100_000 + ANSWER,
+        '{"a":' * 20_000 + ANSWER,
+        '{"cards": [' * 2000 + ANSWER,
+        json.dumps(DRAFT) * 3000 + ANSWER,
+        '{"thoughts": "' + "so " * 400_000 + '", ' + ANSWER[1:],
+        '{"thoughts": ' + json.dumps('\\frac{8}{3} "so" {x: it\'s} ' * 500) + ", " + ANSWER[1:],
+        '{"thoughts": "' + r'I "think {8}" of {\"cards\": [1]} and it\'s ' * 100 + '", ' + ANSWER[1:],
+        ANSWER + " {" * 2000,
+        ANSWER + '{"cards": [1], "number": [' * 500,
+        ANSWER + ANSWER[:-1],
+        ANSWER + ANSWER[:-10],
+        ANSWER + ' {"cards": [1]} ' * 1000,
+        '{"answer": ' + ANSWER + "}",
+        '[1, {"answer": [[' + ANSWER + "]]}]",
+        '{"a":' * 10_000 + ANSWER + "}" * 10_000,
+        "[" * 10_000 + ANSWER + "]" * 10_000,
+        '{"answer": ' + ANSWER + ', "sure": ',
+        ANSWER[:-1] + ', "check": ' + json.dumps(DRAFT) + "}",
+        ANSWER[:-1] + ', "note": ' + json.dumps(f"not {DRAFT} but {json.dumps(DRAFT)}") + "}",
+        f'It\'s not "{json.dumps(DRAFT)}", but "{ANSWER}".',
+        '{"note": "' + str(DRAFT) + '", ' + ANSWER[1:],
+        ANSWER[:-1] + ', "steps": [[], {}, [{"x": [1, {}]}]], }',
+    ],
+)
+def test_the_last_object_with_all_fields_decides_wherever_it_stands(text):
+    assert judged(text)[4]["verdict"] == "correct"
+
+
+def test_an_object_without_a_field_or_cut_off_is_no_answer():
+    for text in (ANSWER[:-1], ANSWER[1:], ANSWER.replace("}", "]"), ANSWER.replace('"number": ', "")):
+        assert envs.parse_reply(text) is None, text
+    for text in (ANSWER + json.dumps(DRAFT), json.dumps(DRAFT) + ANSWER[:-1]):
+        assert envs.parse_reply(text) == DRAFT
+
+
+@pytest.mark.parametrize(
+    "value, read",
+    [
+        ('"Joe\'s "Best" Pizza is on your left"', 'Joe\'s "Best" Pizza is on your left'),
+        ("'Joe's 'Best' Pizza'", "Joe's 'Best' Pizza"),
+        (r'"Joe\u2019s "Best" \"Pizza\""', 'Joe’s "Best" "Pizza"'),
+        (r"'it\'s \"so\" \u00e9'", 'it\'s "so" é'),
+        ('"a {b} [c]: d"', "a {b} [c]: d"),
+        ("'a \"quoted\" part'", 'a "quoted" part'),
+        (r'"\q"', r"\q"),
+        ('""', ""),
+        ("''", ""),
+        ('"line\nbreak"', "line\nbreak"),
+        ('"' + r"\"" * 20_000 + '"', '"' * 20_000),
+        ("forward()", "forward()"),
+        ("-3", -3),
+        ("3.0", 3),
+        ("3.5", "3.5"),
+        ("08", "08"),
+        ("null", None),
+        ("None", None),
+        ("true", "true"),
+        ("[A, 3, K, 10]", ["A", 3, "K", 10]),
+        ("['A','3',]", ["A", "3"]),
+        ("{a: {'b': [], }, }", {"a": {"b": []}}),
+        ("[ ]", []),
+        ("{\n}", {}),
+    ],
+)
+@pytest.mark.parametrize(
+    "form", ['{{"x": {}, "y": 1}}', "{{y:1,'x':{},}}", '{{\n"y" : 1 ,\n"x" : {}\n}} "and so on"']
+)
+def test_values_in_strict_json_and_in_the_released_form(form, value, read):
+    assert envs.parse_reply(form.format(value), ("x", "y")) == {"x": read, "y": 1}
+
+
+def test_objects_among_garbage_are_read_as_the_standard_library_reads_them():
+    rng, pieces = random.Random(0), [*"{}[]:,\"'\\ \n7a\0é", '{"a":', '["', '":', '",', "{x: 'y'}", "it's"]
+    pieces += ['\\"', "{a:'", "{}", '"formula":', "cards"]
+
+    def value(depth=0):
+        kind = rng.randrange(6 if depth < 4 else 4)
+        if kind < 2:
+            return "".join(rng.choices(pieces, k=rng.randint(0, 6)))
+        if kind < 4:
+            return rng.choice([0, -12, 345, None])
+        if kind == 4:
+            return [value(depth + 1) for _ in range(rng.randint(0, 3))]
+        return {rng.choice("abc") * rng.randint(1, 2): value(depth + 1) for _ in range(rng.randint(0, 3))}
+
+    def planted(depth=0):
+        items = [(name, value()) for name in envs.FIELDS]
+        items += [(f"more {k}", value(3)) for k in range(rng.randint(0, 2))]
+        if depth < 2 and rng.random() < 0.3:
+            items.append(("answer", planted(depth + 1)))
+        rng.shuffle(items)
+        within = dict(items)
+        return rng.choice([within, within, {"answer": within}, [1, within], {"cards": [within], "number": 1}])
+
+    def reference(text):
+        found, last, decoder = None, -1, json.JSONDecoder()
+        for start in (i for i, c in enumerate(text) if c == "{"):
+            try:
+                read, end = decoder.raw_decode(text, start)
+            except ValueError:
+                continue
+            if end > last and all(name in read for name in envs.FIELDS):
+                found, last = [read[name] for name in envs.FIELDS], end
+        return found
+
+    for _ in range(2000):
+        parts = [rng.choice(pieces) for _ in range(rng.randint(0, 40))]
+        for _ in range(rng.randint(1, 3)):
+            parts.insert(rng.randint(0, len(parts)), json.dumps(planted(), ensure_ascii=rng.random() < 0.5))
+        text = "".join(parts)
+        read = envs.parse_reply(text)
+        assert [read[name] for name in envs.FIELDS] == reference(text), text
+
+
+HOSTILE = [
+    *("{", "[", "}", '"', "'", "\\", '\\"', "\"'", "{'", '{"', "\0", " ", "{a:", '{"a":', "{a:[", "[{", "1,"),
+    *('"a":1,', "{a:1},", '{"cards":', '{"cards":["', '{"cards":1,"number":1,"formula":', '{a:"x'),
+    *('{a:"x",', '":', '",', r"'\'\"', ", ANSWER, ANSWER[:-1], ANSWER[1:], "it's {x: ", r'{"\n":"\n",'),
+]
+
+
+def test_any_reply_is_judged_in_linear_time():
+    names = '"cards":1,"number":1,"formula":1'
+    for size, limit in ((20_000, 0.010), (1_000_000, 0.100)):
+        for pattern in HOSTILE:
+            much = pattern * ((size - 200) // len(pattern))
+            for text in (
+                much,
+                names + much + names,
+                ANSWER[:-1] + ', "x": ' + much + names + "}",
+                '{"cards": ["' + much + '"], ' + names + "}",
+            ):
+                times = []
+                while not times or min(times) > limit and len(times) < 8:  # others compute here, too
+                    start = time.thread_time()
+                    judged(text)
+                    times.append(time.thread_time() - start)
+                assert min(times) < limit, (pattern, text[:100])
 
 
 def hostile_strings():
@@ -244,7 +455,7 @@ def test_no_string_gets_an_exception_or_a_wrong_reward_out_of_step():
             _, reward, terminated, truncated, info = env.step(text)
             times.append(time.thread_time() - start)
         slowest = max(slowest, min(times))
-        assert info["verdict"] in envs.REWARDS and terminated != truncated
+        assert info["verdict"] in env.rewards and terminated != truncated
         assert info["feedback"].isascii() and "<" not in info["feedback"] and len(info["feedback"]) < 120
         assert reward == envs.REWARDS[info["verdict"]] + (0 if terminated else envs.BUDGET_PENALTY)
         if info["verdict"] == "correct":  # an independent judge agrees
@@ -291,6 +502,32 @@ def test_deals_are_solvable_and_follow_the_variant():
                                        {"A": 1, "J": 11, "Q": 12, "K": 13}.get(c) or int(c) for c in info["cards"]]  # fmt: skip
             if variant == "rule":
                 assert set(info["cards"]) & set("JQK")
+
+
+@pytest.mark.parametrize("variant, values", [("id", (10, 10, 10)), ("rule", (11, 12, 13))])
+def test_with_replacement_hands_are_dealt_as_the_released_code_deals_them(variant, values):
+    """Any ranks; under the other rule three, and J, Q or K at any place: the more of these, the likelier."""
+    count = {rank: i + 1 for i, rank in enumerate(envs.RANKS)} | dict(zip("JQK", values))
+    weights = {}
+    for hand in itertools.product(envs.RANKS, repeat=4):
+        if 24 in reachable(tuple(sorted(Fraction(count[rank]) for rank in hand))):
+            weights[hand] = sum(rank in "JQK" for rank in hand) if variant == "rule" else 1
+    env, n = envs.make("gp-l", variant, replacement=True), 20_000
+    dealt = Counter(tuple(env.reset()[1]["cards"]) for _ in range(n))
+    assert all(weights[hand] for hand in dealt)
+    total = sum(weights.values())
+    for cell in (
+        lambda hand: tuple(sorted(hand)),
+        lambda hand: tuple(rank in "JQK" for rank in hand),
+        lambda hand: hand[0],
+    ):
+        expected, seen = Counter(), Counter()
+        for hand, weight in weights.items():
+            expected[cell(hand)] += weight * n / total
+            seen[cell(hand)] += dealt[hand]
+        cells = [key for key in expected if expected[key] >= 5]
+        chi_square = sum((seen[key] - expected[key]) ** 2 / expected[key] for key in cells)
+        assert chi_square < len(cells) + 4 * math.sqrt(2 * len(cells)), (chi_square, len(cells))
 
 
 def test_expert_is_always_right_and_wrong_replies_are_near_misses():
@@ -340,8 +577,76 @@ def test_prompt_states_the_task_and_can_be_replaced():
     env = envs.make("gp-l", "rule", target=30, operators="+*")
     text = env.reset()[0].messages[0]["content"]
     assert all(part in text for part in ("30", "+*", "J is 11, Q is 12, K is 13", ", ".join(env.cards), '"formula"'))
-    own = envs.make("gp-l", prompt="Cards $cards make $target {x}").reset(options={"cards": ["A", "3", "K", "10"]})[0]
-    assert own.messages[0]["content"] == "Cards A, 3, K, 10 make 24 {x}"
+    hand = {"cards": ["A", "3", "K", "10"]}
+    own = envs.make("gp-l", prompt="Cards $cards, $rule, make $target {x}").reset(options=hand)[0]
+    assert own.messages[0]["content"] == "Cards A, 3, K, 10, J is 10, Q is 10, K is 10, make 24 {x}"
+    own = envs.make("gp-l", prompt="Cards: $cards_list; $rule").reset(options=hand)[0]
+    assert own.messages[0]["content"] == "Cards: ['A', '3', 'K', '10']; J is 10, Q is 10, K is 10"
+
+
+def test_a_prompt_states_the_cards_and_should_state_the_rule():
+    with pytest.raises(ValueError, match="states the cards nowhere"):
+        envs.make("gp-l", prompt="Make $target. $rule. $$cards")
+    with pytest.warns(UserWarning, match="no .rule"):
+        envs.make("gp-l", prompt="Make $target from ${cards}.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = envs.make("gp-vl", prompt="Make $target. $rule.", **SMALL).reset()[0].messages[0]["content"]
+        told = envs.make("gp-vl", prompt="$cards_list $rule", **SMALL).reset(
+            options={"cards": ["A", "3", "K", "10"]}
+        )[0]
+        envs.make("gp-l", prompt="$cards $rule")
+    assert seen[-1]["text"] == "Make 24. J is 10, Q is 10, K is 10."
+    assert told.messages[0]["content"][-1]["text"].startswith("in the picture")
+
+
+def test_the_verifier_speaks_in_other_words_if_it_is_given_them():
+    own = {
+        "wrong_value": "$$ $value is not $target",
+        "wrong_numbers": "[$number] $reason",
+        "illegal": "No: ${reason}!",
+        "unparsed": "JSON for $target, please",
+        "correct": "Bravo",
+    }
+    for task, options in (("gp-l", {}), ("gp-vl", SMALL)):
+        env = envs.make(task, feedback=own, verify_iter=9, **options)
+        env.reset(options={"cards": ["A", "3", "K", "10"]})
+        for text, said in (
+            (reply("10+10+3-1=24"), "$ 22 is not 24"),
+            (reply("10+13+1=24"), "[13] There is no 13 left to use"),
+            (reply("10+10+3=24"), "[1] A number was left out"),
+            (reply("(1"), "No: its brackets do not match!"),
+            ("$target", "JSON for 24, please"),
+            (reply("10+10+3+1"), "Bravo"),
+        ):
+            observation, *_, info = env.step(text)
+            assert info["feedback"] == said
+            assert said == "Bravo" or observation.messages[-1]["content"] == said
+        default = envs.make(task, feedback={"unparsed": "?"}, **options)
+        default.reset(options={"cards": ["A", "3", "K", "10"]})
+        assert default.step("x")[4]["feedback"] == "?"
+        *_, info = default.step(reply("10+10+3-1=24"))
+        assert info["feedback"] == "The formula gives 22, not 24. Try again."
+    env = envs.make("gp-vl", feedback={"misread": "Look again"}, **SMALL)
+    env.reset()
+    assert env.step(reply("1", cards=[]))[4]["feedback"] == "Look again"
+    for wrong in (
+        {"odd": "x"},
+        {"misread": "x"},
+        {"unparsed": "$value"},
+        {"illegal": "$number"},
+        {"illegal": "$"},
+        {"wrong_value": "$x"},
+        {"illegal": 5},
+    ):
+        with pytest.raises(ValueError):
+            envs.make("gp-l", feedback=wrong)
+
+
+def test_field_names_of_other_alphabets_are_written_and_read():
+    env = envs.make("gp-l", fields=("карты", "числа", "формула"))
+    env.reset()
+    assert env.step(env.expert_reply())[4]["verdict"] == "correct"
 
 
 def test_play_runs_in_lockstep_and_asks_only_running_environments():
@@ -972,7 +1277,7 @@ def test_a_reply_may_think_long_before_its_answer_but_not_report_at_length():
     long = ("I wonder {so} far, " + "hm, " * 12) * 250
     for thought, report, verdict in ((long, SIGN, "correct"), ("", f"{SIGN:1000}", "correct"), ("", f"{SIGN:1001}", "unparsed")):
         reply = thought + json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", "forward()"))))
-        assert len(reply) <= envs.MAX_REPLY and envs.judge_step(reply, waypoint).verdict == verdict
+        assert envs.judge_step(reply, waypoint).verdict == verdict
 
 
 def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -61,6 +63,17 @@ def test_numbers_ranks_and_operators_are_tokens_and_fixed_text_is_short(policy):
     prompt = policy.tokenize([policy.render(env.reset()[0].messages)])[0]
     reply = policy.tokenize([env.expert_reply()])[0]
     assert len(prompt) <= 45 and len(reply) <= 40
+
+
+def test_the_tokenizer_learns_from_all_that_the_verifier_of_cards_says():
+    said = set(sftrl.card_texts())
+    raised = "".join(re.findall(r"raise Illegal\(.*", inspect.getsource(envs)))
+    reasons = re.findall('"([a-z ,]{9,})"', raised) + ["its two sides differ"]
+    wanted = {string.Template(envs.FEEDBACK["illegal"]).substitute(reason=reason) for reason in reasons}
+    wanted |= {envs.PICTURE_FEEDBACK[verdict] for verdict in ("unparsed", "misread")}
+    wanted |= {"A number was left out. Try again.", "There is no 2 left to use. Try again."}
+    assert len(reasons) > 8 and wanted <= said
+    assert any(re.fullmatch(r"The formula gives .*, not 24\. Try again\.", text) for text in said)
 
 
 def test_text_survives_the_tokenizer(policy):
@@ -1188,6 +1201,29 @@ def test_play_shows_prompt_expert_and_verdict(capsys):
     assert "A, 3, K, 10" in out and '"formula": "10+10+3+1=24"' in out and "[unparsed -3]" in out
     assert inside("play", "--model", "tiny", "--max-new-tokens", 5) == 0
     assert "verifier: [" in capsys.readouterr().out
+
+
+def test_a_prompt_of_ones_own_states_the_cards_and_is_told_of_a_missing_rule(tmp_path, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfCards: $cards_list. $rule")
+    assert inside("play", "--cards", "A 3 K 10", "--prompt", file) == 0
+    out, err = capsys.readouterr()
+    assert "user: Cards: ['A', '3', 'K', '10']. J is 10, Q is 10, K is 10\n" in out and not err
+    file.write_text("Make $target. $rule")
+    assert inside("play", "--task", "gp-vl", "--size", 64, 32, "--prompt", file) == 0
+    assert inside("play", "--prompt", file) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("sftrl: error: the prompt template states the cards nowhere")
+        and error.count("\n") == 1
+    )
+    file.write_text("Cards: $cards")
+    done = cli("evaluate", "--model", "tiny", "--episodes", 3, "--max-new-tokens", 2, "--prompt", file)
+    assert (
+        done.stderr.count("sftrl: warning: the prompt template does not state the rule")
+        == done.stderr.count("warning")
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
