@@ -1,6 +1,7 @@
 """What the tests share: small policies that are built offline, in fp32."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,8 @@ class QwenProcessor:
         return self.tokenizer(text, **options) | out
 
 
-def tiny_qwen():
-    """Qwen2.5-VL: all patches of a batch in one row, positions of three coordinates."""
+def tiny_qwen(family="Qwen2_5_VL"):
+    """Qwen2.5-VL, or Qwen2VL: all patches of a batch in one row, positions of three coordinates."""
     tokenizer = sftrl.build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False)
     image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
@@ -94,15 +95,18 @@ def tiny_qwen():
             "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}  # fmt: skip
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32, "patch_size": 8,
               "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1], "initializer_range": 0.2}  # fmt: skip
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video)
+    if family == "Qwen2VL":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 4, "patch_size": 8,
+                  "spatial_merge_size": 2, "initializer_range": 0.2}
+    config = getattr(transformers, family + "Config")(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video)
     torch.manual_seed(3)
     images = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=48 * 48)
     template = sftrl.CHAT_TEMPLATE.replace("<image>", "<|image_pad|>")
     try:
-        processor = transformers.Qwen2_5_VLProcessor(images, tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template)
+        processor = getattr(transformers, family + "Processor")(images, tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template)
     except ImportError:
         processor = QwenProcessor(images, tokenizer, template)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
+    return getattr(transformers, family + "ForConditionalGeneration")(config), processor
 
 
 CHATML = (
@@ -171,7 +175,7 @@ MODELS = {"llava": tiny_llava, "llama": tiny_llama, "mllama": tiny_mllama}
 
 def make_policy(kind="llava", **options):
     torch.manual_seed(0)
-    makers = MODELS | SIGHTED | {"llava-1.5": tiny_llava_1_5}
+    makers = MODELS | SIGHTED | {"llava-1.5": tiny_llava_1_5, "qwen2-vl": partial(tiny_qwen, "Qwen2VL")}
     return sftrl.Policy(*makers[kind](), rollout_dtype=torch.float32, **options)
 
 

@@ -389,7 +389,7 @@ def test_a_chat_model_is_sampled_from_its_own_distribution_over_three_turns(arch
     assert sampler_gap(sftrl.Policy(model, tokenizer, rollout_dtype=torch.float32)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["llava-1.5", *SIGHTED])
+@pytest.mark.parametrize("kind", ["llava-1.5", "qwen2-vl", *SIGHTED])
 def test_a_vision_language_model_is_sampled_from_its_own_distribution_over_three_turns(kind):
     policy = make_policy(kind, pictures=True)
     with torch.no_grad():
