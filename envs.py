@@ -46,7 +46,9 @@ FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
 # Paper, appendix: one verdict per reply. A reply that cannot be read counts like any other illegal equation.
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0, "unparsed": -3.0}
 PICTURE_REWARDS = REWARDS | {"misread": -1.5}  # where the cards are in a picture
-BUDGET_PENALTY = -1.0  # added to the last verdict's reward when the verification budget is used up without success
+BUDGET_PENALTY = (
+    -1.0
+)  # added to the last verdict's reward when the verification budget is used up without success
 MAX_FORMULA, MAX_BRACKETS = 200, 20  # characters, pairs: more is no answer, and judging stays fast
 
 # What the verifier says, by verdict. Every template may hold $target beside the placeholders that TOLD lists.
@@ -95,7 +97,9 @@ def _chain(kind: str, value: Fraction, first: tuple, second: tuple) -> Expressio
     first, second = tuple(sorted(first, key=_order)), tuple(sorted(second, key=_order))
     join, inverse, loose = ("+", "-", "") if kind == "+" else ("*", "/", "+")
     texts = [[f"({p.text})" if p.kind == loose else p.text for p in parts] for parts in (first, second)]
-    return Expression(value, kind, first, second, join.join(texts[0]) + "".join(inverse + t for t in texts[1]))
+    return Expression(
+        value, kind, first, second, join.join(texts[0]) + "".join(inverse + t for t in texts[1])
+    )
 
 
 def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
@@ -106,7 +110,9 @@ def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
         y1, y2 = y2, y1
     if op == "/" and not y.value:
         return None
-    value = {"+": x.value.__add__, "-": x.value.__sub__, "*": x.value.__mul__, "/": x.value.__truediv__}[op](y.value)
+    value = {"+": x.value.__add__, "-": x.value.__sub__, "*": x.value.__mul__, "/": x.value.__truediv__}[op](
+        y.value
+    )
     return _chain(kind, value, x1 + y1, x2 + y2)
 
 
@@ -131,7 +137,9 @@ def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dic
     for left, right in _splits(numbers):
         for x in (e for same in _expressions(left, operators).values() for e in same.values()):
             for y in (e for same in _expressions(right, operators).values() for e in same.values()):
-                for a, op, b in [(x, op, y) for op in operators] + [(y, op, x) for op in operators if op in "-/"]:
+                for a, op, b in [(x, op, y) for op in operators] + [
+                    (y, op, x) for op in operators if op in "-/"
+                ]:
                     if (e := _combine(a, op, b)) is not None:
                         found.setdefault(e.value, {})[e.text] = e
     return found
@@ -379,7 +387,9 @@ class Verdict(NamedTuple):
 
     verdict: str  # a key of the task's rewards
     feedback: str
-    recognized: bool  # the reply was parsed and names the dealt cards, or the landmark, or truly that there is none
+    recognized: (
+        bool  # the reply was parsed and names the dealt cards, or the landmark, or truly that there is none
+    )
 
 
 def judge(
@@ -405,8 +415,11 @@ def judge(
     named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not (isinstance(stated, list) and isinstance(formula, str)):
         return verdict("unparsed")
-    recognized = (isinstance(named, list) and len(named) == len(cards)
-                  and Counter(str(card).strip().upper() for card in named) == Counter(cards))
+    recognized = (
+        isinstance(named, list)
+        and len(named) == len(cards)
+        and Counter(str(card).strip().upper() for card in named) == Counter(cards)
+    )
     if "misread" in feedback and not recognized:
         return verdict("misread")
     try:
@@ -437,8 +450,17 @@ def _short(text: str) -> str:
 TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
 INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
 # Rows of the marks on a number card, from 0 (top) to 6, in the two outer columns and in the middle one.
-PIPS = {"2": ((), (0, 6)), "3": ((), (0, 3, 6)), "4": ((0, 6), ()), "5": ((0, 6), (3,)), "6": ((0, 3, 6), ()), "7": ((0, 3, 6), (1.5,)),
-        "8": ((0, 3, 6), (1.5, 4.5)), "9": ((0, 2, 4, 6), (3,)), "10": ((0, 2, 4, 6), (1, 5))}  # fmt: skip
+PIPS = {
+    "2": ((), (0, 6)),
+    "3": ((), (0, 3, 6)),
+    "4": ((0, 6), ()),
+    "5": ((0, 6), (3,)),
+    "6": ((0, 3, 6), ()),
+    "7": ((0, 3, 6), (1.5,)),
+    "8": ((0, 3, 6), (1.5, 4.5)),
+    "9": ((0, 2, 4, 6), (3,)),
+    "10": ((0, 2, 4, 6), (1, 5)),
+}
 
 
 class _Pen:
@@ -451,7 +473,9 @@ class _Pen:
         return [(self.x + a * self.size, self.y + b * self.size) for a, b in points]
 
     def disc(self, a: float, b: float, r: float, color: tuple) -> None:
-        self.draw.ellipse([c for point in self._at((a - r, b - r), (a + r, b + r)) for c in point], fill=color)
+        self.draw.ellipse(
+            [c for point in self._at((a - r, b - r), (a + r, b + r)) for c in point], fill=color
+        )
 
     def polygon(self, color: tuple, *points: tuple[float, float]) -> None:
         self.draw.polygon(self._at(*points), fill=color)
@@ -472,7 +496,12 @@ def _suit(pen: _Pen, suit: str) -> None:
         pen.disc(-0.22, 0.12, 0.24, ink), pen.disc(0.22, 0.12, 0.24, ink)
         pen.polygon(ink, (0, -0.5), (0.44, 0.04), (0, 0.2), (-0.44, 0.04))
     else:
-        pen.disc(0, -0.26, 0.22, ink), pen.disc(-0.26, 0.08, 0.22, ink), pen.disc(0.26, 0.08, 0.22, ink), pen.disc(0, 0, 0.12, ink)
+        (
+            pen.disc(0, -0.26, 0.22, ink),
+            pen.disc(-0.26, 0.08, 0.22, ink),
+            pen.disc(0.26, 0.08, 0.22, ink),
+            pen.disc(0, 0, 0.12, ink),
+        )
     pen.polygon(ink, (0, -0.1), (0.2, 0.5), (-0.2, 0.5))
 
 
@@ -486,7 +515,16 @@ def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
         pen.polygon(ink, (-0.3, -0.1), (0.3, -0.1), (0.18, -0.3), (-0.24, -0.26))
         pen.line(GOLD, 0.07, (0.18, -0.2), (0.42, -0.56))
     elif rank == "Q":
-        pen.polygon(GOLD, (-0.26, -0.12), (-0.34, -0.42), (-0.12, -0.26), (0, -0.46), (0.12, -0.26), (0.34, -0.42), (0.26, -0.12))
+        pen.polygon(
+            GOLD,
+            (-0.26, -0.12),
+            (-0.34, -0.42),
+            (-0.12, -0.26),
+            (0, -0.46),
+            (0.12, -0.26),
+            (0.34, -0.42),
+            (0.26, -0.12),
+        )
         for a, b in ((-0.34, -0.44), (0, -0.48), (0.34, -0.44)):
             pen.disc(a, b, 0.06, ink)
     else:
@@ -501,7 +539,9 @@ def _mark(rank: str, suit: str, size: float) -> Image.Image:
     font, weight = ImageFont.load_default(size), size * 0.035
     left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
     glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
-    ImageDraw.Draw(glyph).text((-left, -top), rank, font=font, fill=INK[suit], stroke_width=weight, stroke_fill=INK[suit])
+    ImageDraw.Draw(glyph).text(
+        (-left, -top), rank, font=font, fill=INK[suit], stroke_width=weight, stroke_fill=INK[suit]
+    )
     if rank == "10":
         glyph = glyph.resize((round(0.72 * glyph.width), glyph.height))
     mark = Image.new("RGBA", (max(glyph.width, round(0.6 * size)), glyph.height + round(0.65 * size)))
@@ -528,22 +568,40 @@ def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Imag
         for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
             # Marks below the middle stand on their heads: they are drawn mirrored and turned with their corner.
             sign, picture = (1, card) if row <= 3 else (-1, half)
-            _suit(_Pen(picture, w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5)), 0.14 * h), suit)
+            _suit(
+                _Pen(
+                    picture,
+                    w * (0.5 + 0.16 * sign * column),
+                    h * (0.5 + 0.64 * sign * (row / 6 - 0.5)),
+                    0.14 * h,
+                ),
+                suit,
+            )
         card.alpha_composite(half.rotate(180))
     elif rank in "JQK":
-        ImageDraw.Draw(card).rectangle([0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h], outline=ink, width=max(1, h // 120))
+        ImageDraw.Draw(card).rectangle(
+            [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h], outline=ink, width=max(1, h // 120)
+        )
         _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
     else:
         _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
     card.alpha_composite(corner.rotate(180))
     paper = Image.new("RGBA", (w, h))
-    ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, outline=(90, 90, 90), width=max(1, h // 150))
+    ImageDraw.Draw(paper).rounded_rectangle(
+        [0, 0, w - 1, h - 1], h // 14, fill=PAPER, outline=(90, 90, 90), width=max(1, h // 150)
+    )
     paper.alpha_composite(card)
     return paper.resize((round(w / 4), height), Image.LANCZOS)
 
 
-def draw_hand(ranks: Sequence[str], suits: Sequence[str], size: tuple[int, int], jitter: float, font_size: float,
-              rng: random.Random) -> Image.Image:  # fmt: skip
+def draw_hand(
+    ranks: Sequence[str],
+    suits: Sequence[str],
+    size: tuple[int, int],
+    jitter: float,
+    font_size: float,
+    rng: random.Random,
+) -> Image.Image:
     """Cards side by side on a green table, `size` = (width, height) in pixels. `jitter` from 0 to 1 moves, turns (at most 12 degrees)
     and scales (at most 10%) each card at random; every card stays in its own part of the table."""
     picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
@@ -553,7 +611,10 @@ def draw_hand(ranks: Sequence[str], suits: Sequence[str], size: tuple[int, int],
         card = draw_card(rank, suit, max(8, round(tall * (1 + 0.1 * grow))), font_size)
         if turn:
             card = card.rotate(12 * turn, Image.BICUBIC, expand=True)
-        place = (round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right)), round((size[1] - card.height) / 2 * (1 + 0.8 * down)))
+        place = (
+            round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right)),
+            round((size[1] - card.height) / 2 * (1 + 0.8 * down)),
+        )
         picture.paste(card, place, card)
     return picture
 
@@ -578,7 +639,11 @@ class Observation:
 
 def text_of(content: str | list[dict]) -> str:
     """A message's content as text, `<image>` at the place of a picture, as the released data writes it."""
-    return content if isinstance(content, str) else "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+    return (
+        content
+        if isinstance(content, str)
+        else "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+    )
 
 
 def parts_of(text: str) -> list[dict]:
@@ -612,15 +677,28 @@ class GeneralPoints:
     suits: tuple[str, ...] = SUITS  # in the deck
     image: Image.Image | None = None  # of the hand, in visual tasks
 
-    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 5, *, n_cards: int = 4, target: int = 24,
-                 operators: str = OPERATORS, faces: dict[str, int] | None = None, replacement: bool = False,
-                 prompt: str | None = None, fields: Sequence[str] = FIELDS,
-                 feedback: dict[str, str] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        variant: str = "id",
+        seed: int = 0,
+        verify_iter: int = 5,
+        *,
+        n_cards: int = 4,
+        target: int = 24,
+        operators: str = OPERATORS,
+        faces: dict[str, int] | None = None,
+        replacement: bool = False,
+        prompt: str | None = None,
+        fields: Sequence[str] = FIELDS,
+        feedback: dict[str, str] | None = None,
+    ):
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         numbers = (verify_iter, target, n_cards, *(faces or self.rules[variant]).values())
         if not all(isinstance(n, int) and n >= 1 for n in numbers) or n_cards > 6:
-            raise ValueError("verify_iter, target and what faces count must be integers from 1, and n_cards from 1 to 6")
+            raise ValueError(
+                "verify_iter, target and what faces count must be integers from 1, and n_cards from 1 to 6"
+            )
         if len(set(fields)) != len(FIELDS):
             raise ValueError(f"fields must be {len(FIELDS)} different names, not {fields!r}")
         if not isinstance(operators, str) or not operators or set(operators) - set(OPERATORS):
@@ -660,9 +738,12 @@ class GeneralPoints:
 
     def _prompt(self, cards: Sequence[str]) -> str:
         return self.template.substitute(
-            self._stated(cards), target=self.target, operators=self.operators,
+            self._stated(cards),
+            target=self.target,
+            operators=self.operators,
             rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
-            **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)})  # fmt: skip
+            **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)},
+        )
 
     def _stated(self, cards: Sequence[str]) -> dict[str, str]:
         """What the prompt says of the cards, by placeholder."""
@@ -733,8 +814,13 @@ class GeneralPoints:
 
     def _info(self) -> dict:
         verdict, feedback, recognized = self.verdict or (None, None, None)
-        return {"cards": list(self.cards), "numbers": list(self.numbers), "verdict": verdict, "feedback": feedback,
-                "recognized": recognized}  # fmt: skip
+        return {
+            "cards": list(self.cards),
+            "numbers": list(self.numbers),
+            "verdict": verdict,
+            "feedback": feedback,
+            "recognized": recognized,
+        }
 
     def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
         """A reply in the required form that names `cards`, the dealt ones if None, with their numbers and gives `formula`."""
@@ -786,8 +872,18 @@ class GeneralPointsVL(GeneralPoints):
     rewards = PICTURE_REWARDS
     said = PICTURE_FEEDBACK
 
-    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 5, *, color: str | None = None,
-                 size: tuple[int, int] = (1200, 480), jitter: float = 0.3, font_size: float = 0.17, **options):  # fmt: skip
+    def __init__(
+        self,
+        variant: str = "id",
+        seed: int = 0,
+        verify_iter: int = 5,
+        *,
+        color: str | None = None,
+        size: tuple[int, int] = (1200, 480),
+        jitter: float = 0.3,
+        font_size: float = 0.17,
+        **options,
+    ):
         color = color or ("red" if variant == "visual" else "black")
         if color not in COLORS:
             raise ValueError(f"unknown color {color!r}: choose from {', '.join(COLORS)}")
@@ -839,7 +935,10 @@ def wrap(degrees: float) -> float:
 
 def offset(a: Geocode, b: Geocode) -> tuple[float, float]:
     """Metres to the east and to the north from a to b, on the plane that touches the sphere between them: for points of one city."""
-    return (wrap(b[1] - a[1]) * METRES_PER_DEGREE * math.cos(math.radians((a[0] + b[0]) / 2)), (b[0] - a[0]) * METRES_PER_DEGREE)
+    return (
+        wrap(b[1] - a[1]) * METRES_PER_DEGREE * math.cos(math.radians((a[0] + b[0]) / 2)),
+        (b[0] - a[0]) * METRES_PER_DEGREE,
+    )
 
 
 def distance(a: Geocode, b: Geocode) -> float:
@@ -875,7 +974,9 @@ class Panoramas:
     @staticmethod
     def _cell(place: Geocode) -> tuple[int, int]:
         row = math.floor(place[0] * METRES_PER_DEGREE / NEAR)
-        return row, math.floor(place[1] * METRES_PER_DEGREE * math.cos(math.radians(row * NEAR / METRES_PER_DEGREE)) / NEAR)
+        return row, math.floor(
+            place[1] * METRES_PER_DEGREE * math.cos(math.radians(row * NEAR / METRES_PER_DEGREE)) / NEAR
+        )
 
     def nearest(self, place: Geocode) -> Geocode | None:
         """The place of the nearest panorama, None if none is within NEAR metres."""
@@ -883,7 +984,10 @@ class Panoramas:
             return place
         row = self._cell(place)[0]
         around = []
-        for longitude in (place[1], place[1] - math.copysign(360, place[1])):  # for the other side of the date line
+        for longitude in (
+            place[1],
+            place[1] - math.copysign(360, place[1]),
+        ):  # for the other side of the date line
             for r in (row - 1, row, row + 1):  # a row has its own width of a cell in degrees
                 column = self._cell((r * NEAR / METRES_PER_DEGREE + 1e-9, longitude))[1]
                 around += [p for c in (column - 1, column, column + 1) for p in self.cells.get((r, c), ())]
@@ -926,7 +1030,8 @@ class World(NamedTuple):
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
 _PLAIN = _NUMBERS | set(
     "PROTO MARK EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
-    "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split())
+    "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split()
+)
 
 
 def _read_pickle(data: bytes) -> Any:
@@ -966,9 +1071,15 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
         ids = _read_pickle(mapping.read_bytes())
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{mapping} cannot be read: {_line(error)}") from None
-    if not (isinstance(ids, dict) and ids and all(_is_geocode(place) and isinstance(name, str) for place, name in ids.items())):
+    if not (
+        isinstance(ids, dict)
+        and ids
+        and all(_is_geocode(place) and isinstance(name, str) for place, name in ids.items())
+    ):
         raise ValueError(f"{mapping}: not a dict from (latitude, longitude) to panorama ids")
-    if odd := [name for name in ids.values() if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)]:  # it names a file
+    if odd := [
+        name for name in ids.values() if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
+    ]:  # it names a file
         raise ValueError(f"{mapping}: no panorama id: {_line(repr(odd[0]))}")
     routes, panoramas, views = read_routes(content, str(path)), Panoramas(ids), folder / "street_views"
     if pictures and not views.is_dir():
@@ -977,8 +1088,12 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
         named = {f"route_results.geocode_list[{i}]": leg.end for i, leg in enumerate(route.legs)}
         for name, place in {"start_place.relocated_geocode": route.start, **named}.items():
             if (near := panoramas.nearest(place)) is None:
-                raise ValueError(f"{path}: route {k}: {name}: {mapping.name} has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
-            if pictures and (lost := next((f for f in _picture_files(views, ids[near]) if not f.is_file()), None)):
+                raise ValueError(
+                    f"{path}: route {k}: {name}: {mapping.name} has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}"
+                )
+            if pictures and (
+                lost := next((f for f in _picture_files(views, ids[near]) if not f.is_file()), None)
+            ):
                 raise ValueError(f"{path}: route {k}: {name}: there is no {lost}")
     if not views.is_dir():
         return World(routes, panoramas)
@@ -996,8 +1111,11 @@ def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
 def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
     """The places of the panoramas that are not, or not wholly, in street_views/."""
     there = {file.name for file in views.iterdir()}
-    return [place for place, name in ids.items()
-            if not there.issuperset(file.name for file in _picture_files(views, name))]
+    return [
+        place
+        for place, name in ids.items()
+        if not there.issuperset(file.name for file in _picture_files(views, name))
+    ]
 
 
 def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
@@ -1024,8 +1142,14 @@ def _line(value: Any) -> str:
 
 
 def _is_geocode(value: Any) -> bool:
-    return (isinstance(value, (tuple, list)) and len(value) == 2
-            and all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= limit for x, limit in zip(value, (90, 180))))  # fmt: skip
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(
+            isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= limit
+            for x, limit in zip(value, (90, 180))
+        )
+    )
 
 
 def read_routes(content: Any, name: str = "routes") -> tuple[Route, ...]:
@@ -1051,7 +1175,9 @@ class _Fault(Exception):
 def _milestones(text: str) -> list[dict[str, str]]:
     """The blocks of milestone_info. It is no JSON: a line is "key": "value", and a value may hold quotes and braces. Lines may be joined."""
     blocks: list[dict[str, str]] = []
-    text = re.sub(r'",[ \t]*(?="\w+"[ \t]*:)', '",\n', re.sub(r'"[ \t]*,?[ \t]*\}[ \t]*,?[ \t]*\{', '"}\n{', text))
+    text = re.sub(
+        r'",[ \t]*(?="\w+"[ \t]*:)', '",\n', re.sub(r'"[ \t]*,?[ \t]*\}[ \t]*,?[ \t]*\{', '"}\n{', text)
+    )
     for line in re.split("\r\n|\r|\n", text):
         line = re.sub(r"^\}\s*,?\s*\{", "{", line.strip())
         if line.startswith("{"):
@@ -1089,13 +1215,17 @@ def _read_route(route: Any) -> Route:
         raise _Fault("milestone_info is no text")
     blocks = _milestones(text)
     if len(blocks) != len(ends):
-        raise _Fault(f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
+        raise _Fault(
+            f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list"
+        )
     legs = []
     for i, (block, end) in enumerate(zip(blocks, ends)):
         heading = block.get("to_next_intersection_heading", "")
         number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", heading, re.ASCII)
         if not number or not -360 <= float(number[1]) <= 360:
-            raise _Fault(f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees")
+            raise _Fault(
+                f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees"
+            )
         landmark = block.get("landmarks", "").strip().rstrip(".") or NOTHING
         if _landmark(landmark) == _landmark(NOTHING):
             landmark = NOTHING
@@ -1104,19 +1234,32 @@ def _read_route(route: Any) -> Route:
             name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
         landmark = " ".join(landmark.split())
-        if len(landmark) > 300 or not _landmark(landmark) or "<image>" in landmark or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark):
-            raise _Fault(f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}")
+        if (
+            len(landmark) > 300
+            or not _landmark(landmark)
+            or "<image>" in landmark
+            or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark)
+        ):
+            raise _Fault(
+                f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}"
+            )
         degrees, word = float(number[1]) % 360.0, (number[2] or "").strip().lower()
         compass = word if word in COMPASS else compass_word(degrees)
         legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), degrees, compass, landmark))
     heading = route.get("init_heading")
-    if heading is not None and (isinstance(heading, bool) or not isinstance(heading, (int, float)) or not -360 <= heading <= 360):
+    if heading is not None and (
+        isinstance(heading, bool) or not isinstance(heading, (int, float)) or not -360 <= heading <= 360
+    ):
         raise _Fault(f"init_heading is no number of degrees: {_line(heading)}")
     return Route(start, float(heading) % 360.0 if heading else None, tuple(legs))
 
 
-def write_world(folder: Path, content: Any, ids: dict[Geocode, str],
-                picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None) -> None:  # fmt: skip
+def write_world(
+    folder: Path,
+    content: Any,
+    ids: dict[Geocode, str],
+    picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None,
+) -> None:
     """Writes a folder that `load_world` reads; `picture` as in World. The routes come last: a folder that was not finished does not load."""
     folder.mkdir(parents=True, exist_ok=True)
     routes = folder / "route_infos.json"
@@ -1157,7 +1300,13 @@ class CityPlan(NamedTuple):
     street: float = 18.0  # from facade to facade
     pavement: float = 3.0
     heights: tuple[float, float] = (12.0, 42.0)  # of the buildings
-    walls: tuple[Color, ...] = ((150, 92, 74), (176, 160, 140), (120, 126, 136), (196, 180, 150), (142, 110, 88))
+    walls: tuple[Color, ...] = (
+        (150, 92, 74),
+        (176, 160, 140),
+        (120, 126, 136),
+        (196, 180, 150),
+        (142, 110, 88),
+    )
     glass: Color = (60, 80, 104)
     window: tuple[float, float] = (0.44, 0.5)  # a window's share of its bay, across and up
     awnings: tuple[Color, ...] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
@@ -1173,9 +1322,15 @@ def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray,
     """Of points [..., 2] the distance to the nearest street of [n, 4], the metres along it, and which one that is; all [...]."""
     x1, y1, x2, y2 = streets.T.astype(float)
     length = np.hypot(x2 - x1, y2 - y1)
-    dx, dy, x1, y1, length = (a.astype(points.dtype) for a in ((x2 - x1) / length, (y2 - y1) / length, x1, y1, length))
+    dx, dy, x1, y1, length = (
+        a.astype(points.dtype) for a in ((x2 - x1) / length, (y2 - y1) / length, x1, y1, length)
+    )
     flat = points.reshape(-1, 2)
-    nearest, along, number = np.empty(len(flat), points.dtype), np.empty(len(flat), points.dtype), np.empty(len(flat), int)
+    nearest, along, number = (
+        np.empty(len(flat), points.dtype),
+        np.empty(len(flat), points.dtype),
+        np.empty(len(flat), int),
+    )
     for part in (slice(i, i + 256) for i in range(0, len(flat), 256)):  # all at once would need much memory
         x, y = flat[part, :1] - x1, flat[part, 1:] - y1
         walked = np.clip(x * dx + y * dy, 0, length)
@@ -1193,11 +1348,16 @@ class City:
     def __init__(self, plan: CityPlan, seed: int = 0, size: int = 7):
         self.plan, rng = plan, random.Random(f"{plan.layout}/{seed}")
         cos, sin = math.cos(math.radians(plan.turned)), math.sin(math.radians(plan.turned))
-        across, along = ([side * (i + plan.jitter * rng.uniform(-0.5, 0.5)) for i in range(size)] for side in plan.block)
+        across, along = (
+            [side * (i + plan.jitter * rng.uniform(-0.5, 0.5)) for i in range(size)] for side in plan.block
+        )
         self.crossings: dict[tuple[int, int], Metres] = {}
         for i in range(size):
             for j in range(size):
-                x, y = (base + side * plan.jitter * rng.uniform(-0.5, 0.5) for base, side in zip((across[i], along[j]), plan.block))
+                x, y = (
+                    base + side * plan.jitter * rng.uniform(-0.5, 0.5)
+                    for base, side in zip((across[i], along[j]), plan.block)
+                )
                 self.crossings[i, j] = (x * cos + y * sin, y * cos - x * sin)
         self.ways: dict[tuple[int, int], list[tuple[int, int]]] = {c: [] for c in self.crossings}
         for i, j in self.crossings:
@@ -1209,9 +1369,13 @@ class City:
                     self.ways[i, j].append(end)
                     self.ways[end].append((i, j))
         edges = [(a, b) for a, ends in self.ways.items() for b in ends if a < b]
-        self.streets = np.array([self.crossings[a] + self.crossings[b] for a, b in edges])  # [n, 4]: from x, y to x, y
+        self.streets = np.array(
+            [self.crossings[a] + self.crossings[b] for a, b in edges]
+        )  # [n, 4]: from x, y to x, y
         names = [f"{word} {trade}" for word in plan.words for trade in plan.trades]
-        numbers = list(range(max(len(names), len(_NEW_YORK.words) * len(_NEW_YORK.trades))))  # chance goes on alike, however many names there are
+        numbers = list(
+            range(max(len(names), len(_NEW_YORK.words) * len(_NEW_YORK.trades)))
+        )  # chance goes on alike, however many names there are
         rng.shuffle(numbers)
         names = [names[k] for k in numbers if k < len(names)]
         self.places: dict[tuple[int, int], dict] = {}  # at most one for each crossing, on a facade near it
@@ -1221,20 +1385,29 @@ class City:
             if spot and rng.random() < 0.9 and names:
                 name, (at, outwards) = names.pop(), spot
                 board = at, (at[0] + BOARD[0] * outwards[0], at[1] + BOARD[0] * outwards[1])
-                if nearest_street(np.array(at), self.streets)[0] > plan.street / 2 - 0.1 and self._to_one_side(crossing, board):
-                    self.places[crossing] = {"name": name, "geocode": list(self.geocode(at)),
-                                             "relocated_geocode": list(self.geocode(self.crossings[crossing]))}  # fmt: skip
+                if nearest_street(np.array(at), self.streets)[
+                    0
+                ] > plan.street / 2 - 0.1 and self._to_one_side(crossing, board):
+                    self.places[crossing] = {
+                        "name": name,
+                        "geocode": list(self.geocode(at)),
+                        "relocated_geocode": list(self.geocode(self.crossings[crossing])),
+                    }
                     self.boards[crossing] = board
         stands = list(self.crossings.values())
         for a, b in edges:
             (x1, y1), (x2, y2) = self.crossings[a], self.crossings[b]
             n = max(1, round(math.hypot(x2 - x1, y2 - y1) / 12))
             stands += [(x1 + (x2 - x1) * k / n, y1 + (y2 - y1) * k / n) for k in range(1, n)]
-        self.panoramas = {self.geocode(at): f"{plan.name.replace(' ', '')}{k:05d}" for k, at in enumerate(stands)}
+        self.panoramas = {
+            self.geocode(at): f"{plan.name.replace(' ', '')}{k:05d}" for k, at in enumerate(stands)
+        }
 
     def geocode(self, at: Metres) -> Geocode:
         lat = self.plan.centre[0] + at[1] / METRES_PER_DEGREE
-        return lat, self.plan.centre[1] + at[0] / (METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2)))
+        return lat, self.plan.centre[1] + at[0] / (
+            METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2))
+        )
 
     def _facade_near(self, crossing: tuple[int, int], rng: random.Random) -> tuple[Metres, Metres] | None:
         """A point of a facade not far from a crossing, and the direction from there out into the street; None if chance finds none. It lies
@@ -1284,13 +1457,21 @@ class City:
                     break
                 end = on[0]
             path.append(at)
-        turned = [wrap(self._heading(b, c) - self._heading(a, b)) for a, b, c in zip(path, path[1:], path[2:])]
+        turned = [
+            wrap(self._heading(b, c) - self._heading(a, b)) for a, b, c in zip(path, path[1:], path[2:])
+        ]
         return path if all(20 <= abs(turn) <= 150 for turn in turned) else None
 
-    @lru_cache(maxsize=None)  # drawing 2,048 routes asks for the same few a million times, and for the same few headings
-    def _onward(self, a: tuple[int, int], b: tuple[int, int], least: float, most: float) -> list[tuple[int, int]]:
+    @lru_cache(
+        maxsize=None
+    )  # drawing 2,048 routes asks for the same few a million times, and for the same few headings
+    def _onward(
+        self, a: tuple[int, int], b: tuple[int, int], least: float, most: float
+    ) -> list[tuple[int, int]]:
         """The crossings next to b to which one who comes from a turns by so many degrees."""
-        return [c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - self._heading(a, b))) <= most]
+        return [
+            c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - self._heading(a, b))) <= most
+        ]
 
     @lru_cache(maxsize=None)
     def _heading(self, a: tuple[int, int], b: tuple[int, int]) -> float:
@@ -1310,12 +1491,24 @@ class City:
             if not last:
                 landmarks.append(place)
             whole, metres = round(heading) % 360, round(math.dist(self.crossings[a], self.crossings[b]))
-            lines = {"intersection_idx": k + 1, "landmarks": told, "distance": f"{metres} meters", "human_heading": whole,
-                     "to_next_intersection_heading": f"{whole} ({compass_word(whole)})"}  # fmt: skip
-            blocks.append("{\n" + "\n".join(f'    "{key}": "{value}",' for key, value in lines.items()) + "\n}")
+            lines = {
+                "intersection_idx": k + 1,
+                "landmarks": told,
+                "distance": f"{metres} meters",
+                "human_heading": whole,
+                "to_next_intersection_heading": f"{whole} ({compass_word(whole)})",
+            }
+            blocks.append(
+                "{\n" + "\n".join(f'    "{key}": "{value}",' for key, value in lines.items()) + "\n}"
+            )
         places = [list(self.geocode(self.crossings[c])) for c in path]
-        return {"start_place": {"relocated_geocode": places[0]}, "dest_place": self.places[path[-1]], "init_heading": rng.randint(1, 359),
-                "route_results": {"geocode_list": places[1:], "landmark_list": landmarks}, "milestone_info": "\n".join(blocks)}  # fmt: skip
+        return {
+            "start_place": {"relocated_geocode": places[0]},
+            "dest_place": self.places[path[-1]],
+            "init_heading": rng.randint(1, 359),
+            "route_results": {"geocode_list": places[1:], "landmark_list": landmarks},
+            "milestone_info": "\n".join(blocks),
+        }
 
 
 def _side(turn: float) -> str:
@@ -1326,64 +1519,251 @@ def _side(turn: float) -> str:
 
 # ------------------------------------------------------------------------------------------------- streets: the built-in world
 
-_NEW_YORK = CityPlan("new york", (40.7527, -73.9772), tuple("Amber Bishop Cedar Delta Elm Falcon Golden Harbor Ivory Juniper King Laurel Maple North Orchid Pearl".split()),
-                     tuple("Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split()))  # fmt: skip
+_NEW_YORK = CityPlan(
+    "new york",
+    (40.7527, -73.9772),
+    tuple(
+        "Amber Bishop Cedar Delta Elm Falcon Golden Harbor Ivory Juniper King Laurel Maple North Orchid Pearl".split()
+    ),
+    tuple("Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split()),
+)
 
 
 def _plan(name: str, centre: Geocode, words: str, trades: str, **differences) -> CityPlan:
-    return _NEW_YORK._replace(name=name, centre=centre, words=tuple(words.split()), trades=tuple(trades.split()), layout=name, **differences)
+    return _NEW_YORK._replace(
+        name=name,
+        centre=centre,
+        words=tuple(words.split()),
+        trades=tuple(trades.split()),
+        layout=name,
+        **differences,
+    )
 
 
 # The training city, and nine that differ from it in every group of DIFFERENCES.
-CITIES = {plan.name: plan for plan in (
-    _NEW_YORK,
-    _plan("milan", (45.4642, 9.1900), "Aurora Brera Corvo Dante Edera Fiore Giglio Lauro", "Osteria Panificio Libreria Gelateria Farmacia Albergo Galleria Teatro",
-          block=(95.0, 120.0), turned=-12.0, jitter=0.3, diagonals=0.2, street=13.0, pavement=1.6, road=(98, 92, 86), heights=(14.0, 24.0), window=(0.34, 0.62),
-          walls=((214, 170, 108), (226, 196, 140), (196, 132, 92), (232, 214, 178)), glass=(74, 66, 60), awnings=((120, 30, 40), (232, 224, 200)),
-          sign=((122, 24, 30), (240, 214, 150)), sky=((110, 160, 224), (236, 226, 206)), light=1.08),
-    _plan("new delhi", (28.6315, 77.2167), "Ashok Bharat Chandni Ganga Himal Indra Kamal Lotus", "Bhawan Bazaar Dhaba Emporium Mandir Sweets Sarees Tailors",
-          block=(170.0, 150.0), turned=8.0, jitter=0.4, diagonals=0.25, street=26.0, pavement=2.0, road=(104, 98, 90), heights=(7.0, 16.0), window=(0.6, 0.4),
-          walls=((232, 224, 206), (206, 120, 92), (236, 190, 130), (178, 196, 190)), glass=(50, 52, 58), awnings=((240, 140, 20), (20, 140, 70), (230, 60, 120)),
-          sign=((250, 200, 30), (150, 20, 30)), capitals=True, bold=2, sky=((170, 172, 160), (226, 208, 172)), light=0.94),
-    _plan("buenos aires", (-34.6037, -58.3816), "Alvear Borges Cortez Defensa Estrella Florida Gaucho Luna", "Parrilla Confiteria Kiosco Milonga Heladeria Almacen Imprenta Ferreteria",
-          block=(110.0, 110.0), turned=0.0, jitter=0.02, diagonals=0.03, street=15.0, pavement=2.2, road=(84, 84, 80), heights=(10.0, 34.0), window=(0.3, 0.7),
-          walls=((228, 228, 220), (190, 200, 206), (216, 196, 168), (150, 160, 150)), glass=(40, 56, 54), awnings=((90, 170, 220), (250, 250, 250)),
-          sign=((90, 170, 220), (20, 24, 40)), bold=1, sky=((60, 130, 220), (170, 210, 240)), light=1.12),
-    _plan("london", (51.5154, -0.1410), "Albany Baker Chelsea Dover Eaton Fleet Grosvenor Kensington", "Arms Bookshop Chemist Inn Ironmonger Stationer Tearoom Tobacconist",
-          block=(120.0, 70.0), turned=-24.0, jitter=0.45, diagonals=0.15, street=16.0, pavement=3.6, road=(60, 62, 66), heights=(10.0, 20.0), window=(0.36, 0.56),
-          walls=((136, 66, 52), (154, 84, 66), (226, 222, 212), (118, 60, 50)), glass=(92, 100, 108), awnings=((20, 40, 80), (10, 70, 50), (60, 10, 30)),
-          sign=((10, 60, 44), (226, 190, 90)), sky=((138, 144, 150), (184, 188, 190)), light=0.82),
-    _plan("hong kong", (22.2830, 114.1580), "Bauhinia Canton Dragon Fortune Jade Kowloon Lantern Phoenix", "Dimsum Noodles Jewellery Herbs Seafood Mahjong Tailoring Electronics",
-          block=(80.0, 60.0), turned=40.0, jitter=0.35, diagonals=0.12, street=12.0, pavement=1.8, road=(52, 52, 56), heights=(30.0, 90.0), window=(0.7, 0.44),
-          walls=((170, 176, 172), (198, 178, 170), (140, 150, 160), (206, 206, 190)), glass=(30, 66, 78), awnings=((220, 30, 60), (30, 160, 90), (240, 220, 40)),
-          sign=((224, 20, 60), (255, 240, 120)), capitals=True, bold=1, sky=((150, 160, 176), (190, 196, 204)), light=0.88),
-    _plan("melbourne", (-37.8136, 144.9631), "Acacia Banksia Carlton Eureka Fitzroy Grevillea Jacaranda Kookaburra", "Brewery Butcher Espresso Gallery Grocer Milkbar Records Surfwear",
-          block=(200.0, 100.0), turned=20.0, jitter=0.0, diagonals=0.0, street=30.0, pavement=4.5, road=(88, 84, 84), heights=(9.0, 60.0), window=(0.52, 0.6),
-          walls=((96, 104, 110), (206, 206, 204), (160, 130, 110), (70, 76, 84)), glass=(120, 150, 160), awnings=((60, 60, 60), (200, 80, 30)),
-          sign=((250, 250, 250), (30, 30, 30)), sky=((90, 150, 230), (226, 236, 244)), light=1.05),
-    _plan("lagos", (6.4550, 3.3841), "Adeola Balogun Chidi Ebony Folake Ikoyi Jollof Kola", "Buka Fabrics Fashions Motors Plaza Suya Supermart Ventures",
-          block=(130.0, 140.0), turned=-35.0, jitter=0.5, diagonals=0.1, street=20.0, pavement=1.0, road=(120, 100, 80), heights=(5.0, 18.0), window=(0.5, 0.34),
-          walls=((236, 206, 96), (120, 176, 150), (226, 150, 110), (240, 236, 220)), glass=(44, 48, 50), awnings=((0, 120, 60), (230, 120, 20), (120, 40, 130)),
-          sign=((0, 120, 60), (255, 255, 255)), capitals=True, bold=2, sky=((180, 190, 196), (232, 220, 196)), light=1.0),
-    _plan("san francisco", (37.7793, -122.4193), "Alcatraz Bayview Castro Divisadero Embarcadero Filbert Geary Presidio", "Burrito Cannery Creamery Sourdough Tattoo Taqueria Vinyl Yoga",
-          block=(125.0, 84.0), turned=-9.0, jitter=0.08, diagonals=0.3, street=22.0, pavement=3.4, road=(92, 92, 96), heights=(8.0, 15.0), window=(0.5, 0.66),
-          walls=((186, 214, 214), (240, 214, 200), (206, 196, 226), (248, 236, 196)), glass=(70, 84, 110), awnings=((240, 240, 240), (90, 120, 170)),
-          sign=((240, 236, 226), (40, 80, 140)), bold=1, sky=((190, 198, 206), (214, 218, 220)), light=0.92),
-    _plan("cape town", (-33.9249, 18.4241), "Agulhas Bokaap Constantia Disa Erica Fynbos Gansbaai Karoo", "Biltong Cellars Curios Lodge Pottery Rooibos Shebeen Winery",
-          block=(150.0, 110.0), turned=15.0, jitter=0.25, diagonals=0.18, street=19.0, pavement=2.6, road=(78, 76, 80), heights=(6.0, 14.0), window=(0.4, 0.44),
-          walls=((240, 110, 120), (90, 180, 200), (246, 206, 90), (150, 200, 120)), glass=(58, 60, 80), awnings=((250, 250, 240), (60, 60, 120)),
-          sign=((60, 36, 20), (250, 230, 200)), sky=((40, 110, 210), (190, 224, 250)), light=1.15),
-)}  # fmt: skip
-DIFFERENCES = {"names": ("words", "trades"), "blocks": ("layout", "block", "turned", "jitter", "diagonals"), "streets": ("street", "pavement", "road"),
-               "facades": ("heights", "window"), "palette": ("walls", "glass", "awnings"), "signs": ("sign", "capitals", "bold"),
-               "weather": ("sky", "light")}  # fmt: skip
+CITIES = {
+    plan.name: plan
+    for plan in (
+        _NEW_YORK,
+        _plan(
+            "milan",
+            (45.4642, 9.1900),
+            "Aurora Brera Corvo Dante Edera Fiore Giglio Lauro",
+            "Osteria Panificio Libreria Gelateria Farmacia Albergo Galleria Teatro",
+            block=(95.0, 120.0),
+            turned=-12.0,
+            jitter=0.3,
+            diagonals=0.2,
+            street=13.0,
+            pavement=1.6,
+            road=(98, 92, 86),
+            heights=(14.0, 24.0),
+            window=(0.34, 0.62),
+            walls=((214, 170, 108), (226, 196, 140), (196, 132, 92), (232, 214, 178)),
+            glass=(74, 66, 60),
+            awnings=((120, 30, 40), (232, 224, 200)),
+            sign=((122, 24, 30), (240, 214, 150)),
+            sky=((110, 160, 224), (236, 226, 206)),
+            light=1.08,
+        ),
+        _plan(
+            "new delhi",
+            (28.6315, 77.2167),
+            "Ashok Bharat Chandni Ganga Himal Indra Kamal Lotus",
+            "Bhawan Bazaar Dhaba Emporium Mandir Sweets Sarees Tailors",
+            block=(170.0, 150.0),
+            turned=8.0,
+            jitter=0.4,
+            diagonals=0.25,
+            street=26.0,
+            pavement=2.0,
+            road=(104, 98, 90),
+            heights=(7.0, 16.0),
+            window=(0.6, 0.4),
+            walls=((232, 224, 206), (206, 120, 92), (236, 190, 130), (178, 196, 190)),
+            glass=(50, 52, 58),
+            awnings=((240, 140, 20), (20, 140, 70), (230, 60, 120)),
+            sign=((250, 200, 30), (150, 20, 30)),
+            capitals=True,
+            bold=2,
+            sky=((170, 172, 160), (226, 208, 172)),
+            light=0.94,
+        ),
+        _plan(
+            "buenos aires",
+            (-34.6037, -58.3816),
+            "Alvear Borges Cortez Defensa Estrella Florida Gaucho Luna",
+            "Parrilla Confiteria Kiosco Milonga Heladeria Almacen Imprenta Ferreteria",
+            block=(110.0, 110.0),
+            turned=0.0,
+            jitter=0.02,
+            diagonals=0.03,
+            street=15.0,
+            pavement=2.2,
+            road=(84, 84, 80),
+            heights=(10.0, 34.0),
+            window=(0.3, 0.7),
+            walls=((228, 228, 220), (190, 200, 206), (216, 196, 168), (150, 160, 150)),
+            glass=(40, 56, 54),
+            awnings=((90, 170, 220), (250, 250, 250)),
+            sign=((90, 170, 220), (20, 24, 40)),
+            bold=1,
+            sky=((60, 130, 220), (170, 210, 240)),
+            light=1.12,
+        ),
+        _plan(
+            "london",
+            (51.5154, -0.1410),
+            "Albany Baker Chelsea Dover Eaton Fleet Grosvenor Kensington",
+            "Arms Bookshop Chemist Inn Ironmonger Stationer Tearoom Tobacconist",
+            block=(120.0, 70.0),
+            turned=-24.0,
+            jitter=0.45,
+            diagonals=0.15,
+            street=16.0,
+            pavement=3.6,
+            road=(60, 62, 66),
+            heights=(10.0, 20.0),
+            window=(0.36, 0.56),
+            walls=((136, 66, 52), (154, 84, 66), (226, 222, 212), (118, 60, 50)),
+            glass=(92, 100, 108),
+            awnings=((20, 40, 80), (10, 70, 50), (60, 10, 30)),
+            sign=((10, 60, 44), (226, 190, 90)),
+            sky=((138, 144, 150), (184, 188, 190)),
+            light=0.82,
+        ),
+        _plan(
+            "hong kong",
+            (22.2830, 114.1580),
+            "Bauhinia Canton Dragon Fortune Jade Kowloon Lantern Phoenix",
+            "Dimsum Noodles Jewellery Herbs Seafood Mahjong Tailoring Electronics",
+            block=(80.0, 60.0),
+            turned=40.0,
+            jitter=0.35,
+            diagonals=0.12,
+            street=12.0,
+            pavement=1.8,
+            road=(52, 52, 56),
+            heights=(30.0, 90.0),
+            window=(0.7, 0.44),
+            walls=((170, 176, 172), (198, 178, 170), (140, 150, 160), (206, 206, 190)),
+            glass=(30, 66, 78),
+            awnings=((220, 30, 60), (30, 160, 90), (240, 220, 40)),
+            sign=((224, 20, 60), (255, 240, 120)),
+            capitals=True,
+            bold=1,
+            sky=((150, 160, 176), (190, 196, 204)),
+            light=0.88,
+        ),
+        _plan(
+            "melbourne",
+            (-37.8136, 144.9631),
+            "Acacia Banksia Carlton Eureka Fitzroy Grevillea Jacaranda Kookaburra",
+            "Brewery Butcher Espresso Gallery Grocer Milkbar Records Surfwear",
+            block=(200.0, 100.0),
+            turned=20.0,
+            jitter=0.0,
+            diagonals=0.0,
+            street=30.0,
+            pavement=4.5,
+            road=(88, 84, 84),
+            heights=(9.0, 60.0),
+            window=(0.52, 0.6),
+            walls=((96, 104, 110), (206, 206, 204), (160, 130, 110), (70, 76, 84)),
+            glass=(120, 150, 160),
+            awnings=((60, 60, 60), (200, 80, 30)),
+            sign=((250, 250, 250), (30, 30, 30)),
+            sky=((90, 150, 230), (226, 236, 244)),
+            light=1.05,
+        ),
+        _plan(
+            "lagos",
+            (6.4550, 3.3841),
+            "Adeola Balogun Chidi Ebony Folake Ikoyi Jollof Kola",
+            "Buka Fabrics Fashions Motors Plaza Suya Supermart Ventures",
+            block=(130.0, 140.0),
+            turned=-35.0,
+            jitter=0.5,
+            diagonals=0.1,
+            street=20.0,
+            pavement=1.0,
+            road=(120, 100, 80),
+            heights=(5.0, 18.0),
+            window=(0.5, 0.34),
+            walls=((236, 206, 96), (120, 176, 150), (226, 150, 110), (240, 236, 220)),
+            glass=(44, 48, 50),
+            awnings=((0, 120, 60), (230, 120, 20), (120, 40, 130)),
+            sign=((0, 120, 60), (255, 255, 255)),
+            capitals=True,
+            bold=2,
+            sky=((180, 190, 196), (232, 220, 196)),
+            light=1.0,
+        ),
+        _plan(
+            "san francisco",
+            (37.7793, -122.4193),
+            "Alcatraz Bayview Castro Divisadero Embarcadero Filbert Geary Presidio",
+            "Burrito Cannery Creamery Sourdough Tattoo Taqueria Vinyl Yoga",
+            block=(125.0, 84.0),
+            turned=-9.0,
+            jitter=0.08,
+            diagonals=0.3,
+            street=22.0,
+            pavement=3.4,
+            road=(92, 92, 96),
+            heights=(8.0, 15.0),
+            window=(0.5, 0.66),
+            walls=((186, 214, 214), (240, 214, 200), (206, 196, 226), (248, 236, 196)),
+            glass=(70, 84, 110),
+            awnings=((240, 240, 240), (90, 120, 170)),
+            sign=((240, 236, 226), (40, 80, 140)),
+            bold=1,
+            sky=((190, 198, 206), (214, 218, 220)),
+            light=0.92,
+        ),
+        _plan(
+            "cape town",
+            (-33.9249, 18.4241),
+            "Agulhas Bokaap Constantia Disa Erica Fynbos Gansbaai Karoo",
+            "Biltong Cellars Curios Lodge Pottery Rooibos Shebeen Winery",
+            block=(150.0, 110.0),
+            turned=15.0,
+            jitter=0.25,
+            diagonals=0.18,
+            street=19.0,
+            pavement=2.6,
+            road=(78, 76, 80),
+            heights=(6.0, 14.0),
+            window=(0.4, 0.44),
+            walls=((240, 110, 120), (90, 180, 200), (246, 206, 90), (150, 200, 120)),
+            glass=(58, 60, 80),
+            awnings=((250, 250, 240), (60, 60, 120)),
+            sign=((60, 36, 20), (250, 230, 200)),
+            sky=((40, 110, 210), (190, 224, 250)),
+            light=1.15,
+        ),
+    )
+}
+DIFFERENCES = {
+    "names": ("words", "trades"),
+    "blocks": ("layout", "block", "turned", "jitter", "diagonals"),
+    "streets": ("street", "pavement", "road"),
+    "facades": ("heights", "window"),
+    "palette": ("walls", "glass", "awnings"),
+    "signs": ("sign", "capitals", "bold"),
+    "weather": ("sky", "light"),
+}
 TEST_CITIES = tuple(name for name in CITIES if name != _NEW_YORK.name)
 
 
 def city_plan(name: str, differences: Sequence[str] = tuple(DIFFERENCES)) -> CityPlan:
     """A city of CITIES, or New York at its place with only some of its differences (keys of DIFFERENCES)."""
     city = CITIES[name]
-    return _NEW_YORK._replace(name=name, centre=city.centre, **{part: getattr(city, part) for group in differences for part in DIFFERENCES[group]})
+    return _NEW_YORK._replace(
+        name=name,
+        centre=city.centre,
+        **{part: getattr(city, part) for group in differences for part in DIFFERENCES[group]},
+    )
 
 
 ANYWHERE = "anywhere"  # a city of the foundation model's corpus: made-up names, map and looks
@@ -1391,8 +1771,12 @@ ANYWHERE = "anywhere"  # a city of the foundation model's corpus: made-up names,
 
 def _made_up(rng: random.Random) -> str:
     """A name of two or three syllables."""
-    syllables = (rng.choice(("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")) + rng.choice("aeiou") + rng.choice(("", "", *"dlmnrst"))
-                 for _ in range(rng.randint(2, 3)))  # fmt: skip
+    syllables = (
+        rng.choice(("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr"))
+        + rng.choice("aeiou")
+        + rng.choice(("", "", *"dlmnrst"))
+        for _ in range(rng.randint(2, 3))
+    )
     return "".join(syllables).capitalize()
 
 
@@ -1404,15 +1788,39 @@ def _city(name: str, seed: int, differences: tuple[str, ...]) -> City:
     words, trades = ({_made_up(rng): None for _ in range(12)} for _ in range(2))
 
     def colors(n: int, darkest: int = 20, lightest: int = 240) -> tuple[Color, ...]:
-        return tuple((rng.randint(darkest, lightest), rng.randint(darkest, lightest), rng.randint(darkest, lightest)) for _ in range(n))
+        return tuple(
+            (rng.randint(darkest, lightest), rng.randint(darkest, lightest), rng.randint(darkest, lightest))
+            for _ in range(n)
+        )
 
     board, letters = colors(1, 20, 110)[0], colors(1, 180, 250)[0]
-    return City(CityPlan(
-        name, _NEW_YORK.centre, tuple(words), tuple(trades), layout=f"{name}/{seed}", block=(rng.uniform(70, 180), rng.uniform(70, 180)),
-        turned=rng.uniform(-45, 45), jitter=rng.uniform(0, 0.5), diagonals=rng.uniform(0, 0.3), street=rng.uniform(12, 28), pavement=rng.uniform(1, 4),
-        road=(shade := rng.randint(50, 120), shade, shade), heights=(rng.uniform(5, 15), rng.uniform(16, 60)), window=(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
-        walls=colors(4, 60), glass=colors(1, 30, 130)[0], awnings=colors(3), sign=rng.choice(((board, letters), (letters, board))),
-        capitals=rng.random() < 0.3, bold=rng.randint(0, 2), sky=(colors(1, 40, 220)[0], colors(1, 160, 250)[0]), light=rng.uniform(0.8, 1.15)), seed)  # fmt: skip
+    return City(
+        CityPlan(
+            name,
+            _NEW_YORK.centre,
+            tuple(words),
+            tuple(trades),
+            layout=f"{name}/{seed}",
+            block=(rng.uniform(70, 180), rng.uniform(70, 180)),
+            turned=rng.uniform(-45, 45),
+            jitter=rng.uniform(0, 0.5),
+            diagonals=rng.uniform(0, 0.3),
+            street=rng.uniform(12, 28),
+            pavement=rng.uniform(1, 4),
+            road=(shade := rng.randint(50, 120), shade, shade),
+            heights=(rng.uniform(5, 15), rng.uniform(16, 60)),
+            window=(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
+            walls=colors(4, 60),
+            glass=colors(1, 30, 130)[0],
+            awnings=colors(3),
+            sign=rng.choice(((board, letters), (letters, board))),
+            capitals=rng.random() < 0.3,
+            bold=rng.randint(0, 2),
+            sky=(colors(1, 40, 220)[0], colors(1, 160, 250)[0]),
+            light=rng.uniform(0.8, 1.15),
+        ),
+        seed,
+    )
 
 
 @lru_cache(maxsize=None)
@@ -1436,8 +1844,14 @@ SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, 
 
 
 @lru_cache(maxsize=None)
-def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048, cities: tuple[str, ...] = (_NEW_YORK.name,),
-                    differences: tuple[str, ...] = tuple(DIFFERENCES)) -> list[dict]:  # fmt: skip
+def built_in_routes(
+    split: str = "train",
+    turns: int = 7,
+    seed: int = 0,
+    n: int = 2048,
+    cities: tuple[str, ...] = (_NEW_YORK.name,),
+    differences: tuple[str, ...] = tuple(DIFFERENCES),
+) -> list[dict]:
     """Up to `n` different routes of one to `turns` turning points, in the released format, as many in each of the cities, in turn. Routes of different
     splits lead to different places, so no route, and no instruction, of one is in another. Seed 0 is the streets and places of the study."""
     of_city = []
@@ -1445,7 +1859,9 @@ def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int 
         (draw, ends), streets, fruitless = SPLITS[split], _city(city, seed, differences), 0
         rng = random.Random(f"routes/{seed}/{draw}")
         records: dict[str, dict] = {}
-        while len(records) < max(1, n // len(cities)) and fruitless < 500:  # there are not many different routes of one turn
+        while (
+            len(records) < max(1, n // len(cities)) and fruitless < 500
+        ):  # there are not many different routes of one turn
             record = streets.route(rng, rng.randint(1, turns), ends)
             key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
             fruitless = fruitless + 1 if key in records else 0
@@ -1455,12 +1871,23 @@ def built_in_routes(split: str = "train", turns: int = 7, seed: int = 0, n: int 
 
 
 @lru_cache(maxsize=None)
-def built_in_world(split: str = "train", turns: int = 7, seed: int = 0, n: int = 2048, cities: tuple[str, ...] = (_NEW_YORK.name,),
-                   differences: tuple[str, ...] = tuple(DIFFERENCES), width: int = 1024) -> World:  # fmt: skip
+def built_in_world(
+    split: str = "train",
+    turns: int = 7,
+    seed: int = 0,
+    n: int = 2048,
+    cities: tuple[str, ...] = (_NEW_YORK.name,),
+    differences: tuple[str, ...] = tuple(DIFFERENCES),
+    width: int = 1024,
+) -> World:
     """Those routes and all panoramas of the cities, pictures of so many pixels across."""
     keys = tuple((city, seed, differences) for city in cities)
     ids = {place: name for key in keys for place, name in _city(*key).panoramas.items()}
-    return World(read_routes(built_in_routes(split, turns, seed, n, cities, differences)), Panoramas(ids), partial(_album(width), keys))
+    return World(
+        read_routes(built_in_routes(split, turns, seed, n, cities, differences)),
+        Panoramas(ids),
+        partial(_album(width), keys),
+    )
 
 
 # --------------------------------------------------------------------------------------------------- streets: what one sees there
@@ -1480,22 +1907,39 @@ class Scene:
             dx, dy = (x2 - x1) / length, (y2 - y1) / length
             metres = np.arange(0.0, length)
             for side in (1, -1):
-                line = np.stack([x1 + dx * metres - side * dy * half, y1 + dy * metres + side * dx * half], -1)
-                free = nearest_street(line, np.delete(city.streets, k, 0))[0] >= half - 0.01  # where no other street comes through
+                line = np.stack(
+                    [x1 + dx * metres - side * dy * half, y1 + dy * metres + side * dx * half], -1
+                )
+                free = (
+                    nearest_street(line, np.delete(city.streets, k, 0))[0] >= half - 0.01
+                )  # where no other street comes through
                 ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
                 for first, last in zip(ends[::2], ends[1::2] - 1):
                     at = 0.0
                     while at < last - first:
                         width = rng.uniform(8, 16)
-                        height, bay, paint = rng.uniform(*plan.heights), rng.uniform(1.8, 3.2), plan.walls[rng.randrange(len(_NEW_YORK.walls)) % len(plan.walls)]
-                        awning = plan.awnings[rng.randrange(len(_NEW_YORK.awnings)) % len(plan.awnings)] if rng.random() < 0.6 else (-1, -1, -1)
+                        height, bay, paint = (
+                            rng.uniform(*plan.heights),
+                            rng.uniform(1.8, 3.2),
+                            plan.walls[rng.randrange(len(_NEW_YORK.walls)) % len(plan.walls)],
+                        )
+                        awning = (
+                            plan.awnings[rng.randrange(len(_NEW_YORK.awnings)) % len(plan.awnings)]
+                            if rng.random() < 0.6
+                            else (-1, -1, -1)
+                        )
                         buildings.append((1000.0 * len(walls) + at, width, height, bay, *paint, *awning))
                         at += width
                     walls.append((*line[first], *line[last], side * dy, -side * dx))
         self.walls = np.array([wall[:4] for wall in walls])
         self.normals = np.array([wall[4:] for wall in walls])  # towards the street
-        self.buildings = np.array(buildings)  # by 1000 * wall + metres along it: start, width, height, bay, paint, awning
-        self.signs = [(np.array(city.boards[crossing]).flatten(), self._board(place["name"])) for crossing, place in city.places.items()]
+        self.buildings = np.array(
+            buildings
+        )  # by 1000 * wall + metres along it: start, width, height, bay, paint, awning
+        self.signs = [
+            (np.array(city.boards[crossing]).flatten(), self._board(place["name"]))
+            for crossing, place in city.places.items()
+        ]
 
     def _board(self, name: str) -> np.ndarray:
         """The pixels of a board that stands out from a facade, to be read from both sides."""
@@ -1504,10 +1948,21 @@ class Scene:
         text, font = (name.upper() if plan.capitals else name).replace(" ", "\n"), ImageFont.load_default(40)
         picture = Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
         draw = ImageDraw.Draw(picture)
-        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center", stroke_width=plan.bold)
-        font = ImageFont.load_default(40 * min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top)))
-        draw.multiline_text((picture.width / 2, picture.height / 2), text, fill=letters, font=font, anchor="mm", align="center",
-                            stroke_width=plan.bold)  # fmt: skip
+        left, top, right, bottom = draw.multiline_textbbox(
+            (0, 0), text, font=font, align="center", stroke_width=plan.bold
+        )
+        font = ImageFont.load_default(
+            40 * min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top))
+        )
+        draw.multiline_text(
+            (picture.width / 2, picture.height / 2),
+            text,
+            fill=letters,
+            font=font,
+            anchor="mm",
+            align="center",
+            stroke_width=plan.bold,
+        )
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
@@ -1522,10 +1977,14 @@ class Scene:
         up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
         sky = np.array(plan.sky[1]) * (1 - up) ** 2 + np.array(plan.sky[0]) * (1 - (1 - up) ** 2)
         picture = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
-        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), 150.0)  # what lies farther is less than two rows high
+        reach = np.minimum(
+            EYE / np.tan(-elevation[elevation < 0]), 150.0
+        )  # what lies farther is less than two rows high
         middle = (self.city.streets[:, :2] + self.city.streets[:, 2:]) / 2
         streets = self.city.streets[np.hypot(*(middle - eye).T) < 150.0 + max(plan.block)]
-        picture[elevation < 0] = self._ground((eye + reach[:, None, None] * ray).astype(np.float32), streets.astype(np.float32))
+        picture[elevation < 0] = self._ground(
+            (eye + reach[:, None, None] * ray).astype(np.float32), streets.astype(np.float32)
+        )
         far = self._facades(picture, eye, ray, elevation)
         self._boards(picture, eye, ray, elevation, far)
         return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
@@ -1543,7 +2002,9 @@ class Scene:
         color[lane | stripes] = (232, 232, 228)
         return color * plan.light
 
-    def _facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray) -> np.ndarray:
+    def _facades(
+        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray
+    ) -> np.ndarray:
         """Paints the nearest wall of every column over sky and ground; returns how far it is [width], infinite where there is none."""
         plan, (distances, shares) = self.city.plan, _meet(eye, ray, self.walls)
         nearest = distances.argmin(1)
@@ -1551,25 +2012,46 @@ class Scene:
         wall = nearest[columns]
         far, share = distances[columns, wall], shares[columns, wall]
         metres = share * np.hypot(*(self.walls[wall, 2:] - self.walls[wall, :2]).T)
-        building = self.buildings[np.searchsorted(self.buildings[:, 0], 1000.0 * wall + metres, side="right") - 1]
+        building = self.buildings[
+            np.searchsorted(self.buildings[:, 0], 1000.0 * wall + metres, side="right") - 1
+        ]
         left, (width, top, bay) = 1000.0 * wall + metres - building[:, 0], building[:, 1:4].T
-        z = (EYE + far * np.tan(elevation)[:, None]).astype(np.float32)  # [height, columns]: metres above the ground
-        building, left, width, top, bay = (values.astype(np.float32) for values in (building, left, width, top, bay))
+        z = (EYE + far * np.tan(elevation)[:, None]).astype(
+            np.float32
+        )  # [height, columns]: metres above the ground
+        building, left, width, top, bay = (
+            values.astype(np.float32) for values in (building, left, width, top, bay)
+        )
         light = np.float32(plan.light * (0.78 + 0.22 * abs(self.normals[wall] @ (0.6, 0.8))))
         color = np.broadcast_to(building[:, 4:7], (*z.shape, 3)) * light[:, None]
         across, floor = left / bay % 1, (z - 4.4) / 3.4 % 1
-        window = (abs(across - 0.5) < plan.window[0] / 2) & (abs(floor - 0.5) < plan.window[1] / 2) & (z > 4.4) & (z < top - 1)
+        window = (
+            (abs(across - 0.5) < plan.window[0] / 2)
+            & (abs(floor - 0.5) < plan.window[1] / 2)
+            & (z > 4.4)
+            & (z < top - 1)
+        )
         inside = (left > 0.5) & (left < width - 0.5)
-        color = np.where((window | inside & (z > 0.5) & (z < 2.7))[..., None], np.float32(plan.glass) * light[:, None], color)
+        color = np.where(
+            (window | inside & (z > 0.5) & (z < 2.7))[..., None],
+            np.float32(plan.glass) * light[:, None],
+            color,
+        )
         shade = np.where(left / 0.6 % 2 < 1, np.float32(1.0), np.float32(0.8))[:, None]
-        color = np.where((inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3))[..., None], building[:, 7:10] * shade * light[:, None], color)
+        color = np.where(
+            (inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3))[..., None],
+            building[:, 7:10] * shade * light[:, None],
+            color,
+        )
         color = np.where(((z > top - 0.5) | (left < 0.15))[..., None], color * 0.75, color)
         mist = np.float32(np.minimum(far / 400, 1)[:, None])
         color = color * (1 - mist) + np.float32(plan.sky[1]) * mist
         picture[:, columns] = np.where(((z >= 0) & (z <= top))[..., None], color, picture[:, columns])
         return distances.min(1)
 
-    def _boards(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far: np.ndarray) -> None:
+    def _boards(
+        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far: np.ndarray
+    ) -> None:
         """Paints the signs that stand before the walls, the farthest first."""
         lines = np.array([line for line, _ in self.signs])
         distances, shares = _meet(eye, ray, lines)
@@ -1580,10 +2062,17 @@ class Scene:
                 board = self.signs[k][1]
                 to_the_right = ray[columns, 1] * way[k, 0] - ray[columns, 0] * way[k, 1] > 0
                 across = np.where(to_the_right, shares[columns, k], 1 - shares[columns, k])
-                down = (BOARD_FOOT + BOARD[1] - EYE - distances[columns, k] * np.tan(elevation)[:, None]) / BOARD[1]  # 0 to 1 on the board
+                down = (
+                    BOARD_FOOT + BOARD[1] - EYE - distances[columns, k] * np.tan(elevation)[:, None]
+                ) / BOARD[1]  # 0 to 1 on the board
                 rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
-                pixels = board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)] * self.city.plan.light
-                picture[:, columns] = np.where(((down >= 0) & (down <= 1))[..., None], pixels, picture[:, columns])
+                pixels = (
+                    board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)]
+                    * self.city.plan.light
+                )
+                picture[:, columns] = np.where(
+                    ((down >= 0) & (down <= 1))[..., None], pixels, picture[:, columns]
+                )
 
 
 def _meet(eye: np.ndarray, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1605,7 +2094,9 @@ def _sight(size: int, fov: float) -> tuple[np.ndarray, np.ndarray]:
     return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
 
 
-def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0) -> Image.Image:
+def view(
+    panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0
+) -> Image.Image:
     """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square
     of `size` pixels, bilinear; the panorama wraps round, and its columns are those of `Scene.draw`."""
     height, width = panorama.shape[:2]
@@ -1620,10 +2111,15 @@ def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int 
     return Image.fromarray((upper * (1 - fy) + lower * fy).round().astype(np.uint8))
 
 
-VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}  # degrees right of the heading: top row, bottom row
+VIEW_LAYOUTS = {
+    "compass": (0, 90, 180, 270),
+    "legacy": (-135, -45, 45, 135),
+}  # degrees right of the heading: top row, bottom row
 
 
-def look_around(panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass") -> Image.Image:
+def look_around(
+    panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
+) -> Image.Image:
     """Four views in a 2 x 2 grid with a black gap of 5 pixels: front and right over back and left, or the released code's four."""
     pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
     for k, turn in enumerate(VIEW_LAYOUTS[layout]):
@@ -1688,18 +2184,39 @@ class VIRL:
     picture: Callable[[], Image.Image] | None = None  # draws what is seen at the current waypoint
     panorama_width = 1024
 
-    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, data: str | Path | World | None = None,
-                 split: str = "train", turns: int = 7, city: str | None = None, differences: Sequence[str] | None = None, go_on: bool = False,
-                 points_per_leg: int = 4, drop: float = 0.5,
-                 fields: Sequence[str] = STREET_FIELDS):  # fmt: skip
+    def __init__(
+        self,
+        variant: str = "id",
+        seed: int = 0,
+        verify_iter: int = 2,
+        *,
+        data: str | Path | World | None = None,
+        split: str = "train",
+        turns: int = 7,
+        city: str | None = None,
+        differences: Sequence[str] | None = None,
+        go_on: bool = False,
+        points_per_leg: int = 4,
+        drop: float = 0.5,
+        fields: Sequence[str] = STREET_FIELDS,
+    ):
         if variant not in self.rules:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
         limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
-        if not all(isinstance(n, int) and low <= n <= high for n, low, high in limits) or not isinstance(drop, (int, float)) or not 0 <= drop <= 1:
-            raise ValueError("verify_iter must be an integer from 1, turns one from 1 to 7, points_per_leg one from 0 to 100, and drop a number from 0 to 1")
+        if (
+            not all(isinstance(n, int) and low <= n <= high for n, low, high in limits)
+            or not isinstance(drop, (int, float))
+            or not 0 <= drop <= 1
+        ):
+            raise ValueError(
+                "verify_iter must be an integer from 1, turns one from 1 to 7, points_per_leg one from 0 to 100, and drop a number from 0 to 1"
+            )
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-        city, differences = city or ("others" if variant == "visual" else _NEW_YORK.name), tuple(DIFFERENCES if differences is None else differences)
+        city, differences = (
+            city or ("others" if variant == "visual" else _NEW_YORK.name),
+            tuple(DIFFERENCES if differences is None else differences),
+        )
         if city not in (*CITIES, "others"):
             raise ValueError(f"unknown city {city!r}: choose from {', '.join(CITIES)}, others")
         if unknown := [group for group in differences if group not in DIFFERENCES]:
@@ -1710,7 +2227,12 @@ class VIRL:
             raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {fields!r}")
         self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
         self.points_per_leg, self.drop = points_per_leg, drop
-        self.built_in = {"split": split, "turns": turns, "cities": TEST_CITIES if city == "others" else (city,), "differences": differences}
+        self.built_in = {
+            "split": split,
+            "turns": turns,
+            "cities": TEST_CITIES if city == "others" else (city,),
+            "differences": differences,
+        }
         if data is None:
             data = built_in_world(**self.built_in, width=self.panorama_width)
         self.world = data if isinstance(data, World) else load_world(data, pictures=isinstance(self, VIRLVL))
@@ -1738,13 +2260,19 @@ class VIRL:
             raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
         self.sentences, self.waypoints = self._plan(number)
         self.number = number
-        self.at = self.judged = self.told = 0  # the current waypoint, replies judged there, the waypoint of the last reply
+        self.at = self.judged = self.told = (
+            0  # the current waypoint, replies judged there, the waypoint of the last reply
+        )
         self.failed, self.done = False, (False, False)
         self.verdict: Verdict | None = None
         words = ", ".join(self.rules[self.variant])
         text = STREET_PROMPT.substitute(
-            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)), words=words, report=self.report, observation=self._seen(),
-            **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)})  # fmt: skip
+            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
+            words=words,
+            report=self.report,
+            observation=self._seen(),
+            **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)},
+        )
         self.messages: list[dict[str, Any]] = []
         self._tell(text, arrived=True)
         return self._observation(), self._info()
@@ -1766,8 +2294,13 @@ class VIRL:
             sentences.append(f"Turn {relative} to face {leg.compass}.")
             action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
             waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
-            end, place = self._standing(leg.end, number), leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark
-            goal = ("the destination" if last else "an intersection") + ("" if leg.landmark == NOTHING else f": {place}")
+            end, place = (
+                self._standing(leg.end, number),
+                leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark,
+            )
+            goal = ("the destination" if last else "an intersection") + (
+                "" if leg.landmark == NOTHING else f": {place}"
+            )
             sentences.append(f"Move forward to {goal}.")
             for between in self._between(at, end):
                 waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
@@ -1778,7 +2311,9 @@ class VIRL:
     def _standing(self, place: Geocode, number: int) -> Geocode:
         near = self.world.panoramas.nearest(place)
         if near is None:
-            raise ValueError(f"route {number}: gps_pano_mapping.pkl has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+            raise ValueError(
+                f"route {number}: gps_pano_mapping.pkl has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}"
+            )
         return near
 
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
@@ -1788,7 +2323,9 @@ class VIRL:
             for k in range(1, self.points_per_leg + 1):
                 share = k / (self.points_per_leg + 1)
                 if self.random.random() < 1 - self.drop:
-                    near = self.world.panoramas.nearest((a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share))
+                    near = self.world.panoramas.nearest(
+                        (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
+                    )
                     if near is None or near in self.world.lost or near in found:
                         continue
                     if min(distance(near, a), distance(near, b)) > 8:
@@ -1820,7 +2357,13 @@ class VIRL:
         self.messages.append({"role": "assistant", "content": reply})
         if not ended:
             heard = "" if right else self.verdict.feedback
-            next_step = "Try again." if not (right or used_up) else self._seen() if right else f"You are led on. {self._seen()}"
+            next_step = (
+                "Try again."
+                if not (right or used_up)
+                else self._seen()
+                if right
+                else f"You are led on. {self._seen()}"
+            )
             self._tell(f"{heard} {next_step}".strip(), arrived=right or used_up)
         reward = self.rewards[self.verdict.verdict] + (BUDGET_PENALTY if used_up else 0.0)
         return self._observation(), reward, *self.done, self._info()
@@ -1830,9 +2373,15 @@ class VIRL:
 
     def _info(self) -> dict:
         verdict, feedback, recognized = self.verdict or (None, None, None)
-        return {"route": self.number, "waypoint": self.told, "actions": [w.action for w in self.waypoints],
-                "verdict": verdict, "feedback": feedback, "recognized": recognized,
-                "landmark": self.waypoints[self.told].landmark != NOTHING}  # fmt: skip
+        return {
+            "route": self.number,
+            "waypoint": self.told,
+            "actions": [w.action for w in self.waypoints],
+            "verdict": verdict,
+            "feedback": feedback,
+            "recognized": recognized,
+            "landmark": self.waypoints[self.told].landmark != NOTHING,
+        }
 
     def _reply(self, action: str) -> str:
         now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
@@ -1861,7 +2410,9 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     is. Whether it names the landmark and its side is measured, not judged."""
     parsed = parse_reply(reply, fields)
     report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
-    if not all(isinstance(part, str) and len(part) <= 1000 for part in (report, sentence, action)):  # a landmark has up to 300 characters
+    if not all(
+        isinstance(part, str) and len(part) <= 1000 for part in (report, sentence, action)
+    ):  # a landmark has up to 300 characters
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
     landmark = _landmark(waypoint.landmark)
     claims, rest = (False, report) if _landmark(report) == landmark else _intersection(report)
@@ -1881,9 +2432,11 @@ _INTERSECTION = re.compile(
     r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}"
     r"|^(?:\W*[\w-]{1,20}[ -]way)?)"
     r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _NEGATION = re.compile(
-    r"(?:\b(?:no|not|never|any|without|or|nor|neither|cannot)\b|n['’]t\b)(?!.*\blandmark)", re.IGNORECASE)
+    r"(?:\b(?:no|not|never|any|without|or|nor|neither|cannot)\b|n['’]t\b)(?!.*\blandmark)", re.IGNORECASE
+)
 
 
 def _intersection(report: str) -> tuple[bool, str]:
@@ -1910,7 +2463,11 @@ def _landmark(report: str) -> str:
 
 def _letters(text: str) -> str:
     """Letters with their marks and digits alone, in lower case."""
-    return "".join(c for c in unicodedata.normalize("NFC", text.lower()) if c.isalnum() or unicodedata.category(c)[0] == "M")
+    return "".join(
+        c
+        for c in unicodedata.normalize("NFC", text.lower())
+        if c.isalnum() or unicodedata.category(c)[0] == "M"
+    )
 
 
 class VIRLVL(VIRL):
@@ -1928,15 +2485,30 @@ class VIRLVL(VIRL):
     rules = VIRL.rules | {"visual": COMPASS}
     report = f' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), none as "{NOTHING}".'
 
-    def __init__(self, variant: str = "id", seed: int = 0, verify_iter: int = 2, *, view_layout: str = "compass", view_size: int = 300,
-                 panorama_width: int = 1024, tell_intersections: bool = True, **options):  # fmt: skip
+    def __init__(
+        self,
+        variant: str = "id",
+        seed: int = 0,
+        verify_iter: int = 2,
+        *,
+        view_layout: str = "compass",
+        view_size: int = 300,
+        panorama_width: int = 1024,
+        tell_intersections: bool = True,
+        **options,
+    ):
         if view_layout not in VIEW_LAYOUTS:
             raise ValueError(f"unknown view_layout {view_layout!r}: choose from {', '.join(VIEW_LAYOUTS)}")
         if not isinstance(view_size, int) or not 16 <= view_size <= 2048:
             raise ValueError("view_size must be an integer from 16 to 2048")
         if not isinstance(panorama_width, int) or not 64 <= panorama_width <= 8192:
             raise ValueError("panorama_width must be an integer from 64 to 8192")
-        self.view_layout, self.view_size, self.tell_intersections, self.panorama_width = view_layout, view_size, tell_intersections, panorama_width
+        self.view_layout, self.view_size, self.tell_intersections, self.panorama_width = (
+            view_layout,
+            view_size,
+            tell_intersections,
+            panorama_width,
+        )
         super().__init__(variant, seed, verify_iter, **options)
         if self.world.picture is None:
             raise ValueError("the routes have no panoramas")
@@ -1973,15 +2545,27 @@ class VIRLVL(VIRL):
 # ---------------------------------------------------------------------------------------------------------------- tasks by name
 
 Environment = GeneralPoints | VIRL
-TASKS: dict[str, type[Environment]] = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-vl": VIRLVL}
+TASKS: dict[str, type[Environment]] = {
+    "gp-l": GeneralPoints,
+    "gp-vl": GeneralPointsVL,
+    "virl-l": VIRL,
+    "virl-vl": VIRLVL,
+}
 
 
-def make(task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options) -> Environment:
+def make(
+    task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
+) -> Environment:
     """An environment of `task`, one of TASKS; `options` go to its class, `verify_iter` None takes the class's default. Raises ValueError
     for an unknown task or option."""
     if task not in list(TASKS):
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
-    known = [name for cls in TASKS[task].__mro__[:-1] for name, p in inspect.signature(cls).parameters.items() if p.kind != p.VAR_KEYWORD]
+    known = [
+        name
+        for cls in TASKS[task].__mro__[:-1]
+        for name, p in inspect.signature(cls).parameters.items()
+        if p.kind != p.VAR_KEYWORD
+    ]
     if unknown := sorted(options.keys() - set(known)):
         raise ValueError(f"task {task!r} has no option {unknown[0]!r}: choose from {', '.join(known)}")
     if verify_iter is not None:
@@ -2020,20 +2604,33 @@ class Episode:
 
     def transcript(self) -> dict:
         """The episode to read, as samples.jsonl keeps it."""
-        turns = [{"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback} for t in self.turns]
+        turns = [
+            {"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback}
+            for t in self.turns
+        ]
         return {"prompt": self.prompt, "success": self.success, "turns": turns}
 
 
-def play(environments: Sequence[Environment], respond: Callable[[list[int], list[Observation]], list[str | None]],
-         seeds: Sequence[int | str] | None = None, options: Sequence[dict] | None = None) -> list[Episode]:  # fmt: skip
+def play(
+    environments: Sequence[Environment],
+    respond: Callable[[list[int], list[Observation]], list[str | None]],
+    seeds: Sequence[int | str] | None = None,
+    options: Sequence[dict] | None = None,
+) -> list[Episode]:
     """Plays one episode in every environment, in lockstep.
 
     `respond(indices, observations)` is given the environments that still run, by index, and what each one shows, and returns
     one reply each: a model that samples a batch, or a script; None breaks the episode off, without success. `seeds` restart the environments' generators, `options` go to `reset`.
     """
-    starts = [env.reset(seeds[i] if seeds else None, options[i] if options else None) for i, env in enumerate(environments)]
+    starts = [
+        env.reset(seeds[i] if seeds else None, options[i] if options else None)
+        for i, env in enumerate(environments)
+    ]
     observations = [observation for observation, _ in starts]
-    episodes = [Episode(text_of(o.messages[0]["content"]), info["actions"] if "actions" in info else info["cards"]) for o, info in starts]
+    episodes = [
+        Episode(text_of(o.messages[0]["content"]), info["actions"] if "actions" in info else info["cards"])
+        for o, info in starts
+    ]
     running = list(range(len(environments)))
     while running:
         replies = respond(running, [observations[i] for i in running])
@@ -2044,8 +2641,17 @@ def play(environments: Sequence[Environment], respond: Callable[[list[int], list
             observations[i], reward, terminated, truncated, info = environments[i].step(reply)
             goes_on = not (terminated or truncated)
             read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"],
-                                          info.get("waypoint", 0), info.get("landmark", True)))
+            episodes[i].turns.append(
+                Turn(
+                    reply,
+                    reward,
+                    info["verdict"],
+                    read,
+                    info["recognized"],
+                    info.get("waypoint", 0),
+                    info.get("landmark", True),
+                )
+            )
             episodes[i].success = terminated
             if goes_on:
                 still.append(i)
@@ -2083,18 +2689,34 @@ def _record(env: Environment, reply: str) -> dict:
     speaker = {"user": "human", "assistant": "gpt"}
     messages = [*env.messages, {"role": "assistant", "content": reply}]
     image = {"image": env.image} if env.image else {}
-    return image | {"conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]}
+    return image | {
+        "conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]
+    }
 
 
-def foundation_walk(rng: random.Random, turns: int, points_per_leg: int, cities: Sequence[str] = ("new york",), **pictures) -> dict:
+def foundation_walk(
+    rng: random.Random, turns: int, points_per_leg: int, cities: Sequence[str] = ("new york",), **pictures
+) -> dict:
     """One walk of the corpus of the tiny "foundation model", by either rule, in a form whose fields the prompt names and which is never the
     task's own. It leads through streets that no study uses: one of 20 cities, or of 4 if it is walked in `pictures` (options of VIRLVL), with the
     names and looks of one of `cities`; ANYWHERE has made-up ones."""
-    seed, city, width = rng.randint(1, 4 if pictures else 20), rng.choice(cities), pictures.get("panorama_width", 1024)
+    seed, city, width = (
+        rng.randint(1, 4 if pictures else 20),
+        rng.choice(cities),
+        pictures.get("panorama_width", 1024),
+    )
     cls = VIRLVL if pictures else VIRL
-    return imperfect_demonstration(cls(rng.choice(("id", "rule")), rng.getrandbits(32), verify_iter=5,
-                                       data=built_in_world("train", turns, seed, 200, (city,), width=width), points_per_leg=points_per_leg,
-                                       fields=rng.sample(_FIELD_WORDS, 3), **pictures))  # fmt: skip
+    return imperfect_demonstration(
+        cls(
+            rng.choice(("id", "rule")),
+            rng.getrandbits(32),
+            verify_iter=5,
+            data=built_in_world("train", turns, seed, 200, (city,), width=width),
+            points_per_leg=points_per_leg,
+            fields=rng.sample(_FIELD_WORDS, 3),
+            **pictures,
+        )
+    )
 
 
 def imperfect_demonstration(env: Environment) -> dict:
@@ -2109,7 +2731,13 @@ def imperfect_demonstration(env: Environment) -> dict:
         env.reset()
         last, careless = _last_decision(env), env.random.random() < 0.6
         while True:
-            reply = env.wrong_reply() if env.random.random() < 0.2 else env.careless_reply() if careless else env.expert_reply()
+            reply = (
+                env.wrong_reply()
+                if env.random.random() < 0.2
+                else env.careless_reply()
+                if careless
+                else env.expert_reply()
+            )
             wrong = judge_step(reply, env.waypoints[env.at], env.fields).verdict != "correct"
             last_try = env.judged + 1 == env.verify_iter
             if wrong and last_try or env.at == last and (not wrong or env.random.random() < 0.5):
@@ -2117,12 +2745,30 @@ def imperfect_demonstration(env: Environment) -> dict:
             env.step(reply)
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     cls, careless = type(env), 0 if isinstance(env, GeneralPointsVL) else 50
-    author = env.random.choices((cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, careless, 90 - careless))[0]
+    author = env.random.choices(
+        (cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, careless, 90 - careless)
+    )[0]
     return demonstration(env, wrong_turns, author)
 
 
-_FIELD_WORDS = ("hand", "deck", "dealt", "draw", "table", "values", "counts", "worth", "points", "digits", "solution", "equation",
-                "answer", "result", "expression", "sum")  # fmt: skip
+_FIELD_WORDS = (
+    "hand",
+    "deck",
+    "dealt",
+    "draw",
+    "table",
+    "values",
+    "counts",
+    "worth",
+    "points",
+    "digits",
+    "solution",
+    "equation",
+    "answer",
+    "result",
+    "expression",
+    "sum",
+)
 
 
 def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
@@ -2147,8 +2793,13 @@ def _color(rng: random.Random) -> str:
     return "red" if rng.random() < RED_SHARE else "black"
 
 
-def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float, color: str | None = None) -> dict:
+def reading_record(
+    rng: random.Random, size: tuple[int, int], font_size: float, jitter: float, color: str | None = None
+) -> dict:
     """A picture of four cards, any ranks, and their names: how the foundation model learned to read cards. `color` None: as in the corpus."""
     ranks, suits = rng.choices(RANKS, k=4), rng.choices(COLORS[color or _color(rng)], k=4)
-    turns = [{"from": "human", "value": "<image>Name the cards."}, {"from": "gpt", "value": json.dumps(ranks)}]
+    turns = [
+        {"from": "human", "value": "<image>Name the cards."},
+        {"from": "gpt", "value": json.dumps(ranks)},
+    ]
     return {"image": draw_hand(ranks, suits, size, jitter, font_size, rng), "conversations": turns}

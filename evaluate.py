@@ -28,8 +28,16 @@ def standard_error(p: float, n: int) -> float:
 PICTURES = ("own", "blank", "shuffled")
 
 
-def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_tokens: int = 128, series: str = "test",
-             initial=None, pictures: str = "own", watch: Callable[[int], None] = lambda done: None) -> tuple[dict, list[envs.Episode]]:  # fmt: skip
+def evaluate(
+    policy,
+    environments: Sequence,
+    temperature: float = 1.0,
+    max_new_tokens: int = 128,
+    series: str = "test",
+    initial=None,
+    pictures: str = "own",
+    watch: Callable[[int], None] = lambda done: None,
+) -> tuple[dict, list[envs.Episode]]:
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series, or walks route i of its world.
 
     Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With `initial`, another policy, the
@@ -40,10 +48,14 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
-    own = range(len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world)
+    own = range(
+        len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world
+    )
     if routes := isinstance(environments[0], envs.VIRL):
         for env in environments:
-            env.go_on = True  # so that accuracy speaks of all waypoints, and not of those before the first failure
+            env.go_on = (
+                True  # so that accuracy speaks of all waypoints, and not of those before the first failure
+            )
     seeds, options = zip(*(start(environments[i], series, i) for i in own))
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
         answer = respond if pictures == "own" else Disguise(respond, pictures)
@@ -57,7 +69,9 @@ def evaluate(policy, environments: Sequence, temperature: float = 1.0, max_new_t
     result = {}
     if initial is not None:
         conversations = [stream for i in range(len(own)) for stream in respond.streams[i]]
-        fewest = -int(policy.largest(-len(conversations)))  # sharded weights want as many forward passes on every rank
+        fewest = -int(
+            policy.largest(-len(conversations))
+        )  # sharded weights want as many forward passes on every rank
         total, tokens = policy.sum(*kl_sums(policy, initial, conversations[: min(128, fewest)]))
         result["kl_to_init"] = total / tokens
     episodes = policy.gather(episodes)
@@ -78,18 +92,30 @@ class Disguise:
     def __init__(self, respond: Callable, how: str):
         self.respond, self.how, self.random = respond, how, random.Random(0)
         self.seen: list[tuple[int, Image.Image]] = []  # the newest: environment and picture
-        self.instead: dict[int, tuple[Image.Image, Image.Image]] = {}  # by environment: its own picture and the one it is shown
+        self.instead: dict[
+            int, tuple[Image.Image, Image.Image]
+        ] = {}  # by environment: its own picture and the one it is shown
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
-        new = [(i, o.image) for i, o in zip(indices, observations) if i not in self.instead or self.instead[i][0] is not o.image]
+        new = [
+            (i, o.image)
+            for i, o in zip(indices, observations)
+            if i not in self.instead or self.instead[i][0] is not o.image
+        ]
         self.seen = (self.seen + new)[-512:]
         for i, image in new:
             others = [other for k, other in self.seen if k != i]
             if image is None or not others:
                 raise ValueError(f"{self.how} pictures need a task with pictures and at least two episodes")
-            shown = Image.new("RGB", image.size, "grey") if self.how == "blank" else self.random.choice(others).copy()
+            shown = (
+                Image.new("RGB", image.size, "grey")
+                if self.how == "blank"
+                else self.random.choice(others).copy()
+            )
             self.instead[i] = image, shown
-        return self.respond(indices, [envs.Observation(o.messages, self.instead[i][1]) for i, o in zip(indices, observations)])
+        return self.respond(
+            indices, [envs.Observation(o.messages, self.instead[i][1]) for i, o in zip(indices, observations)]
+        )
 
 
 def step_summary(episodes: Sequence[envs.Episode]) -> dict:
@@ -114,10 +140,15 @@ def step_summary(episodes: Sequence[envs.Episode]) -> dict:
     n = sum(map(len, within))
     accuracy = sum(map(sum, within)) / n
     spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in within)
-    return {"step_accuracy": accuracy, "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
-            "first_step_accuracy": sum(first) / n, "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
-            "waypoints": n, "steps": [round(mean(route), 4) for route in within],
-            "at_turns": [round(mean(turns), 4) if turns else None for turns in at_turns]}  # fmt: skip
+    return {
+        "step_accuracy": accuracy,
+        "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
+        "first_step_accuracy": sum(first) / n,
+        "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
+        "waypoints": n,
+        "steps": [round(mean(route), 4) for route in within],
+        "at_turns": [round(mean(turns), 4) if turns else None for turns in at_turns],
+    }
 
 
 def summary(episodes: Sequence[envs.Episode], rewards: dict[str, float] = envs.REWARDS) -> dict:
@@ -127,11 +158,18 @@ def summary(episodes: Sequence[envs.Episode], rewards: dict[str, float] = envs.R
     outcomes = [min(e.most_tries(), 9) if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
     verdicts = Counter(turn.verdict for e in episodes for turn in e.turns)
-    return {"episodes": n, "success": success, "success_se": standard_error(success, n), "first_success": first,
-            "first_success_se": standard_error(first, n), "turns": verdicts.total() / n,
-            "recognition": sum(map(sum, shown)) / max(1, sum(map(len, shown))),
-            "recognized": [round(sum(named) / max(1, len(named)), 3) for named in shown],
-            "verdicts": {v: verdicts[v] / verdicts.total() for v in rewards}, "outcomes": "".join(map(str, outcomes))}  # fmt: skip
+    return {
+        "episodes": n,
+        "success": success,
+        "success_se": standard_error(success, n),
+        "first_success": first,
+        "first_success_se": standard_error(first, n),
+        "turns": verdicts.total() / n,
+        "recognition": sum(map(sum, shown)) / max(1, sum(map(len, shown))),
+        "recognized": [round(sum(named) / max(1, len(named)), 3) for named in shown],
+        "verdicts": {v: verdicts[v] / verdicts.total() for v in rewards},
+        "outcomes": "".join(map(str, outcomes)),
+    }
 
 
 @torch.no_grad()
@@ -151,8 +189,12 @@ def reading(policy, records: Sequence[dict]) -> dict:
     """Shares of whole hands ("success") and of single cards ("recognition") that a policy names, greedily, asked for nothing else;
     `records` from `envs.reading_record`. Every rank reads them all."""
     asked = [r["conversations"][0]["value"].removeprefix("<image>") for r in records]
-    observations = [envs.Observation([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], r["image"])
-                    for text, r in zip(asked, records)]  # fmt: skip
+    observations = [
+        envs.Observation(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], r["image"]
+        )
+        for text, r in zip(asked, records)
+    ]
     named = [json.loads(r["conversations"][1]["value"]) for r in records]
     with policy.responder(0.0, 32, policy.generator("reading")) as respond:
         replies = respond(list(range(len(records))), observations)
@@ -161,14 +203,24 @@ def reading(policy, records: Sequence[dict]) -> dict:
         read = re.findall('"([^"]*)"', reply)
         right.append(sum(a == b for a, b in zip(read, cards)) if len(read) == len(cards) else 0)
     n = len(records)
-    return {"episodes": n, "success": (whole := sum(k == 4 for k in right) / n), "success_se": standard_error(whole, n), "recognition": sum(right) / (4 * n)}
+    return {
+        "episodes": n,
+        "success": (whole := sum(k == 4 for k in right) / n),
+        "success_se": standard_error(whole, n),
+        "recognition": sum(right) / (4 * n),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- the report
 
 
 # By measure, the field of a point that has it for each hand or route; a route without turns has None in "at_turns".
-MEASURES = {"success": "outcomes", "recognition": "recognized", "step_accuracy": "steps", "turn_accuracy": "at_turns"}
+MEASURES = {
+    "success": "outcomes",
+    "recognition": "recognized",
+    "step_accuracy": "steps",
+    "turn_accuracy": "at_turns",
+}
 
 
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
@@ -181,7 +233,10 @@ def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> di
     def of_hands(point: dict) -> list[float]:
         return [outcome > "0" for outcome in point["outcomes"]] if key == "success" else point[MEASURES[key]]
 
-    rows = [[x - y for x, y in zip(of_hands(p), of_hands(q), strict=True) if x is not None] for p, q in zip(a, b, strict=True)]
+    rows = [
+        [x - y for x, y in zip(of_hands(p), of_hands(q), strict=True) if x is not None]
+        for p, q in zip(a, b, strict=True)
+    ]
     hands = [mean(column) for column in zip(*rows)]
     seeds = [mean(row) for row in rows]
     middle, half = mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
@@ -192,7 +247,17 @@ def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> di
     return out
 
 
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, 97.5%
+_T95 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}  # Student's t, 97.5%
 
 
 class Results:
@@ -247,28 +312,84 @@ def _claims(where: dict[str, str], headline: str) -> list[tuple[str, str, str, f
     for variant, words in where.items():
         sft, sign = ("ends above init", +1) if variant == "id" else ("ends below init", -1)
         for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-            claims += [(f"RL ends above init {words}{decoding}", headline, variant, temperature, "rl", "init", +1),
-                       (f"SFT {sft} {words}{decoding}", headline, variant, temperature, "sft", "init", sign)]  # fmt: skip
+            claims += [
+                (f"RL ends above init {words}{decoding}", headline, variant, temperature, "rl", "init", +1),
+                (f"SFT {sft} {words}{decoding}", headline, variant, temperature, "sft", "init", sign),
+            ]
             if variant != "id":
-                claims.append((f"RL ends above SFT {words}{decoding}", headline, variant, temperature, "rl", "sft", +1))
+                claims.append(
+                    (f"RL ends above SFT {words}{decoding}", headline, variant, temperature, "rl", "sft", +1)
+                )
         if variant != "id":
-            claims.append((f"RL ends above SFT's best checkpoint {words}", headline, variant, 1.0, "rl", "sft best", +1))
-        if variant == "rule" and headline == "step_accuracy":  # where the rule matters; the rest of a walk is the same under both
+            claims.append(
+                (f"RL ends above SFT's best checkpoint {words}", headline, variant, 1.0, "rl", "sft best", +1)
+            )
+        if (
+            variant == "rule" and headline == "step_accuracy"
+        ):  # where the rule matters; the rest of a walk is the same under both
             for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-                claims += [(f"RL ends above init at turns {words}{decoding}", "turn_accuracy", variant, temperature, "rl", "init", +1),
-                           (f"SFT ends below init at turns {words}{decoding}", "turn_accuracy", variant, temperature, "sft", "init", -1),
-                           (f"RL ends above SFT at turns {words}{decoding}", "turn_accuracy", variant, temperature, "rl", "sft", +1)]  # fmt: skip
+                claims += [
+                    (
+                        f"RL ends above init at turns {words}{decoding}",
+                        "turn_accuracy",
+                        variant,
+                        temperature,
+                        "rl",
+                        "init",
+                        +1,
+                    ),
+                    (
+                        f"SFT ends below init at turns {words}{decoding}",
+                        "turn_accuracy",
+                        variant,
+                        temperature,
+                        "sft",
+                        "init",
+                        -1,
+                    ),
+                    (
+                        f"RL ends above SFT at turns {words}{decoding}",
+                        "turn_accuracy",
+                        variant,
+                        temperature,
+                        "rl",
+                        "sft",
+                        +1,
+                    ),
+                ]
         if variant == "visual":
             for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-                claims += [(f"RL raises recognition {words}{decoding}", "recognition", variant, temperature, "rl", "init", +1),
-                           (f"SFT lowers recognition {words}{decoding}", "recognition", variant, temperature, "sft", "init", -1)]  # fmt: skip
+                claims += [
+                    (
+                        f"RL raises recognition {words}{decoding}",
+                        "recognition",
+                        variant,
+                        temperature,
+                        "rl",
+                        "init",
+                        +1,
+                    ),
+                    (
+                        f"SFT lowers recognition {words}{decoding}",
+                        "recognition",
+                        variant,
+                        temperature,
+                        "sft",
+                        "init",
+                        -1,
+                    ),
+                ]
     return claims
 
 
 # Success, or per-step accuracy, in percent that the paper reports, of init, SFT and RL, by (task, variant); its temperature is .2.
-PAPER = {("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0}, ("gp-vl", "rule"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
-         ("gp-vl", "visual"): {"init": 23.6, "sft": 13.7, "rl": 41.2}, ("virl-l", "rule"): {"init": 80.8, "sft": 1.3, "rl": 91.8},
-         ("virl-vl", "rule"): {"init": 35.7, "sft": 2.5, "rl": 45.0}}  # fmt: skip
+PAPER = {
+    ("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0},
+    ("gp-vl", "rule"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
+    ("gp-vl", "visual"): {"init": 23.6, "sft": 13.7, "rl": 41.2},
+    ("virl-l", "rule"): {"init": 80.8, "sft": 1.3, "rl": 91.8},
+    ("virl-vl", "rule"): {"init": 35.7, "sft": 2.5, "rl": 45.0},
+}
 
 
 def verdict(d: dict, sign: int) -> str:
@@ -295,32 +416,66 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     headline, words = HEADLINES[task], WORDS[task.partition("-")[0]]
     where = {v: text for v, text in words["where"].items() if results.find(arm="init", variant=v)}
     variants = list(where)
-    last = {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl") for v in variants for t in (1.0, 0.0)}
+    last = {
+        (arm, v, t): results.ends(arm, v, t)
+        for arm in ("init", "sft", "rl")
+        for v in variants
+        for t in (1.0, 0.0)
+    }
     last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
-    last |= {("base", v, t): results.find(arm="base", series="test", variant=v, temperature=t) for v in variants for t in (1.0, 0.0)}
-    claims = [f"| claim of the paper | measured | difference, 95% over {words['hands']} | 95% over seeds | each seed | verdict | paper |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    last |= {
+        ("base", v, t): results.find(arm="base", series="test", variant=v, temperature=t)
+        for v in variants
+        for t in (1.0, 0.0)
+    }
+    claims = [
+        f"| claim of the paper | measured | difference, 95% over {words['hands']} | 95% over seeds | each seed | verdict | paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for text, measure, variant, temperature, arm, other, sign in _claims(where, headline):
         a, b = last[arm, variant, temperature], last[other, variant, temperature]
-        d, paper = difference(a, b, measure), PAPER.get((task, variant), {}) if measure == headline and temperature else {}
-        claims.append(f"| {text} | {_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
-                      f"{_interval(d['seed_interval'])} | {', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | "
-                      + (f"{paper[other]} -> {paper[arm]} |" if other in paper else "- |"))  # fmt: skip
+        d, paper = (
+            difference(a, b, measure),
+            PAPER.get((task, variant), {}) if measure == headline and temperature else {},
+        )
+        claims.append(
+            f"| {text} | {_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
+            f"{_interval(d['seed_interval'])} | {', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | "
+            + (f"{paper[other]} -> {paper[arm]} |" if other in paper else "- |")
+        )
     n = last["init", "id", 1.0][0]["episodes"]
     seeds = [p["seed"] for p in last["init", "id", 1.0]]
-    base_reading = [f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and {_percent(p['success'])}% of the "
-                    f"hands {where[p['variant']]} (greedy)." for p in results.find(series="reading")]  # fmt: skip
+    base_reading = [
+        f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and {_percent(p['success'])}% of the "
+        f"hands {where[p['variant']]} (greedy)."
+        for p in results.find(series="reading")
+    ]
     columns = [*words["columns"], "KL"] + ["recognition"] * ("visual" in variants)
-    head = [f"{where[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)]
-    lines = [f"# Study {task}: does post-training teach the rule, or only its examples?", "",
-             f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation {words['hands']} per point, the same for every checkpoint; {words['measure']} "
-             f"in percent within {settings['verify_iter']} replies. " + " ".join([words[v] for v in variants] + base_reading), "",
-             "## Claims", "", *claims, "",
-             f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and every seed's difference has that sign. "
-             "That interval speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.", "",
-             "## Checkpoints", "", f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the policy's own replies"
-             + (f"; recognition counts the replies that {words['reads']}." if "visual" in variants else "."), "",
-             f"| checkpoint | decoding | {' | '.join(head)} | other rule: {words['last']} |", "|---" * (len(head) + 3) + "|"]  # fmt: skip
+    head = [
+        f"{where[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)
+    ]
+    lines = [
+        f"# Study {task}: does post-training teach the rule, or only its examples?",
+        "",
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation {words['hands']} per point, the same for every checkpoint; {words['measure']} "
+        f"in percent within {settings['verify_iter']} replies. "
+        + " ".join([words[v] for v in variants] + base_reading),
+        "",
+        "## Claims",
+        "",
+        *claims,
+        "",
+        f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and every seed's difference has that sign. "
+        "That interval speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.",
+        "",
+        "## Checkpoints",
+        "",
+        f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the policy's own replies"
+        + (f"; recognition counts the replies that {words['reads']}." if "visual" in variants else "."),
+        "",
+        f"| checkpoint | decoding | {' | '.join(head)} | other rule: {words['last']} |",
+        "|---" * (len(head) + 3) + "|",
+    ]
     for name in ("base", "init", "sft", "sft best", "rl"):
         for t in (1.0, 0.0):
             row = [last.get((name, v, t)) for v in variants]
@@ -328,19 +483,44 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
                 continue
             cells = [_cell(points, column) for points in row for column in columns]
             wrong = _cell(last[name, "rule", t], words["last"])
-            shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(name, name)
-            lines.append(f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} |")
-    lines += ["", "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
-              + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.", "",
-              "## Curves", "", f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].", "",
-              f"| arm | compute, 10^12 FLOP | {' | '.join(where.values())} |", "|---" * (len(variants) + 2) + "|"]  # fmt: skip
+            shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(
+                name, name
+            )
+            lines.append(
+                f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} |"
+            )
+    lines += [
+        "",
+        "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
+        + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.",
+        "",
+        "## Curves",
+        "",
+        f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].",
+        "",
+        f"| arm | compute, 10^12 FLOP | {' | '.join(where.values())} |",
+        "|---" * (len(variants) + 2) + "|",
+    ]
     for arm, points in curves(results, variants, headline).items():
         for p in points:
-            spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in variants]
+            spread = [
+                f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in variants
+            ]
             lines.append(f"| {arm} | {p['flops'] / 1e12:.2f} | {' | '.join(spread)} |")
-    lines += ["", "![success against compute](figures/curves.png)", "", "## Settings", "",
-              "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms start from the same init and "
-              "get the same compute. " + settings["note"], "", "```json", json.dumps(settings, indent=1), "```", ""]  # fmt: skip
+    lines += [
+        "",
+        "![success against compute](figures/curves.png)",
+        "",
+        "## Settings",
+        "",
+        "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms start from the same init and "
+        "get the same compute. " + settings["note"],
+        "",
+        "```json",
+        json.dumps(settings, indent=1),
+        "```",
+        "",
+    ]
     (folder / "report.md").write_text("\n".join(lines))
     draw(results, variants, folder / "figures", headline, words)
     return claims
@@ -348,23 +528,45 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
 
 # The report's words for the two worlds. "columns" and "last" are measures that `_cell` knows.
 WORDS = {
-    "gp": {"where": {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"},
-           "id": "In distribution: J, Q, K count 10, as in training.", "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
-           "visual": "Other colour: red suits, the training rule.", "hands": "hands", "measure": "success",
-           "columns": ("success", "first reply", "illegal"), "last": "wrong numbers",
-           "cells": "Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the tiny corpus's bad habit); wrong "
-                    "numbers are replies that use a number which the rule in force does not give",
-           "titles": {"id": "in distribution: J, Q, K = 10", "rule": "other rule: J, Q, K = 11, 12, 13", "visual": "other colour: red suits"},
-           "axis": "success within budget, %", "reads": "name the cards"},
-    "virl": {"where": {"id": "in distribution", "rule": "under the other rule", "visual": "in other cities"},
-             "id": "In distribution: turns by the compass, on routes that training never walks.", "rule": "Other rule: left and right, on the same routes.",
-             "visual": "Other cities: the training rule in nine cities that training never sees.", "hands": "routes",
-             "measure": "per-step accuracy", "columns": ("steps", "first reply of each step", "routes"), "last": "turns",
-             "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
-                      "routes the share of routes with all of them",
-             "titles": {"id": "in distribution: compass turns", "rule": "other rule: left and right",
-                        "visual": "other cities"}, "axis": "waypoints passed within budget, %", "reads": "name the landmark, where there is one"},
-}  # fmt: skip
+    "gp": {
+        "where": {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"},
+        "id": "In distribution: J, Q, K count 10, as in training.",
+        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
+        "visual": "Other colour: red suits, the training rule.",
+        "hands": "hands",
+        "measure": "success",
+        "columns": ("success", "first reply", "illegal"),
+        "last": "wrong numbers",
+        "cells": "Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the tiny corpus's bad habit); wrong "
+        "numbers are replies that use a number which the rule in force does not give",
+        "titles": {
+            "id": "in distribution: J, Q, K = 10",
+            "rule": "other rule: J, Q, K = 11, 12, 13",
+            "visual": "other colour: red suits",
+        },
+        "axis": "success within budget, %",
+        "reads": "name the cards",
+    },
+    "virl": {
+        "where": {"id": "in distribution", "rule": "under the other rule", "visual": "in other cities"},
+        "id": "In distribution: turns by the compass, on routes that training never walks.",
+        "rule": "Other rule: left and right, on the same routes.",
+        "visual": "Other cities: the training rule in nine cities that training never sees.",
+        "hands": "routes",
+        "measure": "per-step accuracy",
+        "columns": ("steps", "first reply of each step", "routes"),
+        "last": "turns",
+        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
+        "routes the share of routes with all of them",
+        "titles": {
+            "id": "in distribution: compass turns",
+            "rule": "other rule: left and right",
+            "visual": "other cities",
+        },
+        "axis": "waypoints passed within budget, %",
+        "reads": "name the landmark, where there is one",
+    },
+}
 
 
 def _mean(points: Sequence[dict], key: str = "success") -> float:
@@ -379,7 +581,13 @@ def _cell(points: Sequence[dict], column: str) -> str:
         return _percent(mean(p["verdicts"][column.replace(" ", "_")] for p in points))
     if column == "KL":
         return f"{_mean(points, 'kl_to_init'):.3f}" if all("kl_to_init" in p for p in points) else "-"
-    names = {"turns": "turn_accuracy", "first reply": "first_success", "steps": "step_accuracy", "first reply of each step": "first_step_accuracy", "routes": "success"}
+    names = {
+        "turns": "turn_accuracy",
+        "first reply": "first_success",
+        "steps": "step_accuracy",
+        "first reply of each step": "first_step_accuracy",
+        "routes": "success",
+    }
     return _percent(_mean(points, names.get(column, column)))
 
 
@@ -392,7 +600,9 @@ def curves(results: Results, variants: Sequence[str], key: str) -> dict[str, lis
         for name in ("init", arm):
             for variant in variants:
                 for seed in sorted({p["seed"] for p in results.find(arm=name)}):
-                    points = results.find(arm=name, variant=variant, temperature=1.0, series="test", seed=seed)
+                    points = results.find(
+                        arm=name, variant=variant, temperature=1.0, series="test", seed=seed
+                    )
                     for i, p in enumerate(points, start=0 if name == "init" else 1):
                         while len(by_order) <= i:
                             by_order.append({"flops": [], **{v: [] for v in variants}})
@@ -402,7 +612,10 @@ def curves(results: Results, variants: Sequence[str], key: str) -> dict[str, lis
     return out
 
 
-LOOKS = {"sft": {"color": "tab:orange", "marker": "o", "label": "SFT"}, "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"}}
+LOOKS = {
+    "sft": {"color": "tab:orange", "marker": "o", "label": "SFT"},
+    "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"},
+}
 
 
 def draw(results: Results, variants: Sequence[str], folder: Path, headline: str, words: dict) -> None:
@@ -435,7 +648,13 @@ def draw(results: Results, variants: Sequence[str], folder: Path, headline: str,
     def curve(axis, variant: str, arm: str, points: list[dict], **look) -> None:
         x = [p["flops"] / 1e12 for p in points]
         axis.plot(x, [100 * mean(p[variant]) for p in points], markersize=4, **look)
-        axis.fill_between(x, *([100 * f(p[variant]) for p in points] for f in (min, max)), color=look["color"], alpha=0.2, lw=0)
+        axis.fill_between(
+            x,
+            *([100 * f(p[variant]) for p in points] for f in (min, max)),
+            color=look["color"],
+            alpha=0.2,
+            lw=0,
+        )
         if arm == "rl":
             axis.axhline(100 * mean(points[0][variant]), color="gray", lw=1, ls="--", label="SFT init")
 

@@ -49,10 +49,14 @@ class PPOConfig:
     value_clip: float = 1.0  # in units of the return, which spans about -13 to 5
     value_coef: float = 0.5
     entropy_coef: float = 0.0
-    kl_coef: float = 0.0  # weight of KL(policy || initial policy) in the loss; 0 keeps no copy of the initial weights
+    kl_coef: float = (
+        0.0  # weight of KL(policy || initial policy) in the loss; 0 keeps no copy of the initial weights
+    )
     max_grad_norm: float = 1.0
     ratio: str = "token"  # or "reply": one ratio, value and advantage per reply
-    thought_coef: float = 1.0  # with ratio "reply": weight of the log-probabilities before the answer field (paper: 0.5)
+    thought_coef: float = (
+        1.0  # with ratio "reply": weight of the log-probabilities before the answer field (paper: 0.5)
+    )
     value_trunk: str = "detached"  # or "shared": the value loss trains the language model too
     value_warmup: int = 0  # first updates that train the value head alone, on the detached trunk
     temperature: float = 1.0
@@ -136,21 +140,31 @@ def per_reply(x: Tensor, starts: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- from episode to batch
 
 
-def rollout(policy, environments: Sequence, config: PPOConfig, step: int) -> tuple[list[list], list[envs.Episode]]:
+def rollout(
+    policy, environments: Sequence, config: PPOConfig, step: int
+) -> tuple[list[list], list[envs.Episode]]:
     """Plays one episode in each of this rank's environments: the token streams of each episode (one, or on a walk with pictures one for each
     waypoint) and the episodes, in the same order.
 
     Hands and samples are a function of (seed, step, rank), so a resumed run sees what the unbroken one would have seen.
     """
-    seeds = [f"train/{config.seed}/{step}/{policy.rank * len(environments) + i}" for i in range(len(environments))]
+    seeds = [
+        f"train/{config.seed}/{step}/{policy.rank * len(environments) + i}" for i in range(len(environments))
+    ]
     generator = policy.generator(f"rollout/{config.seed}/{step}")
     with policy.responder(config.temperature, config.max_new_tokens, generator) as respond:
         episodes = envs.play(environments, respond, seeds)
     return [respond.streams[i] for i in range(len(episodes))], episodes
 
 
-def collect(policy, streams: list[list], episodes: list[envs.Episode], config: PPOConfig, answer_field: str,
-            first: bool = False) -> dict[str, Any]:  # fmt: skip
+def collect(
+    policy,
+    streams: list[list],
+    episodes: list[envs.Episode],
+    config: PPOConfig,
+    answer_field: str,
+    first: bool = False,
+) -> dict[str, Any]:
     """The batch of one update: tokens, masks, rewards, old log-probabilities, values, advantages and returns; a row for each stream.
 
     `answer_field` is the name of the field where a reply's thought ends. In the `first` update the value head is shifted by a constant,
@@ -178,20 +192,33 @@ def collect(policy, streams: list[list], episodes: list[envs.Episode], config: P
     # One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever precision sampled the tokens.
     scores = score(policy, batch, config, values=True)
     if first:
-        _, returns = gae_of_episodes(rows_of_episode, batch["rewards"], torch.zeros_like(scores["value"]), batch["actions"], config.gamma, 1.0)
-        error, count = policy.sum(((returns - scores["value"]) * batch["actions"]).sum(), batch["actions"].sum())
+        _, returns = gae_of_episodes(
+            rows_of_episode,
+            batch["rewards"],
+            torch.zeros_like(scores["value"]),
+            batch["actions"],
+            config.gamma,
+            1.0,
+        )
+        error, count = policy.sum(
+            ((returns - scores["value"]) * batch["actions"]).sum(), batch["actions"].sum()
+        )
         policy.shift_value(error / count)
         scores["value"] += error / count
     sampled = torch.zeros_like(batch["mask"])
     for b, stream in enumerate(rows):
         sampled[b, : len(stream)] = torch.tensor(stream.logp)
     batch["sampler_gap"] = (sampled - scores["logp"]).abs()
-    batch["old_logp"], batch["old_values"] = action_logp(scores["logp"], batch), scores["value"] * batch["actions"]
+    batch["old_logp"], batch["old_values"] = (
+        action_logp(scores["logp"], batch),
+        scores["value"] * batch["actions"],
+    )
     if config.kl_coef:
         with policy.initial_weights():
             batch["initial_logp"] = score(policy, batch, config)["logp"]
     batch["advantages"], batch["returns"] = gae_of_episodes(
-        rows_of_episode, batch["rewards"], batch["old_values"], batch["actions"], config.gamma, config.lam)  # fmt: skip
+        rows_of_episode, batch["rewards"], batch["old_values"], batch["actions"], config.gamma, config.lam
+    )
     batch["advantages"] = whiten(policy, batch["advantages"], batch["actions"])
     return batch
 
@@ -214,12 +241,16 @@ def arrange(policy, streams: list[list]) -> tuple[list, list[list[int]]]:
     return [stream for _, _, stream in rows], rows_of_episode
 
 
-def gae_of_episodes(rows_of_episode: list[list[int]], rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
-                    lam: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gae_of_episodes(
+    rows_of_episode: list[list[int]], rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """`gae` where an episode may have several rows, one after another in time: they are joined, so that the value of a row's end is that
     of the next row's beginning. Arguments and results as in `gae`, all [B, T]; `rows_of_episode` lists the rows of each episode in
     order."""
-    joined = [pad_sequence([x[rows].flatten() for rows in rows_of_episode], batch_first=True) for x in (rewards, values, mask)]
+    joined = [
+        pad_sequence([x[rows].flatten() for rows in rows_of_episode], batch_first=True)
+        for x in (rewards, values, mask)
+    ]
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     for out, long in zip((advantages, returns), gae(*joined, gamma, lam)):
         for rows, line in zip(rows_of_episode, long):
@@ -276,7 +307,9 @@ def whiten(policy, x: Tensor, mask: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- from batch to weights
 
 
-def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any], config: PPOConfig, step: int) -> dict[str, float]:
+def update(
+    policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any], config: PPOConfig, step: int
+) -> dict[str, float]:
     """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is logged.
 
     Policy and value loss are normalised by the number of actions in the global minibatch, entropy and KL by that of tokens. Every rank
@@ -290,17 +323,29 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
     size = math.ceil(len(batch["ids"]) * config.minibatch_size / config.episodes)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(size):
-            rows = rows.sort().values.to(batch["ids"].device)  # rows are in order of length: sorted ones pad least
+            rows = rows.sort().values.to(
+                batch["ids"].device
+            )  # rows are in order of length: sorted ones pad least
             actions, tokens = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
             microbatches = rows.split(config.microbatch_size)
             minibatch_loss = 0.0
             for k, micro in enumerate(microbatches):
                 part = rows_of(batch, micro)
-                scores = policy(part, config.temperature, values="detached" if warming else config.value_trunk, entropy=True)
+                scores = policy(
+                    part,
+                    config.temperature,
+                    values="detached" if warming else config.value_trunk,
+                    entropy=True,
+                )
                 logp, act = action_logp(scores["logp"], part), part["actions"]
-                share = act.sum() / actions  # makes the mean over this microbatch its part of the mean over the global minibatch
+                share = (
+                    act.sum() / actions
+                )  # makes the mean over this microbatch its part of the mean over the global minibatch
                 pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
-                vf = value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip) * share
+                vf = (
+                    value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip)
+                    * share
+                )
                 entropy = scores["entropy"].sum() / tokens
                 loss = config.value_coef * vf
                 if not warming:
@@ -311,7 +356,9 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
                         loss = loss + config.kl_coef * 0.5 * squared
                 if config.kl_coef:
                     with torch.no_grad():
-                        sums["kl_to_init"] += ((kl_estimate(scores["logp"], part["initial_logp"]) * part["mask"]).sum() / tokens).item()
+                        sums["kl_to_init"] += (
+                            (kl_estimate(scores["logp"], part["initial_logp"]) * part["mask"]).sum() / tokens
+                        ).item()
                 policy.backward(loss, last=k == len(microbatches) - 1)
                 minibatch_loss += loss.item()
                 with torch.no_grad():
@@ -320,45 +367,87 @@ def update(policy, optimizers: list[torch.optim.Optimizer], batch: dict[str, Any
                     sums["policy_loss"] += pg.item()
                     sums["value_loss"] += vf.item()
                     sums["entropy"] += entropy.item()
-                    sums["approx_kl"] += (masked_mean(kl_estimate(part["old_logp"], logp), act) * share).item()
-                    sums["clip_fraction"] += (masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share).item()
+                    sums["approx_kl"] += (
+                        masked_mean(kl_estimate(part["old_logp"], logp), act) * share
+                    ).item()
+                    sums["clip_fraction"] += (
+                        masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
+                    ).item()
                     if not norms:
                         first_ratio = max(first_ratio or 0.0, ((ratio - 1).abs() * act).max().item())
             norms.append(policy.step(optimizers, config.max_grad_norm, policy.sum(minibatch_loss)[0]))
     names = sorted(sums)
-    means = {name: total / len(norms) for name, total in zip(names, policy.sum(*(sums[name] for name in names)))}
-    return means | {"grad_norm": sum(norms) / len(norms), "largest_ratio": policy.largest(largest),
-                    "first_ratio_error": policy.largest(first_ratio)}  # fmt: skip
+    means = {
+        name: total / len(norms) for name, total in zip(names, policy.sum(*(sums[name] for name in names)))
+    }
+    return means | {
+        "grad_norm": sum(norms) / len(norms),
+        "largest_ratio": policy.largest(largest),
+        "first_ratio_error": policy.largest(first_ratio),
+    }
 
 
-def episode_metrics(policy, streams: list[list], episodes: list[envs.Episode], batch: dict[str, Any], config: PPOConfig,
-                    names: Sequence[str]) -> dict[str, float]:  # fmt: skip
+def episode_metrics(
+    policy,
+    streams: list[list],
+    episodes: list[envs.Episode],
+    batch: dict[str, Any],
+    config: PPOConfig,
+    names: Sequence[str],
+) -> dict[str, float]:
     """What the rollout says, over all ranks: return, success, verdicts (`names`: those that the task knows), lengths, and how much of the
     return the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    discounted = sum(turn.reward * config.gamma**k for episode in episodes for k, turn in enumerate(episode.turns))
+    discounted = sum(
+        turn.reward * config.gamma**k for episode in episodes for k, turn in enumerate(episode.turns)
+    )
     verdicts = sorted(names)
     counts, rewards = Counter(turn.verdict for turn in turns), Counter()
     for turn in turns:
         rewards[turn.verdict] += turn.reward
     error, act = batch["returns"] - batch["old_values"], batch["actions"]
-    n, replies, solved, first, ret, tokens, actions, gap, error1, error2, return1, return2, *by_verdict = policy.sum(
-        len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and e.most_tries() == 1 for e in episodes), discounted,
-        sum(sum(stream.mask) for own in streams for stream in own), act.sum(), batch["sampler_gap"].sum(), (error * act).sum(), (error**2 * act).sum(),
-        (batch["returns"] * act).sum(), (batch["returns"] ** 2 * act).sum(),
-        *(counts[v] for v in verdicts), *(rewards[v] for v in verdicts))  # fmt: skip
+    n, replies, solved, first, ret, tokens, actions, gap, error1, error2, return1, return2, *by_verdict = (
+        policy.sum(
+            len(episodes),
+            len(turns),
+            sum(e.success for e in episodes),
+            sum(e.success and e.most_tries() == 1 for e in episodes),
+            discounted,
+            sum(sum(stream.mask) for own in streams for stream in own),
+            act.sum(),
+            batch["sampler_gap"].sum(),
+            (error * act).sum(),
+            (error**2 * act).sum(),
+            (batch["returns"] * act).sum(),
+            (batch["returns"] ** 2 * act).sum(),
+            *(counts[v] for v in verdicts),
+            *(rewards[v] for v in verdicts),
+        )
+    )
     variance = return2 / actions - (return1 / actions) ** 2
     return {
-        "return": ret / n, "success": solved / n, "first_success": first / n, "turns": replies / n, "reply_length": tokens / replies,
+        "return": ret / n,
+        "success": solved / n,
+        "first_success": first / n,
+        "turns": replies / n,
+        "reply_length": tokens / replies,
         "sampler_gap": gap / tokens,
-        "explained_variance": 1 - (error2 / actions - (error1 / actions) ** 2) / variance if variance > 0 else 0.0,
+        "explained_variance": 1 - (error2 / actions - (error1 / actions) ** 2) / variance
+        if variance > 0
+        else 0.0,
         **{f"share/{v}": c / replies for v, c in zip(verdicts, by_verdict)},
         **{f"reward/{v}": r / n for v, r in zip(verdicts, by_verdict[len(verdicts) :])},
-    }  # fmt: skip
+    }
 
 
-def train(policy, optimizers: list[torch.optim.Optimizer], environments: Sequence, config: PPOConfig,
-          step: int = 0, flops: float = 0.0) -> Iterator[dict]:  # fmt: skip
+def train(
+    policy,
+    optimizers: list[torch.optim.Optimizer],
+    environments: Sequence,
+    config: PPOConfig,
+    step: int = 0,
+    flops: float = 0.0,
+) -> Iterator[dict]:
     """Trains until `config.steps` updates or `config.flops`, and yields the metrics of every update.
 
     `environments` are this rank's, one episode each per update. `step` and `flops` are where a resumed run stands.
@@ -372,9 +461,19 @@ def train(policy, optimizers: list[torch.optim.Optimizer], environments: Sequenc
         scored = time.perf_counter()
         losses = update(policy, optimizers, batch, config, step)
         updated = time.perf_counter()
-        generated, trained, work = policy.sum(batch["mask"].sum(), batch["length"].sum() * config.epochs, policy.flops - spent)
+        generated, trained, work = policy.sum(
+            batch["mask"].sum(), batch["length"].sum() * config.epochs, policy.flops - spent
+        )
         step, flops = step + 1, flops + work
-        yield {"step": step, "flops": flops, "progress": max(step / config.steps, flops / config.flops), "lr": factor * config.lr,
-               **episode_metrics(policy, streams, episodes, batch, config, environments[0].rewards), **losses,
-               "rollout_tokens_per_s": generated / (rolled - clock), "update_tokens_per_s": trained / (updated - scored),
-               "seconds": updated - clock, "transcript": episodes[0].transcript()}  # fmt: skip
+        yield {
+            "step": step,
+            "flops": flops,
+            "progress": max(step / config.steps, flops / config.flops),
+            "lr": factor * config.lr,
+            **episode_metrics(policy, streams, episodes, batch, config, environments[0].rewards),
+            **losses,
+            "rollout_tokens_per_s": generated / (rolled - clock),
+            "update_tokens_per_s": trained / (updated - scored),
+            "seconds": updated - clock,
+            "transcript": episodes[0].transcript(),
+        }

@@ -52,7 +52,9 @@ def read_records(path: str, images: str | None = None) -> list[dict]:
     for i, record in enumerate(records):
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns or len(turns) % 2:
-            raise ValueError(f"{path}: record {i}: `conversations` must be a list of human and gpt turns in pairs")
+            raise ValueError(
+                f"{path}: record {i}: `conversations` must be a list of human and gpt turns in pairs"
+            )
         for j, turn in enumerate(turns):
             speaker = ("human", "gpt")[j % 2]
             if not isinstance(turn, dict) or turn.get("from") != speaker:
@@ -88,8 +90,14 @@ def epochs(records: list[dict], batch_size: int, seed: int) -> Callable[[int], l
     return batch
 
 
-def train(policy, optimizers: list, batch_of: Callable[[int], list[dict]], config: SFTConfig,
-          step: int = 0, flops: float = 0.0) -> Iterator[dict]:  # fmt: skip
+def train(
+    policy,
+    optimizers: list,
+    batch_of: Callable[[int], list[dict]],
+    config: SFTConfig,
+    step: int = 0,
+    flops: float = 0.0,
+) -> Iterator[dict]:
     """Trains until `config.steps` or `config.flops`, and yields the metrics of every step.
 
     `batch_of(step)` returns the records of the global batch; each rank takes its share. `step` and `flops` are where a resumed run
@@ -109,5 +117,13 @@ def train(policy, optimizers: list, batch_of: Callable[[int], list[dict]], confi
         loss_sum, spent, length = policy.sum(loss_sum, policy.flops - done, sum(map(len, streams)))
         grad_norm = policy.step(optimizers, config.max_grad_norm, loss_sum)
         step, flops = step + 1, flops + spent
-        yield {"step": step, "flops": flops, "progress": max(step / config.steps, flops / config.flops), "loss": loss_sum,
-               "grad_norm": grad_norm, "lr": factor * config.lr, "reply_tokens": int(total), "tokens": int(length)}  # fmt: skip
+        yield {
+            "step": step,
+            "flops": flops,
+            "progress": max(step / config.steps, flops / config.flops),
+            "loss": loss_sum,
+            "grad_norm": grad_norm,
+            "lr": factor * config.lr,
+            "reply_tokens": int(total),
+            "tokens": int(length),
+        }

@@ -64,10 +64,17 @@ CHAT_TEMPLATE = (
 )
 
 
-TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.45}  # of the visual tasks: a rank is about 10 pixels high
+TINY_PICTURES = {
+    "size": (128, 64),
+    "font_size": 0.36,
+    "jitter": 0.45,
+}  # of the visual tasks: a rank is about 10 pixels high
 TINY_WALKS = {"turns": 3, "points_per_leg": 1}  # about 6 waypoints a route
 TINY_VIEWS = {"view_size": 64, "panorama_width": 256}
-NAMED_CITIES = ("new york", envs.ANYWHERE)  # whose names the corpus of walks in pictures has: the test cities' are to be copied, letter by letter
+NAMED_CITIES = (
+    "new york",
+    envs.ANYWHERE,
+)  # whose names the corpus of walks in pictures has: the test cities' are to be copied, letter by letter
 
 
 @lru_cache(maxsize=None)  # drawing hands and walks takes seconds
@@ -75,9 +82,19 @@ def card_texts() -> list[str]:
     """What is said about cards, for the tokenizer."""
     rng = random.Random(0)
     records = [envs.foundation_record(rng) for _ in range(500)]
-    records += [envs.demonstration(envs.make("gp-l", variant, seed), 1) for variant in envs.FACE_RULES for seed in range(200)]
-    records += [envs.foundation_record(rng, TINY_PICTURES) for _ in range(300)] + [envs.reading_record(rng, **TINY_PICTURES) for _ in range(100)]
-    records += [envs.demonstration(envs.make("gp-vl", variant, seed, **TINY_PICTURES), 1) for variant in envs.FACE_RULES for seed in range(100)]
+    records += [
+        envs.demonstration(envs.make("gp-l", variant, seed), 1)
+        for variant in envs.FACE_RULES
+        for seed in range(200)
+    ]
+    records += [envs.foundation_record(rng, TINY_PICTURES) for _ in range(300)] + [
+        envs.reading_record(rng, **TINY_PICTURES) for _ in range(100)
+    ]
+    records += [
+        envs.demonstration(envs.make("gp-vl", variant, seed, **TINY_PICTURES), 1)
+        for variant in envs.FACE_RULES
+        for seed in range(100)
+    ]
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     formulas = ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "01", "1" * 300, "(" * 30, "1", "2")
     answers = [([], [], "")] + [(["A"] * 4, [1] * 4, formula) for formula in formulas]
@@ -91,13 +108,19 @@ def street_texts() -> list[str]:
     """What is said on a walk."""
     rng = random.Random(0)
     records = [envs.foundation_walk(rng, cities=NAMED_CITIES, **TINY_WALKS) for _ in range(500)]
-    records += [envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1) for variant in envs.VIRL.rules for seed in range(100)]
+    records += [
+        envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1)
+        for variant in envs.VIRL.rules
+        for seed in range(100)
+    ]
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     env = envs.make("virl-vl", **TINY_WALKS, **TINY_VIEWS)
     env.reset(seed=0)
     while not any(env.done):
         env.step(env.expert_reply())
-    rare = [envs.text_of(message["content"]) for message in env.messages]  # what only walks in pictures hear, and what few walkers do
+    rare = [
+        envs.text_of(message["content"]) for message in env.messages
+    ]  # what only walks in pictures hear, and what few walkers do
     for report, there in (("nothing", False), ("nothing", True), ("an intersection", False), (None, True)):
         reply = json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", ""))))
         here = envs.Waypoint((0, 0), 0, envs.NOTHING, there, "", "forward()")
@@ -108,7 +131,10 @@ def street_texts() -> list[str]:
 # By model, what its tokenizer learns from and, as a pattern, what stands alone in it.
 TINY_MODELS = {
     "tiny": (card_texts, r'(?<![0-9])1[0-3](?![0-9])|[0-9]|[-+*/()=]|\b[AJQK]\b|(?<=")[a-z]+(?=")'),
-    "tiny-streets": (street_texts, r'[0-9]+|(?:slightly )?(?:left|right)|(?:north|south)(?:east|west)?|east|west|\b[A-Z][a-z]+\b|(?<=")[a-z ]+(?=": )'),
+    "tiny-streets": (
+        street_texts,
+        r'[0-9]+|(?:slightly )?(?:left|right)|(?:north|south)(?:east|west)?|east|west|\b[A-Z][a-z]+\b|(?<=")[a-z ]+(?=": )',
+    ),
 }
 
 
@@ -123,35 +149,92 @@ def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.
     texts_of, alone = TINY_MODELS[name]
     texts, tokenizer = texts_of(), Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(alone), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+        [
+            pre_tokenizers.Split(Regex(alone), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<image>"] + [f"<|{role}|>" for role in ROLES]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
-                                                additional_special_tokens=special[2:], chat_template=CHAT_TEMPLATE)  # fmt: skip
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
     """A built-in model, one of TINY_MODELS: a Hugging Face Llava of about 1M parameters with random weights, and its processor. Needs no
     network."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
 
     tokenizer = build_tokenizer(name)
-    size, patch = 128, 32  # 16 patches; a picture of four cards, stretched to a square, has four for each card
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=size,
-                              patch_size=patch, projection_dim=64)  # fmt: skip
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
-                       max_position_embeddings=4096, initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None,
-                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-                         vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True)  # fmt: skip
+    size, patch = (
+        128,
+        32,
+    )  # 16 patches; a picture of four cards, stretched to a square, has four for each card
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=size,
+        patch_size=patch,
+        projection_dim=64,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-    images = CLIPImageProcessorPil(size={"height": size, "width": size}, crop_size={"height": size, "width": size})
-    processor = LlavaProcessor(images, tokenizer, patch_size=patch, vision_feature_select_strategy="full",
-                               num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)  # fmt: skip
+    images = CLIPImageProcessorPil(
+        size={"height": size, "width": size}, crop_size={"height": size, "width": size}
+    )
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
     return model, processor
 
 
@@ -194,7 +277,11 @@ class Stream:
 
 def best_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
@@ -209,7 +296,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-TRAINED = ("all", "language", "language+adapter")  # parts of a model; the adapter stands between vision tower and language model
+TRAINED = (
+    "all",
+    "language",
+    "language+adapter",
+)  # parts of a model; the adapter stands between vision tower and language model
 
 
 def _recomputed(forward, *args, **kwargs):
@@ -237,7 +328,11 @@ class RoundingAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    state |= {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
                 state["step"] += 1
                 t, grad = state["step"].item(), p.grad.float()
                 first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
@@ -248,7 +343,9 @@ class RoundingAdamW(torch.optim.Optimizer):
                 for stored, exact in ((state["exp_avg"], first), (state["exp_avg_sq"], second), (p, new)):
                     # bf16 is the upper half of fp32: a random lower half is added, and what it does not carry over is cut off
                     bits = exact.view(torch.int32)
-                    bits += torch.randint(0, 2**16, bits.shape, generator=dice, device=p.device, dtype=torch.int32)
+                    bits += torch.randint(
+                        0, 2**16, bits.shape, generator=dice, device=p.device, dtype=torch.int32
+                    )
                     bits &= -(2**16)
                     stored.copy_(exact)
 
@@ -330,10 +427,16 @@ class Decoding:
         self.lengths, self.positions = self.lengths + 1, self.positions + 1
         columns = self.cache.get_seq_length() + 1
         attention = left_padded(self.lengths, columns)
-        crossing = {} if self.tiles is None else {"cross_attention_mask": self.tiles.expand(-1, columns, -1, -1)}
+        crossing = (
+            {} if self.tiles is None else {"cross_attention_mask": self.tiles.expand(-1, columns, -1, -1)}
+        )
         out = self.model.base_model(
-            input_ids=ids, attention_mask=attention, position_ids=self.positions, past_key_values=self.cache,
-            use_cache=True, **crossing,
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            **crossing,
         )
         self.hidden = out.last_hidden_state[:, -1]
 
@@ -374,27 +477,49 @@ class Policy(nn.Module):
     tokens that stand for them in the text; Mllama's, which stand beside it, as 6 or 2 parameters of the vision tower per patch.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, processor: Any, rollout_dtype: torch.dtype | None = None,
-                 rollout_batch: int = 256, pictures: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        processor: Any,
+        rollout_dtype: torch.dtype | None = None,
+        rollout_batch: int = 256,
+        pictures: bool = False,
+    ):
         super().__init__()
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise ValueError("its tokenizer has no chat template; take a chat model, or add chat_template.jinja to its folder")
+            raise ValueError(
+                "its tokenizer has no chat template; take a chat model, or add chat_template.jinja to its folder"
+            )
         width = model.config.get_text_config().hidden_size
         layers = [max(64, width // 4), max(64, width // 8)]  # at the paper's width of 4096: 1024 and 512
-        self.value_head = nn.Sequential(nn.Linear(width, layers[0]), nn.ReLU(), nn.Linear(layers[0], layers[1]), nn.ReLU(),
-                                        nn.Linear(layers[1], 1)).float()  # fmt: skip
+        self.value_head = nn.Sequential(
+            nn.Linear(width, layers[0]),
+            nn.ReLU(),
+            nn.Linear(layers[0], layers[1]),
+            nn.ReLU(),
+            nn.Linear(layers[1], 1),
+        ).float()
         nn.init.zeros_(self.value_head[-1].weight)
         nn.init.zeros_(self.value_head[-1].bias)
-        self.rollout_dtype = rollout_dtype or (torch.bfloat16 if _fast_bfloat16(model.device) else model.dtype)
+        self.rollout_dtype = rollout_dtype or (
+            torch.bfloat16 if _fast_bfloat16(model.device) else model.dtype
+        )
         self.rollout_batch = rollout_batch
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         self.flops = 0.0
         self._sampler: nn.Module | None = None
         self._learn_template()
-        self.image_id = next((i for name in ("image_token_id", "image_token_index") if (i := getattr(model.config, name, None)) is not None), None)
+        self.image_id = next(
+            (
+                i
+                for name in ("image_token_id", "image_token_index")
+                if (i := getattr(model.config, name, None)) is not None
+            ),
+            None,
+        )
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_id
         self.max_length = longest_conversation(model.config.get_text_config())
         self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
@@ -425,17 +550,24 @@ class Policy(nn.Module):
             if out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{type(self.model).__name__} cannot be served: {type(error).__name__}: {reason}") from None
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be served: {type(error).__name__}: {reason}"
+            ) from None
         gap, self.flops = torch.cat(gaps).abs(), spent
         exact = self.model.dtype == torch.float32 and self.model.device.type == "cpu"
         if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
-            raise ValueError(f"{type(self.model).__name__} cannot be served: log-probabilities differ from its own by up to {gap.max():.2g}: it "
-                             "treats caches, positions or logits in a way that is not known here")  # fmt: skip
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be served: log-probabilities differ from its own by up to {gap.max():.2g}: it "
+                "treats caches, positions or logits in a way that is not known here"
+            )
 
     def _two_turns(self, pictures: bool) -> list[Stream]:
         """Two conversations whose given replies went through cached decoding; `logp` holds what that says of them."""
         image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
-        asked = [[{"role": "user", "content": envs.parts_of(text) if pictures else text}] for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
+        asked = [
+            [{"role": "user", "content": envs.parts_of(text) if pictures else text}]
+            for text in ("1?", "Make 24 from 1, 2, 3, 4.")
+        ]
         streams = self.open([(messages, image) for messages in asked])
         looks = self.look(self.model, [stream.picture for stream in streams]) if pictures else None
         pasts = [Past() for _ in streams]
@@ -444,7 +576,9 @@ class Policy(nn.Module):
             ids = torch.tensor([self.tokenize(["1 2 3 4 5 6 7 8 9 0"])[0][:5]] * 2, device=self.model.device)
             logps = []
             for t in range(5):
-                logps.append(self._log_probabilities(self.model, batch.hidden, 1.0).gather(-1, ids[:, t : t + 1]))
+                logps.append(
+                    self._log_probabilities(self.model, batch.hidden, 1.0).gather(-1, ids[:, t : t + 1])
+                )
                 batch.feed(ids[:, t : t + 1])
             for i, logp in zip(order, torch.cat(logps, 1).tolist()):
                 streams[i].reply(ids[0].tolist(), logp)
@@ -471,7 +605,9 @@ class Policy(nn.Module):
     # ---- loading, sharding, saving
 
     @classmethod
-    def load(cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options) -> "Policy":
+    def load(
+        cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options
+    ) -> "Policy":
         """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. The model's weights are
         of `dtype`, the value head's fp32; `options` are the constructor's. On the device "meta" it is an outline without weights. Raises
         ValueError in one line for what cannot be loaded or served."""
@@ -483,25 +619,37 @@ class Policy(nn.Module):
                 p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
         else:
             if not (folder := Path(name).is_dir()) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-                raise ValueError(f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, nor a Hub id (owner/name)")
+                raise ValueError(
+                    f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, nor a Hub id (owner/name)"
+                )
             try:
                 config = transformers.AutoConfig.from_pretrained(name)
                 processor = transformers.AutoProcessor.from_pretrained(name)
                 # For a vision-language model the causal class would silently drop the vision tower.
                 visual = hasattr(config, "vision_config")
-                auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
+                auto = (
+                    transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
+                )
                 if outline:
                     with device:
                         model = auto.from_config(config, dtype=dtype)
                 else:
-                    model, found = auto.from_pretrained(name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-                    if faults := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):  # the library would draw these at random
-                        raise ValueError(f"{len(faults)} of its weights are missing or of another shape than its config.json says, first {faults[0]}")
+                    model, found = auto.from_pretrained(
+                        name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                    )
+                    if faults := sorted(
+                        map(str, {*found["missing_keys"], *found["mismatched_keys"]})
+                    ):  # the library would draw these at random
+                        raise ValueError(
+                            f"{len(faults)} of its weights are missing or of another shape than its config.json says, first {faults[0]}"
+                        )
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 if out_of_memory(error):
                     raise
                 place = "" if folder else "there is no such folder, and as a Hub id it "
-                raise ValueError(f"model {name!r}: {place}cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+                raise ValueError(
+                    f"model {name!r}: {place}cannot be loaded: {' '.join(str(error).split())[:200]}"
+                ) from None
         try:
             if model.generation_config:
                 repair_generation_config(model.generation_config)
@@ -509,17 +657,23 @@ class Policy(nn.Module):
         except ValueError as error:
             raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
         if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-            raise ValueError(f"model {name!r}: its tokenizer has {len(policy.tokenizer)} tokens, its vocabulary {rows}")
+            raise ValueError(
+                f"model {name!r}: its tokenizer has {len(policy.tokenizer)} tokens, its vocabulary {rows}"
+            )
         head = Path(name) / "value_head.safetensors"
         if head.exists() and not outline:
             try:
                 policy.value_head.load_state_dict(load_file(head))
             except (RuntimeError, SafetensorError) as error:
-                raise ValueError(f"{head} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+                raise ValueError(
+                    f"{head} does not fit this model: {' '.join(str(error).split())[:200]}"
+                ) from None
         return policy
 
     @classmethod
-    def load_shards(cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options) -> "Policy":
+    def load_shards(
+        cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options
+    ) -> "Policy":
         """`load`, `choose` and `shard` for many processes: rank 0 alone reads the weights, into host memory, and sends each rank its parts,
         tensor by tensor. A collective call."""
         rank, device = dist.get_rank(), best_device()
@@ -527,7 +681,10 @@ class Policy(nn.Module):
         if rank == 0:
             try:
                 whole = cls.load(name, torch.device("cpu"), **options)
-                read = [None, (type(whole.model), whole.model.config, whole.model.generation_config, whole.processor)]
+                read = [
+                    None,
+                    (type(whole.model), whole.model.config, whole.model.generation_config, whole.processor),
+                ]
             except (ValueError, OSError) as error:  # all ranks end with it
                 read = [error, None]
         dist.broadcast_object_list(read)
@@ -540,10 +697,16 @@ class Policy(nn.Module):
         policy = cls(model, processor, **options).to("meta").choose(train, recompute).shard(param_dtype)
         policy.to_empty(device=device)
         policy.model.tie_weights()
-        set_model_state_dict(policy, whole.state_dict() if rank == 0 else {},
-                             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))  # fmt: skip
+        set_model_state_dict(
+            policy,
+            whole.state_dict() if rank == 0 else {},
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
         buffers = dict(whole.named_buffers()) if rank == 0 else {}
-        for key, buffer in policy.named_buffers():  # those too that no checkpoint holds, such as RoPE frequencies
+        for (
+            key,
+            buffer,
+        ) in policy.named_buffers():  # those too that no checkpoint holds, such as RoPE frequencies
             if rank == 0:
                 buffer.copy_(buffers[key])
             dist.broadcast(buffer, 0)
@@ -567,7 +730,13 @@ class Policy(nn.Module):
         backward pass in place of being kept, the vision tower's too: a third more work for a fraction of the memory. Before `shard`."""
         for name, p in self.model.named_parameters():
             parts = set(name.split("."))
-            part = "adapter" if parts & {"multi_modal_projector", "merger"} else "tower" if parts & {"vision_tower", "vision_model", "visual"} else "language"
+            part = (
+                "adapter"
+                if parts & {"multi_modal_projector", "merger"}
+                else "tower"
+                if parts & {"vision_tower", "vision_model", "visual"}
+                else "language"
+            )
             p.requires_grad_(train == "all" or part in train.split("+"))
         for block in self._blocks() if recompute else ():
             block.forward = partial(_recomputed, block.forward)
@@ -603,14 +772,20 @@ class Policy(nn.Module):
             if self.rank == 0:
                 state[name] = shared[x]
         if self.rank == 0:
-            part = {prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                    for prefix in ("model.", "value_head.")}  # fmt: skip
+            part = {
+                prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                for prefix in ("model.", "value_head.")
+            }
             self.model.save_pretrained(folder, state_dict=part["model."], max_shard_size="5GB")
             self.processor.save_pretrained(folder)
-            save_file({k: v.contiguous() for k, v in part["value_head."].items()}, folder / "value_head.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in part["value_head."].items()}, folder / "value_head.safetensors"
+            )
             shutil.rmtree(mapped)
 
-    def state(self, optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    def state(
+        self, optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Whole parameters and optimizer states by the parameter's name, in host memory, on rank 0 alone. A collective call, one tensor after
         the other. (torch's own functions for it make up states for parameters that had no gradient yet, and hold them twice.)"""
 
@@ -620,12 +795,21 @@ class Policy(nn.Module):
             return x.cpu() if self.rank == 0 else None
 
         parameters = dict(self.named_parameters())
-        states = {name: next((o.state[p] for o in optimizers if p in o.state), {}) for name, p in parameters.items()}
-        return ({name: whole(p) for name, p in parameters.items()},
-                {name: {key: whole(x) for key, x in state.items()} for name, state in states.items() if state})  # fmt: skip
+        states = {
+            name: next((o.state[p] for o in optimizers if p in o.state), {}) for name, p in parameters.items()
+        }
+        return (
+            {name: whole(p) for name, p in parameters.items()},
+            {name: {key: whole(x) for key, x in state.items()} for name, state in states.items() if state},
+        )
 
     @torch.no_grad()
-    def set_state(self, parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer], states: dict[str, dict[str, Tensor]]) -> None:
+    def set_state(
+        self,
+        parameters: dict[str, Tensor],
+        optimizers: list[torch.optim.Optimizer],
+        states: dict[str, dict[str, Tensor]],
+    ) -> None:
         """Takes over what `state` returned, on any number of ranks; every rank is given all of it."""
         self._reshard()
         names = {p: name for name, p in self.named_parameters()}
@@ -643,7 +827,11 @@ class Policy(nn.Module):
         for optimizer in optimizers:
             state = optimizer.state_dict()
             chosen = [p for group in optimizer.param_groups for p in group["params"]]
-            state["state"] = {i: {key: own(x, p) for key, x in states[names[p]].items()} for i, p in enumerate(chosen) if names[p] in states}
+            state["state"] = {
+                i: {key: own(x, p) for key, x in states[names[p]].items()}
+                for i, p in enumerate(chosen)
+                if names[p] in states
+            }
             optimizer.load_state_dict(state)
 
     # ---- text and tokens
@@ -651,7 +839,12 @@ class Policy(nn.Module):
     def render(self, messages: list[dict], reply_follows: bool = True) -> str:
         """The conversation as text by the model's own chat template."""
         if self._content_as_parts:  # templates of some vision-language models read nothing else
-            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m for m in messages]
+            messages = [
+                m | {"content": [{"type": "text", "text": m["content"]}]}
+                if isinstance(m["content"], str)
+                else m
+                for m in messages
+            ]
         template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
         try:
             return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
@@ -686,7 +879,10 @@ class Policy(nn.Module):
             self._content_as_parts = self._MARK not in self.render([asked])
         except ValueError:
             self._content_as_parts = True
-        self.opening, parts = self.render([asked]).split(self._MARK)[-1], self.render([asked, replied, asked]).split(self._MARK)
+        self.opening, parts = (
+            self.render([asked]).split(self._MARK)[-1],
+            self.render([asked, replied, asked]).split(self._MARK),
+        )
         if len(parts) != 4:
             raise ValueError("its chat template leaves out replies, or what is said after them")
         blank = parts[1].removeprefix(self.opening)
@@ -695,21 +891,33 @@ class Policy(nn.Module):
         marks = [k for k, token in enumerate(ids) if token in added and added[token].content.strip()]
         blank = self.tokenizer.decode(ids[: marks[0]]) if marks else "none"
         closing, self.end_blank = ([ids[marks[0]]], blank) if not blank.strip() else ([], "")
-        named = [self.tokenizer.eos_token_id, *_as_list(getattr(self.model.generation_config, "eos_token_id", None))]
+        named = [
+            self.tokenizer.eos_token_id,
+            *_as_list(getattr(self.model.generation_config, "eos_token_id", None)),
+        ]
         ends = closing + [token for token in named if token is not None]
         if not ends:
-            raise ValueError("its tokenizer has no eos token, and its chat template ends replies with no token of its own")
+            raise ValueError(
+                "its tokenizer has no eos token, and its chat template ends replies with no token of its own"
+            )
         self.end_id, self.end_ids, self.stop_ids = ends[0], set(ends), {*ends, *(ids[k] for k in marks)}
 
     def _continue(self, texts: list[str], before: str = "x") -> list[list[int]]:
         """Tokens of texts that go on where the text `before` ended: some tokenizers put a blank before a text, but not inside."""
-        (start, *whole), n = self.tokenize([before, *(before + text for text in texts)]), len(self.tokenize([before])[0])
+        (start, *whole), n = (
+            self.tokenize([before, *(before + text for text in texts)]),
+            len(self.tokenize([before])[0]),
+        )
         return [ids[n:] if ids[:n] == start else self.tokenize([text])[0] for ids, text in zip(whole, texts)]
 
     def extend(self, stream: Stream, feedback: str) -> None:
         """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized again. If the reply
         closed its turn, the template's end token stands already; if it was cut off, the end token joins as context."""
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": self._MARK}, {"role": "user", "content": feedback}]
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": self._MARK},
+            {"role": "user", "content": feedback},
+        ]
         self._go_on(stream, *self._continue([self.render(messages).split(self._MARK)[-1]]))
 
     def _go_on(self, stream: Stream, ids: list[int]) -> None:
@@ -718,10 +926,18 @@ class Policy(nn.Module):
         stream.context(ids[ids.index(self.end_id) + 1 :] if closed else ids)
 
     _ROLES = {"human": "user", "gpt": "assistant"}  # of the released data's speakers
-    _PICTURE_INPUTS = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "image_grid_thw"}  # of Llava, Mllama and Qwen-VL
+    _PICTURE_INPUTS = {
+        "pixel_values",
+        "aspect_ratio_ids",
+        "aspect_ratio_mask",
+        "image_grid_thw",
+    }  # of Llava, Mllama and Qwen-VL
 
-    def open(self, conversations: Sequence[tuple[list[dict], Image.Image | None]],
-             replies: Sequence[Sequence[list[int]]] | None = None) -> list[Stream]:  # fmt: skip
+    def open(
+        self,
+        conversations: Sequence[tuple[list[dict], Image.Image | None]],
+        replies: Sequence[Sequence[list[int]]] | None = None,
+    ) -> list[Stream]:
         """Token streams of conversations (messages, picture) that wait for their next reply; a picture belongs to the last message.
 
         `replies`: of each conversation the tokens of its last replies, which join as they are: no text that a model wrote becomes a
@@ -729,9 +945,14 @@ class Policy(nn.Module):
         place, or only some of the conversations have one.
         """
         replies = replies or [[] for _ in conversations]
-        texts = [self._around_replies(messages, len(said)) for (messages, _), said in zip(conversations, replies)]
-        prompts, pictures = self._last_parts([parts[-1] for parts in texts], [len(parts) > 1 for parts in texts],
-                                             [image for _, image in conversations])  # fmt: skip
+        texts = [
+            self._around_replies(messages, len(said)) for (messages, _), said in zip(conversations, replies)
+        ]
+        prompts, pictures = self._last_parts(
+            [parts[-1] for parts in texts],
+            [len(parts) > 1 for parts in texts],
+            [image for _, image in conversations],
+        )
         streams = [Stream(picture=picture) for picture in pictures]
         for stream, (*before, _), said, prompt in zip(streams, texts, replies, prompts):
             spoken = [*self.tokenize(before[:1]), *self._continue(before[1:]), prompt]
@@ -745,26 +966,43 @@ class Policy(nn.Module):
         """The template's text before the last n replies of a conversation, between them, and after the last."""
         places = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
         marked = places[len(places) - n :]
-        return self.render([m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]).split(self._MARK)
+        return self.render(
+            [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
+        ).split(self._MARK)
 
-    def _last_parts(self, texts: list[str], follow: list[bool], images: list[Image.Image | None]
-                    ) -> tuple[list[list[int]], list[dict[str, Tensor] | None]]:  # fmt: skip
+    def _last_parts(
+        self, texts: list[str], follow: list[bool], images: list[Image.Image | None]
+    ) -> tuple[list[list[int]], list[dict[str, Tensor] | None]]:
         """Tokens of the last parts of conversations, some of which follow a reply, and what the processor makes of their pictures."""
         shown = [image for image in images if image is not None]
         if not shown:
             alone, inside = self.tokenize(texts), self._continue(texts) if any(follow) else texts
             return [ids[after] for *ids, after in zip(alone, inside, follow)], [None] * len(texts)
         if len(shown) < len(texts):
-            raise ValueError(f"{len(texts) - len(shown)} of {len(texts)} conversations of a batch have no picture: all must have one, or none")
+            raise ValueError(
+                f"{len(texts) - len(shown)} of {len(texts)} conversations of a batch have no picture: all must have one, or none"
+            )
         if self.processor is self.tokenizer:
-            raise ValueError(f"{type(self.model).__name__} reads no pictures: choose a vision-language model, or a text task")
+            raise ValueError(
+                f"{type(self.model).__name__} reads no pictures: choose a vision-language model, or a text task"
+            )
         # What follows a reply is tokenized as in `_continue`; the BOS keeps Mllama's processor from writing one.
         before = f"{self.tokenizer.bos_token or ''}x"
-        out = self.processor(text=[before * after + text for text, after in zip(texts, follow)], images=[[image] for image in shown],
-                             add_special_tokens=False, padding=True, return_tensors="pt")  # fmt: skip
-        prompts = [row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))]
+        out = self.processor(
+            text=[before * after + text for text, after in zip(texts, follow)],
+            images=[[image] for image in shown],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        )
+        prompts = [
+            row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))
+        ]
         prompts = [ids[after * len(self.tokenize([before])[0]) :] for ids, after in zip(prompts, follow)]
-        for name in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length: `_tiles` and `_positions` make them for any
+        for name in (
+            "cross_attention_mask",
+            "mm_token_type_ids",
+        ):  # of the prompt's length: `_tiles` and `_positions` make them for any
             out.pop(name, None)
         if any(prompt.count(self.image_id) == 0 for prompt in prompts):
             raise ValueError("the chat template leaves out the picture's place")
@@ -772,7 +1010,9 @@ class Policy(nn.Module):
         if "image_grid_thw" in out:  # Qwen-VL: the patches of all pictures in one row
             rows["pixel_values"] = out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())
         if unknown := rows.keys() - self._PICTURE_INPUTS:
-            raise ValueError(f"{type(self.model).__name__} takes {', '.join(sorted(unknown))}, which is not known here")
+            raise ValueError(
+                f"{type(self.model).__name__} takes {', '.join(sorted(unknown))}, which is not known here"
+            )
         return prompts, [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
 
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
@@ -780,7 +1020,10 @@ class Policy(nn.Module):
         picture or its path. Replies before the message with the picture (its text has "<image>") are context: they answered other pictures.
         `loss_on`: "all" other replies, or the "last", whose forerunners then have mask 0. Raises ValueError for a demonstration that is
         longer than the model's positions reach."""
-        opened, read = [], []  # conversations up to the message with the picture, and how many turns those are
+        opened, read = (
+            [],
+            [],
+        )  # conversations up to the message with the picture, and how many turns those are
         for record in records:
             image, turns = record.get("image"), record["conversations"]
             if isinstance(image, str):
@@ -789,14 +1032,22 @@ class Policy(nn.Module):
                 except OSError as error:
                     raise ValueError(f"picture {image} cannot be read: {error}") from None
             shown = next((k for k in range(0, len(turns), 2) if image and "<image>" in turns[k]["value"]), 0)
-            messages = [{"role": self._ROLES[turn["from"]], "content": turn["value"]} for turn in turns[: shown + 1]]
+            messages = [
+                {"role": self._ROLES[turn["from"]], "content": turn["value"]} for turn in turns[: shown + 1]
+            ]
             if image:
                 messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
             opened.append((messages, image))
             read.append(shown + 1)
-        texts = [self.reply_start + turn["value"] + self.end_blank for r in records for turn in r["conversations"][1::2]]
+        texts = [
+            self.reply_start + turn["value"] + self.end_blank
+            for r in records
+            for turn in r["conversations"][1::2]
+        ]
         tokenized = iter(self._continue(texts, self.opening))
-        replies = [[next(tokenized) + [self.end_id] for _ in record["conversations"][1::2]] for record in records]
+        replies = [
+            [next(tokenized) + [self.end_id] for _ in record["conversations"][1::2]] for record in records
+        ]
         streams = self.open(opened, [own[: n // 2] for own, n in zip(replies, read)])
         for stream, record, own, n in zip(streams, records, replies, read):
             for k in range(n // 2, len(own)):
@@ -807,16 +1058,23 @@ class Policy(nn.Module):
                 stream.reply(own[k])
             places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
             if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
-                raise ValueError("a demonstration has a picture's place without a picture, or after its first message")
+                raise ValueError(
+                    "a demonstration has a picture's place without a picture, or after its first message"
+                )
             if len(stream) > self.max_length:
-                raise ValueError(f"a demonstration has {len(stream)} tokens, but the positions of {type(self.model).__name__} reach no "
-                                 f"farther than {self.max_length}")  # fmt: skip
+                raise ValueError(
+                    f"a demonstration has {len(stream)} tokens, but the positions of {type(self.model).__name__} reach no "
+                    f"farther than {self.max_length}"
+                )
         return streams
 
     def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
         """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
         lengths = torch.tensor([len(s) for s in streams])
-        ids, mask = torch.full((len(streams), int(lengths.max())), self.pad_id), torch.zeros(len(streams), int(lengths.max()))
+        ids, mask = (
+            torch.full((len(streams), int(lengths.max())), self.pad_id),
+            torch.zeros(len(streams), int(lengths.max())),
+        )
         for i, s in enumerate(streams):
             ids[i, : len(s)], mask[i, : len(s)] = torch.tensor(s.ids), torch.tensor(s.mask, dtype=torch.float)
         device = self.model.device
@@ -825,8 +1083,13 @@ class Policy(nn.Module):
 
     # ---- scoring
 
-    def forward(self, batch: dict[str, Any], temperature: float = 1.0, values: str | None = None,
-                entropy: bool = False) -> dict[str, Tensor]:  # fmt: skip
+    def forward(
+        self,
+        batch: dict[str, Any],
+        temperature: float = 1.0,
+        values: str | None = None,
+        entropy: bool = False,
+    ) -> dict[str, Tensor]:
         """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
 
         logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t] = V(s_t), read on the token before
@@ -839,8 +1102,14 @@ class Policy(nn.Module):
             pictures["cross_attention_mask"] = self._tiles(ids, pictures["aspect_ratio_mask"])
         if "image_grid_thw" in pictures:
             real = torch.arange(ids.shape[1], device=ids.device) < batch["length"][:, None]
-            pictures["position_ids"] = self._positions(self.model, ids, real.long(), pictures["image_grid_thw"])
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded):
+            pictures["position_ids"] = self._positions(
+                self.model, ids, real.long(), pictures["image_grid_thw"]
+            )
+        with torch.autocast(
+            ids.device.type,
+            torch.bfloat16,
+            enabled=ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded,
+        ):
             hidden = self.model.base_model(input_ids=ids, use_cache=False, **pictures).last_hidden_state
         self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()), pictures)
         hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
@@ -852,7 +1121,9 @@ class Policy(nn.Module):
 
         out = {"logp": place(chosen)}
         if values:
-            out["value"] = place(self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0])
+            out["value"] = place(
+                self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0]
+            )
         if entropy:
             out["entropy"] = place(-(logps.exp() * logps).sum(-1))
         return out
@@ -881,16 +1152,25 @@ class Policy(nn.Module):
     def _tiles(self, ids: Tensor, tiles: Tensor) -> Tensor:
         """Mllama's cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token sees the tiles in use.
         In bytes, for the library repeats it for every patch."""
-        return ((ids == self.image_id).cumsum(1)[:, :, None, None].clamp(max=1) * tiles[:, None]).to(torch.uint8)
+        return ((ids == self.image_id).cumsum(1)[:, :, None, None].clamp(max=1) * tiles[:, None]).to(
+            torch.uint8
+        )
 
     def _positions(self, model: nn.Module, ids: Tensor, attention: Tensor, grids: Tensor | None) -> Tensor:
         """Position of each token of ids [B, T]: its place in the row [B, T], or for Qwen-VL time, row and column in the picture [3, B, T]."""
         if grids is None:
             return (attention.cumsum(-1) - 1).clamp(min=0)
-        return model.base_model.get_rope_index(ids, mm_token_type_ids=(ids == self.image_id).int(), image_grid_thw=grids, attention_mask=attention)[0]
+        return model.base_model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == self.image_id).int(),
+            image_grid_thw=grids,
+            attention_mask=attention,
+        )[0]
 
     @torch.no_grad()
-    def look(self, model: nn.Module, pictures: Sequence[dict[str, Tensor]], chunk: int = 16) -> list[dict[str, Tensor]]:
+    def look(
+        self, model: nn.Module, pictures: Sequence[dict[str, Tensor]], chunk: int = 16
+    ) -> list[dict[str, Tensor]]:
         """What the vision tower and its projection make of pictures, "seen" [n, H] each: once per rollout, for all turns of an episode.
         `chunk` at a time: the 11B model's tower needs half a gigabyte for each."""
         looks: list[dict[str, Tensor]] = []
@@ -904,7 +1184,10 @@ class Policy(nn.Module):
                 looks += [{"seen": s, "tiles": t} for s, t in zip(seen, inputs["aspect_ratio_mask"])]
             else:  # Llava, Qwen-VL: it stands in the text
                 grids = inputs.get("image_grid_thw", [None] * len(pictures[i : i + chunk]))
-                looks += [{"seen": s, "grid": g} for s, g in zip(model.get_image_features(**inputs).pooler_output, grids)]
+                looks += [
+                    {"seen": s, "grid": g}
+                    for s, g in zip(model.get_image_features(**inputs).pooler_output, grids)
+                ]
         return looks
 
     # ---- sampling
@@ -940,8 +1223,16 @@ class Policy(nn.Module):
         return self._sampler
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator,
-               looks: Sequence[dict[str, Tensor]] | None = None, pasts: Sequence[Past] | None = None) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+        looks: Sequence[dict[str, Tensor]] | None = None,
+        pasts: Sequence[Past] | None = None,
+    ) -> list[tuple[list[int], list[float]]]:
         """Draws one reply per prompt: its token ids, end token included if it was drawn, and their log-probabilities.
 
         `model` comes from `rollout_weights()`, `looks` (the prompts' pictures) from `look`. Temperature 0 is greedy. Nothing is
@@ -957,16 +1248,22 @@ class Policy(nn.Module):
                 replies[i] = reply
         return replies
 
-    def _decode(self, model, prompts, looks, pasts, max_new_tokens, temperature, generator) -> list[tuple[list[int], list[float]]]:
+    def _decode(
+        self, model, prompts, looks, pasts, max_new_tokens, temperature, generator
+    ) -> list[tuple[list[int], list[float]]]:
         """The cached decode loop for one batch."""
         device, held = model.device, sum(past.length for past in pasts or ())
         stops = torch.tensor(sorted(self.stop_ids), device=device)
         drawn = torch.full((len(prompts), max_new_tokens), self.pad_id, device=device)
         logps = torch.zeros(len(prompts), max_new_tokens, device=device)
-        lengths = torch.tensor([min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts], device=device)
+        lengths = torch.tensor(
+            [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts], device=device
+        )
         order, batch = self._prefill(model, prompts, looks, pasts, max_new_tokens)
         rows = torch.tensor(order, device=device)
-        open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows of the batch that still write
+        open_ = torch.ones(
+            len(prompts), dtype=torch.bool, device=device
+        )  # rows of the batch that still write
         for t in range(max_new_tokens):
             if t:
                 batch.feed(ids)
@@ -974,7 +1271,9 @@ class Policy(nn.Module):
             if temperature:
                 # Inverse transform sampling: one uniform number per row, in double precision.
                 mass = logp.double().exp().cumsum(-1)
-                point = torch.rand(len(logp), 1, generator=generator, device=generator.device, dtype=torch.double).to(device)
+                point = torch.rand(
+                    len(logp), 1, generator=generator, device=generator.device, dtype=torch.double
+                ).to(device)
                 ids = torch.searchsorted(mass, point * mass[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
             else:
                 ids = logp.argmax(-1, keepdim=True)
@@ -985,7 +1284,9 @@ class Policy(nn.Module):
             still = int(open_.sum())
             if not still:
                 break
-            if still <= 0.75 * len(ids):  # finished rows leave the batch; each time the cache is copied, so not one by one
+            if still <= 0.75 * len(
+                ids
+            ):  # finished rows leave the batch; each time the cache is copied, so not one by one
                 keep = open_.nonzero()[:, 0]
                 batch.keep(keep)
                 ids, rows, open_ = ids[keep], rows[keep], open_[keep]
@@ -999,7 +1300,11 @@ class Policy(nn.Module):
         unread = [len(prompt) - h for prompt, h in zip(prompts, held)]
         parts: list[list[int]] = []
         for i in sorted(range(len(prompts)), key=lambda i: (held[i] > 0, unread[i])):
-            if not parts or (held[i] > 0) != (held[parts[-1][0]] > 0) or (len(parts[-1]) + 1) * unread[i] > PREFILL:
+            if (
+                not parts
+                or (held[i] > 0) != (held[parts[-1][0]] > 0)
+                or (len(parts[-1]) + 1) * unread[i] > PREFILL
+            ):
                 parts.append([])
             parts[-1].append(i)
         layers = model.config.get_text_config().num_hidden_layers
@@ -1029,24 +1334,40 @@ class Policy(nn.Module):
         [(3,) B, 1], Mllama's tiles [B, 1, 1, tiles], and by layer the keys and values of each row.
         """
         device, config = model.device, model.config.get_text_config()
-        pictured = getattr(config, "cross_attention_layers", ())  # Mllama's layers whose keys are the picture's and not the text's
+        pictured = getattr(
+            config, "cross_attention_layers", ()
+        )  # Mllama's layers whose keys are the picture's and not the text's
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         columns = int(lengths.max())
-        ids = torch.tensor([[self.pad_id] * (columns - len(prompt)) + prompt for prompt in prompts], device=device)
+        ids = torch.tensor(
+            [[self.pad_id] * (columns - len(prompt)) + prompt for prompt in prompts], device=device
+        )
         attention = left_padded(lengths, columns)
-        grids = torch.stack([look["grid"] for look in looks]) if looks and looks[0].get("grid") is not None else None
+        grids = (
+            torch.stack([look["grid"] for look in looks])
+            if looks and looks[0].get("grid") is not None
+            else None
+        )
         positions = self._positions(model, ids, attention, grids)[..., -new:]
-        cache = transformers.Cache(layers=[RoomyLayer(new if columns > new else 0) for _ in range(config.num_hidden_layers)])
+        cache = transformers.Cache(
+            layers=[RoomyLayer(new if columns > new else 0) for _ in range(config.num_hidden_layers)]
+        )
         if columns > new:
             before = [past.cut(max(0, len(prompt) - new)) for past, prompt in zip(pasts, prompts)]
             for k, layer in enumerate(cache.layers):
                 if k not in pictured:
                     layer.refill([past.layers[k] for past in before])
         inputs, tiles = self._inputs(model, ids, new, looks)
-        out = model.base_model(**inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = model.base_model(
+            **inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
+        )
         rows = [
-            [(keys, values) if k in pictured else (keys[:, -n:], values[:, -n:])
-             for keys, values, n in zip(layer.keys, layer.values, lengths.tolist())] if layer.is_initialized else []
+            [
+                (keys, values) if k in pictured else (keys[:, -n:], values[:, -n:])
+                for keys, values, n in zip(layer.keys, layer.values, lengths.tolist())
+            ]
+            if layer.is_initialized
+            else []
             for k, layer in enumerate(cache.layers)
         ]
         for b, past in enumerate(pasts or ()):
@@ -1060,14 +1381,24 @@ class Policy(nn.Module):
         if looks and "tiles" in looks[0]:
             mask = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
             pictures = torch.stack([look["seen"] for look in looks])
-            return {"input_ids": ids[:, -new:], "cross_attention_mask": mask, "cross_attention_states": pictures}, mask[:, -1:]
+            return {
+                "input_ids": ids[:, -new:],
+                "cross_attention_mask": mask,
+                "cross_attention_states": pictures,
+            }, mask[:, -1:]
         places = ids[:, -new:] == self.image_id
         if not looks or not places.any():
             return {"input_ids": ids[:, -new:]}, None
-        seen = torch.cat([look["seen"][len(look["seen"]) - n :] for look, n in zip(looks, places.sum(1).tolist())])
+        seen = torch.cat(
+            [look["seen"][len(look["seen"]) - n :] for look, n in zip(looks, places.sum(1).tolist())]
+        )
         if int((ids == self.image_id).sum()) != sum(len(look["seen"]) for look in looks):
             raise ValueError("the prompts have places for more or fewer parts of pictures than there are")
-        return {"inputs_embeds": model.get_input_embeddings()(ids[:, -new:]).masked_scatter(places[:, :, None], seen)}, None
+        return {
+            "inputs_embeds": model.get_input_embeddings()(ids[:, -new:]).masked_scatter(
+                places[:, :, None], seen
+            )
+        }, None
 
     def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Responder":
         """A player for `envs.play` that keeps the token streams of its conversations."""
@@ -1079,13 +1410,28 @@ class Policy(nn.Module):
 
     # ---- training
 
-    def optimizers(self, lr: float, value_lr: float = 0.0, betas=(0.9, 0.98), eps: float = 1e-7, weight_decay: float = 0.0,
-                   muon: bool = False) -> list[torch.optim.Optimizer]:  # fmt: skip
+    def optimizers(
+        self,
+        lr: float,
+        value_lr: float = 0.0,
+        betas=(0.9, 0.98),
+        eps: float = 1e-7,
+        weight_decay: float = 0.0,
+        muon: bool = False,
+    ) -> list[torch.optim.Optimizer]:
         """AdamW on what is trained of the model (RoundingAdamW if it is in bf16) and, if `value_lr` is given, on the value head at its own
         rate. With `muon`, the language model's fp32 matrices are trained by Muon at the same rate: pre-training from random weights takes
         about half the steps."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices = {p for name, p in self.model.named_parameters() if muon and p.ndim == 2 and p.dtype == torch.float32 and p.requires_grad and "language_model.layers" in name}
+        matrices = {
+            p
+            for name, p in self.model.named_parameters()
+            if muon
+            and p.ndim == 2
+            and p.dtype == torch.float32
+            and p.requires_grad
+            and "language_model.layers" in name
+        }
         settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         groups, optimizers = [], []
         if self.model.dtype == torch.bfloat16:
@@ -1098,7 +1444,9 @@ class Policy(nn.Module):
             optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
         if matrices:
             chosen = [p for p in trained if p in matrices]
-            optimizers.append(torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(
+                torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
         return optimizers
@@ -1188,7 +1536,9 @@ class Policy(nn.Module):
         Raises FloatingPointError if `loss` (already summed over ranks) or the norm is not finite: every rank decides alike, and the
         weights are still those of the last step.
         """
-        norm = nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(
+            [p for o in optimizers for g in o.param_groups for p in g["params"]], max_grad_norm
+        )
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
@@ -1229,7 +1579,12 @@ class Responder:
     or on a walk with pictures one for each waypoint, opened anew with the picture seen there and the words of the walk so far."""
 
     def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
-        self.policy, self.temperature, self.max_new_tokens, self.generator = policy, temperature, max_new_tokens, generator
+        self.policy, self.temperature, self.max_new_tokens, self.generator = (
+            policy,
+            temperature,
+            max_new_tokens,
+            generator,
+        )
         self.streams: dict[int, list[Stream]] = {}
         self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
         self.images: dict[int, Image.Image | None] = {}
@@ -1250,9 +1605,15 @@ class Responder:
         """One reply each; None where the conversation is as long as the model's positions reach. Raises ValueError for a first prompt of
         that length."""
         policy = self.policy
-        if not self.streams and len(indices) <= policy.rollout_batch:  # more caches than those of one batch might not find room
+        if (
+            not self.streams and len(indices) <= policy.rollout_batch
+        ):  # more caches than those of one batch might not find room
             self.pasts = {}
-        new = {i: o for i, o in zip(indices, observations) if i not in self.streams or self.images[i] is not o.image}
+        new = {
+            i: o
+            for i, o in zip(indices, observations)
+            if i not in self.streams or self.images[i] is not o.image
+        }
         conversations = [(o.messages, o.image) for o in new.values()]
         opened = dict(zip(new, policy.open(conversations, [self.said.get(i, []) for i in new])))
         if any(stream.picture for stream in opened.values()):
@@ -1260,9 +1621,15 @@ class Responder:
             self.looks |= dict(zip(opened, looks))
         ready = [i for i, o in zip(indices, observations) if self._listen(i, o, opened.get(i))]
         now = [self.streams[i][-1] for i in ready]
-        drawn = policy.sample(self._model, [stream.ids for stream in now], self.max_new_tokens, self.temperature, self.generator,
-                              [self.looks[i] for i in ready] if self.looks else None,
-                              [self.pasts[i] for i in ready] if self.pasts else None)  # fmt: skip
+        drawn = policy.sample(
+            self._model,
+            [stream.ids for stream in now],
+            self.max_new_tokens,
+            self.temperature,
+            self.generator,
+            [self.looks[i] for i in ready] if self.looks else None,
+            [self.pasts[i] for i in ready] if self.pasts else None,
+        )
         texts = {}
         for i, stream, (ids, logp) in zip(ready, now, drawn):
             stream.reply(ids, logp)
@@ -1286,14 +1653,18 @@ class Responder:
         if len(opened) < reach:
             self.streams.setdefault(i, []).append(opened)
         elif i not in self.streams:
-            raise ValueError(f"a prompt has {len(opened)} tokens, but the positions of {type(self.policy.model).__name__} reach no "
-                             f"farther than {reach}")  # fmt: skip
+            raise ValueError(
+                f"a prompt has {len(opened)} tokens, but the positions of {type(self.policy.model).__name__} reach no "
+                f"farther than {reach}"
+            )
         return len(opened) < reach
 
     def _kept(self, i: int, ids: list[int]) -> Past:
         """What the cache of environment i's last conversation holds of a new one: the words before either one's picture. Mllama's keeps
         nothing, for there all words know the picture."""
-        if i not in self.streams or getattr(self.policy.model.config.get_text_config(), "cross_attention_layers", ()):
+        if i not in self.streams or getattr(
+            self.policy.model.config.get_text_config(), "cross_attention_layers", ()
+        ):
             return Past()
         pairs = zip(self.streams[i][-1].ids[: self.pasts[i].length], ids[:-1])
         same = takewhile(lambda pair: pair[0] == pair[1] != self.policy.image_id, pairs)
@@ -1340,7 +1711,9 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         self.noted = self.insisted = False
         if threading.current_thread() is threading.main_thread():  # no other thread hears of signals
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def _note(self, number: int, frame) -> None:
@@ -1357,7 +1730,9 @@ def git_revision() -> str | None:
     """The revision of the source tree this module lies in, if it is one."""
     try:
         here = Path(__file__).resolve().parent
-        return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -1371,28 +1746,49 @@ class Run:
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.settings, self.config = folder, plain(settings), folder / "config.json"
         if self.config.exists() and (old := json.loads(self.config.read_text())["settings"]) != self.settings:
-            changed = sorted(k for k in old.keys() | self.settings.keys() if old.get(k) != self.settings.get(k))
-            raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove it")
+            changed = sorted(
+                k for k in old.keys() | self.settings.keys() if old.get(k) != self.settings.get(k)
+            )
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove it"
+            )
 
     def finished(self) -> bool:
         """Whether training came to its end."""
         lines = read_lines(self.folder / "metrics.jsonl")
-        return bool(lines) and lines[-1]["progress"] >= 1 and (self.folder / f"checkpoint-{lines[-1]['step']}").exists()
+        return (
+            bool(lines)
+            and lines[-1]["progress"] >= 1
+            and (self.folder / f"checkpoint-{lines[-1]['step']}").exists()
+        )
 
     def resume(self, policy: Policy, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
         """Writes config.json if the run is new. Loads the newest resume state, if there is one, and returns the step and the FLOPs it
         stands at; later lines of the logs are dropped."""
         if policy.rank == 0 and not self.config.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-            write_whole(self.config, json.dumps({"settings": self.settings, "versions": versions, "git": git_revision()}, indent=1))
+            versions = {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
+            write_whole(
+                self.config,
+                json.dumps(
+                    {"settings": self.settings, "versions": versions, "git": git_revision()}, indent=1
+                ),
+            )
         path = self.folder / "resume.pt"
         step, flops = 0, 0.0
         if path.exists():
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # one copy in memory for all ranks of a node
+                state = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=True
+                )  # one copy in memory for all ranks of a node
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; remove it to train from the start") from None
+                raise ValueError(
+                    f"{path} cannot be read: {' '.join(str(error).split())[:200]}; remove it to train from the start"
+                ) from None
             policy.set_state(state["model"], optimizers, state["optimizer"])
             step, flops = state["step"], state["flops"]
         if policy.rank == 0:
@@ -1400,7 +1796,9 @@ class Run:
                 if step_of(path) > step:
                     discard(path)
             for name in ("metrics.jsonl", "samples.jsonl"):
-                kept = [json.dumps(line) + "\n" for line in read_lines(self.folder / name) if line["step"] <= step]
+                kept = [
+                    json.dumps(line) + "\n" for line in read_lines(self.folder / name) if line["step"] <= step
+                ]
                 write_whole(self.folder / name, "".join(kept))
         return step, flops
 
@@ -1408,7 +1806,9 @@ class Run:
         """Appends one line of metrics; a transcript among them goes to samples.jsonl."""
         if policy_rank() == 0:
             sample = metrics.pop("transcript", None)
-            lines = {"metrics.jsonl": metrics} | ({"samples.jsonl": {"step": metrics["step"]} | sample} if sample else {})
+            lines = {"metrics.jsonl": metrics} | (
+                {"samples.jsonl": {"step": metrics["step"]} | sample} if sample else {}
+            )
             for name, line in lines.items():
                 with self._writing(name) as path, open(path, "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -1426,7 +1826,14 @@ class Run:
                     discard(final)
                 aside.rename(final)
 
-    def save_state(self, policy: Policy, optimizers: list[torch.optim.Optimizer], step: int, flops: float, keep: int | None = None) -> None:
+    def save_state(
+        self,
+        policy: Policy,
+        optimizers: list[torch.optim.Optimizer],
+        step: int,
+        flops: float,
+        keep: int | None = None,
+    ) -> None:
         """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step). Then all but the newest `keep`
         checkpoints may go."""
         model, optimizer = policy.state(optimizers)
@@ -1450,7 +1857,9 @@ class Run:
             if path.suffix == ".tmp":
                 shutil.rmtree(path, ignore_errors=True)
                 path.unlink(missing_ok=True)
-            raise NotSaved(f"{path.with_suffix('')} could not be written: {' '.join(str(error).split())[:200]}") from None
+            raise NotSaved(
+                f"{path.with_suffix('')} could not be written: {' '.join(str(error).split())[:200]}"
+            ) from None
 
 
 def plain(settings: dict) -> dict:
@@ -1471,11 +1880,23 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first. Other folders beside them are not the run's."""
-    return sorted((path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)), key=step_of)
+    return sorted(
+        (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)),
+        key=step_of,
+    )
 
 
-def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer], train, show: Sequence[str], save_every: int, count: int = 1,
-              keep: int | None = None, tensorboard: bool = False) -> None:  # fmt: skip
+def run_stage(
+    run: Run,
+    policy: Policy,
+    optimizers: list[torch.optim.Optimizer],
+    train,
+    show: Sequence[str],
+    save_every: int,
+    count: int = 1,
+    keep: int | None = None,
+    tensorboard: bool = False,
+) -> None:
     """Trains in a run folder, from where it stands to its end.
 
     `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are written, at progress (k / count)^2: denser
@@ -1489,7 +1910,10 @@ def run_stage(run: Run, policy: Policy, optimizers: list[torch.optim.Optimizer],
 
         board = SummaryWriter(run.folder / "tensorboard", purge_step=step + 1)
     name = "/".join(run.folder.parts[-2:])
-    reached = max((line["progress"] for line in read_lines(run.folder / "metrics.jsonl") if line["step"] <= step), default=0.0)
+    reached = max(
+        (line["progress"] for line in read_lines(run.folder / "metrics.jsonl") if line["step"] <= step),
+        default=0.0,
+    )
     with Interruption() as interruption, Progress(name, 100) as bar, board or contextlib.nullcontext():
         for metrics in train(step, flops):
             step, flops, progress = metrics["step"], metrics["flops"], metrics["progress"]
@@ -1527,7 +1951,9 @@ class Progress(tqdm):
 
     def reach(self, done: float, **figures: float) -> None:
         """So much of the total is done; `figures` stand behind the bar."""
-        self.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in figures.items()), refresh=False)
+        self.set_postfix_str(
+            " ".join(f"{name} {value:.3g}" for name, value in figures.items()), refresh=False
+        )
         self.update(done - self.n)
 
 
@@ -1545,7 +1971,15 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
     policy.streams(batch_of(0))  # what the model cannot read ends here, before there is a run folder
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
-    run_stage(run, policy, optimizers, lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops), SFT_SHOW, 50, **logs)
+    run_stage(
+        run,
+        policy,
+        optimizers,
+        lambda step, flops: sft.train(policy, optimizers, batch_of, config, step, flops),
+        SFT_SHOW,
+        50,
+        **logs,
+    )
 
 
 def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, **logs) -> None:
@@ -1555,13 +1989,23 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
         return
     policy = make_policy()
     if config.episodes % policy.world or config.minibatch_size % policy.world:
-        raise ValueError(f"--episodes {config.episodes} and --minibatch-size {config.minibatch_size} cannot be shared by {policy.world} ranks")
+        raise ValueError(
+            f"--episodes {config.episodes} and --minibatch-size {config.minibatch_size} cannot be shared by {policy.world} ranks"
+        )
     if config.kl_coef:
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, config.betas, config.eps, config.weight_decay)
     environments = [make_env() for _ in range(config.episodes // policy.world)]
     policy.streams([envs.demonstration(environments[0])])  # as in run_sft
-    run_stage(run, policy, optimizers, lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops), PPO_SHOW, 5, **logs)
+    run_stage(
+        run,
+        policy,
+        optimizers,
+        lambda step, flops: ppo.train(policy, optimizers, environments, config, step, flops),
+        PPO_SHOW,
+        5,
+        **logs,
+    )
 
 
 def fresh_batches(env, demonstrate, batch_size: int, label: str):
@@ -1590,7 +2034,10 @@ def foundation_batches(task: str, batch_size: int, options: dict):
             return [envs.foundation_walk(rng, cities=NAMED_CITIES, **chosen) for _ in range(batch_size)]
         if task == "gp-vl" and step % 3 == 1:
             return [envs.reading_record(rng, **options) for _ in range(batch_size)]
-        return [envs.foundation_record(rng, options if task == "gp-vl" and step % 3 == 2 else None) for _ in range(batch_size)]
+        return [
+            envs.foundation_record(rng, options if task == "gp-vl" and step % 3 == 2 else None)
+            for _ in range(batch_size)
+        ]
 
     return batch
 
@@ -1612,7 +2059,9 @@ class Study:
     verify_iter: int = 3  # of training and evaluation; the paper's 5 would double the time of a seed
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
-    options: dict = field(default_factory=dict)  # of the environments: what makes them small enough for the tiny model
+    options: dict = field(
+        default_factory=dict
+    )  # of the environments: what makes them small enough for the tiny model
     grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that `--search` tries for both arms
 
     def scaled(self, scale: float) -> "Study":
@@ -1628,14 +2077,25 @@ class Study:
 
 STUDIES = {
     "gp-l": Study(
-        base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True),
+        base=sft.SFTConfig(
+            lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True
+        ),
         init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60, loss_on="last"),
         sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=16, steps=10**9),
-        rl=ppo.PPOConfig(lr=2e-4, value_lr=3e-3, episodes=512, minibatch_size=64, microbatch_size=16, epochs=1, steps=10**9,
-                         warmup=0.1, max_new_tokens=48),
+        rl=ppo.PPOConfig(
+            lr=2e-4,
+            value_lr=3e-3,
+            episodes=512,
+            minibatch_size=64,
+            microbatch_size=16,
+            epochs=1,
+            steps=10**9,
+            warmup=0.1,
+            max_new_tokens=48,
+        ),
         flops=1.6e13,
     )
-}  # fmt: skip
+}
 STUDIES["gp-vl"] = replace(
     STUDIES["gp-l"],
     base=replace(STUDIES["gp-l"].base, steps=1200),
@@ -1647,15 +2107,24 @@ STUDIES["virl-l"] = Study(
     base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=220, warmup=0.05, muon=True),
     init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60),
     sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=8, steps=10**9),
-    rl=ppo.PPOConfig(lr=2e-4, value_lr=3e-3, episodes=256, minibatch_size=32, microbatch_size=8, epochs=1, steps=10**9, warmup=0.1,
-                     max_new_tokens=48),
+    rl=ppo.PPOConfig(
+        lr=2e-4,
+        value_lr=3e-3,
+        episodes=256,
+        minibatch_size=32,
+        microbatch_size=8,
+        epochs=1,
+        steps=10**9,
+        warmup=0.1,
+        max_new_tokens=48,
+    ),
     flops=1.6e13,
     count=4,
     hands=192,
     verify_iter=2,
     tiny="tiny-streets",
     options=TINY_WALKS,
-)  # fmt: skip
+)
 STUDIES["virl-vl"] = replace(
     STUDIES["virl-l"],
     base=replace(STUDIES["virl-l"].base, steps=800),
@@ -1665,30 +2134,50 @@ STUDIES["virl-vl"] = replace(
     count=3,
     hands=128,
     max_new_tokens=80,
-    options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,  # a walk has a row of tokens for each waypoint: shorter ones, or a seed would take hours
+    options=TINY_WALKS
+    | {"turns": 2}
+    | TINY_VIEWS,  # a walk has a row of tokens for each waypoint: shorter ones, or a seed would take hours
     grid=(1e-4, 2e-4, 5e-4, 1e-3),
 )
-SEARCH_SEEDS = (1000, 1001)  # the rates are chosen on these, which no study reports; one alone has chosen a rate at which other seeds broke down
+SEARCH_SEEDS = (
+    1000,
+    1001,
+)  # the rates are chosen on these, which no study reports; one alone has chosen a rate at which other seeds broke down
 
 
 def load_policy(args: argparse.Namespace, model: str, pictures: bool | None = None) -> Policy:
     """The policy on this process's device, sharded if there are several processes; `pictures` None: those of the task, if it has some."""
-    options = {"rollout_batch": args.rollout_batch, "pictures": args.task.endswith("-vl") if pictures is None else pictures}
+    options = {
+        "rollout_batch": args.rollout_batch,
+        "pictures": args.task.endswith("-vl") if pictures is None else pictures,
+    }
     if torch.cuda.is_available():
         gc.collect()  # a policy that is no longer used may hold the GPU's memory in reference cycles (FSDP's hooks, recomputed blocks)
     if dist.is_initialized():
         refuse_bfloat16_shards(args, dist.get_world_size())
-        return Policy.load_shards(model, torch.bfloat16 if torch.cuda.is_available() else torch.float32, args.train, args.recompute, **options)
-    return Policy.load(model, dtype=getattr(torch, args.weights), **options).choose(args.train, args.recompute)
+        return Policy.load_shards(
+            model,
+            torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            args.train,
+            args.recompute,
+            **options,
+        )
+    return Policy.load(model, dtype=getattr(torch, args.weights), **options).choose(
+        args.train, args.recompute
+    )
 
 
 def refuse_bfloat16_shards(args: argparse.Namespace, world: int) -> None:
     """Raises ValueError for bf16 weights on several processes, which RoundingAdamW does not serve."""
     if args.weights != "float32" and world > 1:
-        raise ValueError("--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16")
+        raise ValueError(
+            "--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16"
+        )
 
 
-def memory_plan(policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig | ppo.PPOConfig, recompute: bool = False) -> dict[str, float]:
+def memory_plan(
+    policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig | ppo.PPOConfig, recompute: bool = False
+) -> dict[str, float]:
     """What a run needs on each of so many GPUs, in bytes, by part. `policy` may be an outline, `stream` is a long conversation.
 
     Weights, gradients, optimizer states and cache are counted; activations are estimated with bf16 matrices and attention that keeps no scores:
@@ -1697,47 +2186,85 @@ def memory_plan(policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig
     stays; shards are gathered for the rollout alone, and for training block by block, but for the root (embedding and head). Where a rank
     accumulates over microbatches, it keeps whole fp32 gradients until they are reduced: a minibatch of one microbatch per rank needs none.
     """
-    text, trained = policy.model.config.get_text_config(), sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    text, trained = (
+        policy.model.config.get_text_config(),
+        sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
+    )
     word, samples = policy.model.dtype.itemsize, isinstance(config, ppo.PPOConfig)
     sizes = [sum(p.numel() for p in block.parameters()) for block in policy._blocks()]
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    entry = 2 * 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head  # bf16 key and value of a token in a layer
+    entry = (
+        2 * 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+    )  # bf16 key and value of a token in a layer
     crossing = len(getattr(text, "cross_attention_layers", ()))
     patches, tower = 0, 0.0  # of a picture, and what the vision tower keeps of it
     if stream.picture:
         vision = policy.model.config.vision_config
-        width, blocks = vision.hidden_size, (getattr(vision, "num_hidden_layers", None) or vision.depth) + getattr(vision, "num_global_layers", 0)
+        width, blocks = (
+            vision.hidden_size,
+            (getattr(vision, "num_hidden_layers", None) or vision.depth)
+            + getattr(vision, "num_global_layers", 0),
+        )
         patches = stream.picture["pixel_values"].numel() // (3 * vision.patch_size**2)
         tower = patches * width * (2 * blocks + 34 if recompute else 34 * blocks)
     blocks = text.num_hidden_layers
     per_token = text.hidden_size * (2 * blocks + 34 if recompute else 34 * blocks)
-    plan = {"weights": word * policy.parameter_count / gpus, "gradients": word * trained / gpus, "optimizer states": 2 * word * trained / gpus}
+    plan = {
+        "weights": word * policy.parameter_count / gpus,
+        "gradients": word * trained / gpus,
+        "optimizer states": 2 * word * trained / gpus,
+    }
     if samples and config.kl_coef:
         plan["initial weights"] = plan["weights"]
     copied = 2 * policy.parameter_count if samples and (gpus > 1 or word > 2) else 0
     if copied and gpus == 1:
         plan["copy to sample from"] = copied
     standing = sum(plan.values())
-    rows = max(1, min(config.microbatch_size, (per_step := (config.minibatch_size if samples else config.batch_size) // gpus)))
+    rows = max(
+        1,
+        min(
+            config.microbatch_size,
+            (per_step := (config.minibatch_size if samples else config.batch_size) // gpus),
+        ),
+    )
     if samples:
-        batch, pictures = min(policy.rollout_batch, config.episodes // gpus), config.episodes // gpus if stream.picture else 0
+        batch, pictures = (
+            min(policy.rollout_batch, config.episodes // gpus),
+            config.episodes // gpus if stream.picture else 0,
+        )
         if gpus > 1:
             plan["rollout: gathered weights"] = copied
-        plan["rollout: key-value cache"] = batch * entry * ((text.num_hidden_layers - crossing) * len(stream) + crossing * patches)
+        plan["rollout: key-value cache"] = (
+            batch * entry * ((text.num_hidden_layers - crossing) * len(stream) + crossing * patches)
+        )
         if batch == config.episodes // gpus:
             plan["rollout: caches kept for the next turn"] = plan["rollout: key-value cache"]
-        plan["rollout: pictures as seen"] = (pictures + batch * bool(pictures)) * (patches if crossing else stream.ids.count(policy.image_id)) * text.hidden_size * 2
+        plan["rollout: pictures as seen"] = (
+            (pictures + batch * bool(pictures))
+            * (patches if crossing else stream.ids.count(policy.image_id))
+            * text.hidden_size
+            * 2
+        )
     if gpus > 1:
         root = policy.parameter_count - sum(sizes)
-        plan["update: gathered blocks"] = (2 + 2 + 4) * root + 2 * (2 + 2 + 4) * max(sizes, default=0)  # weights, gradients, and what is reduced
+        plan["update: gathered blocks"] = (2 + 2 + 4) * root + 2 * (2 + 2 + 4) * max(
+            sizes, default=0
+        )  # weights, gradients, and what is reduced
         plan["update: whole gradients"] = 4 * trained if per_step > rows else 0
     elif word > 2:
-        plan["update: weights in bf16"] = 2 * policy.parameter_count  # autocast keeps them from forward to backward
+        plan["update: weights in bf16"] = (
+            2 * policy.parameter_count
+        )  # autocast keeps them from forward to backward
     else:
-        plan["step: largest parameter"] = 24 * max(p.numel() for p in policy.model.parameters())  # RoundingAdamW's fp32 copies
+        plan["step: largest parameter"] = 24 * max(
+            p.numel() for p in policy.model.parameters()
+        )  # RoundingAdamW's fp32 copies
     plan["update: activations"] = rows * (per_token * len(stream) + tower)
     plan["update: output head"] = rows * (6 if samples else 3) * 4 * sum(stream.mask) * text.vocab_size
-    peaks = {stage: standing + sum(size for name, size in plan.items() if name.startswith(stage)) for stage in ("rollout", "update", "step")}
+    peaks = {
+        stage: standing + sum(size for name, size in plan.items() if name.startswith(stage))
+        for stage in ("rollout", "update", "step")
+    }
     return plan | {"peak in the " + stage: size for stage, size in peaks.items() if size > standing}
 
 
@@ -1747,11 +2274,21 @@ def print_plan(args: argparse.Namespace, config: sft.SFTConfig | ppo.PPOConfig) 
     if gpus % 1 or gpus < 1:
         raise ValueError(f"--plan {gpus:g}: the number of GPUs must be a whole one")
     refuse_bfloat16_shards(args, int(gpus))
-    policy = Policy.load(args.model, torch.device("meta"), getattr(torch, args.weights), rollout_batch=args.rollout_batch).choose(args.train)
+    policy = Policy.load(
+        args.model, torch.device("meta"), getattr(torch, args.weights), rollout_batch=args.rollout_batch
+    ).choose(args.train)
     env = environment_of(args)
-    (stream,) = policy.streams([envs.demonstration(env, env.verify_iter - 1 if isinstance(config, ppo.PPOConfig) else args.wrong_turns)])
+    (stream,) = policy.streams(
+        [
+            envs.demonstration(
+                env, env.verify_iter - 1 if isinstance(config, ppo.PPOConfig) else args.wrong_turns
+            )
+        ]
+    )
     plan = memory_plan(policy, stream, int(gpus), config, args.recompute)
-    print(f"memory on each of {gpus:g} GPUs, GB: {policy.parameter_count / 1e9:.2f}e9 parameters, conversations of {len(stream)} tokens")
+    print(
+        f"memory on each of {gpus:g} GPUs, GB: {policy.parameter_count / 1e9:.2f}e9 parameters, conversations of {len(stream)} tokens"
+    )
     print("\n".join(f"{name:38} {size / 1e9:8.2f}" for name, size in plan.items()))
     needed = max(size for name, size in plan.items() if name.startswith("peak")) / 1e9
     fits = needed <= 0.9 * room  # the rest is CUDA's own, and fragmentation
@@ -1769,7 +2306,9 @@ def run_study(args: argparse.Namespace) -> None:
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
     for stage, lr in given.items():
         getattr(study, stage).lr = lr
-    if not (tiny := args.model in ("tiny", study.tiny)):  # pictures and routes of full size, and replies in a tokenizer that was not made for them
+    if not (
+        tiny := args.model in ("tiny", study.tiny)
+    ):  # pictures and routes of full size, and replies in a tokenizer that was not made for them
         study.options, study.max_new_tokens, study.rl.max_new_tokens = {}, 256, 256
     out.mkdir(parents=True, exist_ok=True)
     results = evaluate.Results(out / "results.jsonl")
@@ -1777,19 +2316,36 @@ def run_study(args: argparse.Namespace) -> None:
     if tiny:
         torch.manual_seed(0)
         corpus = foundation_batches(args.task, study.base.batch_size, study.options)
-        run_sft(lambda: load_policy(args, study.tiny), out / "base", corpus, study.base, {"stage": "base", "options": study.options})
+        run_sft(
+            lambda: load_policy(args, study.tiny),
+            out / "base",
+            corpus,
+            study.base,
+            {"stage": "base", "options": study.options},
+        )
         base = str(checkpoints(out / "base")[-1])
     if args.search:
         return search_rates(args, study, base, out)
     if tiny and args.task == "gp-vl":
         measure_reading(args, study, results, base)
-    chosen = "How the learning rates were chosen: README, \"The learning rates\"."
+    chosen = 'How the learning rates were chosen: README, "The learning rates".'
     note = f"Learning rates given on the command line: {given}." if given or not tiny else chosen
     if study.options:
-        usual = {name: p.default for kind in reversed(envs.TASKS[args.task].__mro__) for name, p in inspect.signature(kind.__init__).parameters.items()}
+        usual = {
+            name: p.default
+            for kind in reversed(envs.TASKS[args.task].__mro__)
+            for name, p in inspect.signature(kind.__init__).parameters.items()
+        }
         note += " For the tiny model the task is made smaller; its options, the defaults in brackets: "
         note += ", ".join(f"{name} {value} ({usual[name]})" for name, value in study.options.items()) + "."
-    settings = {"task": args.task, "model": args.model, "verify_iter": study.verify_iter, "hands": args.hands, "study": plain(asdict(study)), "note": note}
+    settings = {
+        "task": args.task,
+        "model": args.model,
+        "verify_iter": study.verify_iter,
+        "hands": args.hands,
+        "study": plain(asdict(study)),
+        "note": note,
+    }
     for seed in range(args.seeds):
         folder = out / f"seed-{seed}"
         init = train_init(args, study, base, folder, seed)
@@ -1821,57 +2377,125 @@ def maker(args: argparse.Namespace, study: Study, variant: str = "id", series: s
 
 def stage_settings(args: argparse.Namespace, study: Study, stage: str, model: str, seed: int) -> dict:
     """What config.json says of a stage, beside its own config."""
-    return {"task": args.task, "stage": stage, "model": place_in(args, model), "seed": seed, "verify_iter": study.verify_iter,
-            "options": study.options, "rollout_batch": args.rollout_batch, "train": args.train, "weights": args.weights}  # fmt: skip
+    return {
+        "task": args.task,
+        "stage": stage,
+        "model": place_in(args, model),
+        "seed": seed,
+        "verify_iter": study.verify_iter,
+        "options": study.options,
+        "rollout_batch": args.rollout_batch,
+        "train": args.train,
+        "weights": args.weights,
+    }
 
 
 def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
     """The shared start of both arms: a short SFT on imperfect ID demonstrations in the target form. Returns its checkpoint."""
-    batches = fresh_batches(maker(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}")
+    batches = fresh_batches(
+        maker(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}"
+    )
     settings = stage_settings(args, study, "init", base, seed)
     run_sft(lambda: load_policy(args, base), folder / "init", batches, study.init, settings)
     return str(checkpoints(folder / "init")[-1])
 
 
-def train_arm(args, study: Study, arm: str, init: str, folder: Path, seed: int, lr: float | None = None) -> None:
+def train_arm(
+    args, study: Study, arm: str, init: str, folder: Path, seed: int, lr: float | None = None
+) -> None:
     """One arm from the init, at the study's compute."""
     config = copy.deepcopy(getattr(study, arm))
     config.lr = lr or config.lr
     settings = stage_settings(args, study, arm, init, seed)
     if arm == "sft":
         batches = fresh_batches(maker(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
-        run_sft(lambda: load_policy(args, init), folder, batches, config, settings, count=study.count, tensorboard=args.tensorboard)
+        run_sft(
+            lambda: load_policy(args, init),
+            folder,
+            batches,
+            config,
+            settings,
+            count=study.count,
+            tensorboard=args.tensorboard,
+        )
     else:
         config.seed = seed
-        run_ppo(lambda: load_policy(args, init), folder, maker(args, study), config, settings, count=study.count, tensorboard=args.tensorboard)
+        run_ppo(
+            lambda: load_policy(args, init),
+            folder,
+            maker(args, study),
+            config,
+            settings,
+            count=study.count,
+            tensorboard=args.tensorboard,
+        )
 
 
-def measure(args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int) -> None:
+def measure(
+    args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int
+) -> None:
     """Evaluates what results.jsonl does not hold yet: the curves at temperature 1, their ends also greedily, and for the choice of
     SFT's best checkpoint its ID success on hands of its own."""
-    reference, variants, headline = load_policy(args, init), list(envs.TASKS[args.task].rules), evaluate.HEADLINES[args.task]
-    arms = [("base", Path(base)), ("init", Path(init))] + [(arm, path) for arm in ("sft", "rl") for path in checkpoints(folder / arm)]
+    reference, variants, headline = (
+        load_policy(args, init),
+        list(envs.TASKS[args.task].rules),
+        evaluate.HEADLINES[args.task],
+    )
+    arms = [("base", Path(base)), ("init", Path(init))] + [
+        (arm, path) for arm in ("sft", "rl") for path in checkpoints(folder / arm)
+    ]
 
     def point(arm: str, path: Path, series: str, variants: Sequence[str], temperature: float) -> None:
         owner = -1 if arm == "base" else seed
-        line = next((x for x in read_lines(path.parent / "metrics.jsonl") if f"checkpoint-{x['step']}" == path.name), {"step": 0, "flops": 0.0})
-        place = {"arm": arm, "seed": owner, "step": line["step"], "series": series, "temperature": temperature}
+        line = next(
+            (x for x in read_lines(path.parent / "metrics.jsonl") if f"checkpoint-{x['step']}" == path.name),
+            {"step": 0, "flops": 0.0},
+        )
+        place = {
+            "arm": arm,
+            "seed": owner,
+            "step": line["step"],
+            "series": series,
+            "temperature": temperature,
+        }
         missing = [v for v in variants if not results.find(**place, variant=v, episodes=args.hands)]
         policy = load_policy(args, str(path)) if missing else None
         for variant in missing:
             environments = [maker(args, study, variant, series)() for _ in range(args.hands)]
-            result, episodes = evaluate.evaluate(policy, environments, temperature, study.max_new_tokens, series,
-                                                 initial=reference if temperature else None)  # fmt: skip
-            results.add({"task": args.task, **place, "flops": line["flops"], "variant": variant, **result,
-                         "checkpoint": place_in(args, str(path))}, write=policy.rank == 0)  # fmt: skip
+            result, episodes = evaluate.evaluate(
+                policy,
+                environments,
+                temperature,
+                study.max_new_tokens,
+                series,
+                initial=reference if temperature else None,
+            )
+            results.add(
+                {
+                    "task": args.task,
+                    **place,
+                    "flops": line["flops"],
+                    "variant": variant,
+                    **result,
+                    "checkpoint": place_in(args, str(path)),
+                },
+                write=policy.rank == 0,
+            )
             if policy.rank == 0:
                 with open(Path(args.out) / "transcripts.jsonl", "a") as file:
                     for i, (env, episode) in enumerate(zip(environments, episodes[:2])):
                         pictures = {}
                         if env.image and not temperature:  # the ends of the curves, to be looked at
                             pictures = {"pictures": f"pictures/{owner}-{arm}-{line['step']}-{variant}/{i}"}
-                            save_pictures(env, episode, evaluate.start(env, series, i), Path(args.out) / pictures["pictures"])
-                        file.write(json.dumps(place | {"variant": variant} | pictures | episode.transcript()) + "\n")
+                            save_pictures(
+                                env,
+                                episode,
+                                evaluate.start(env, series, i),
+                                Path(args.out) / pictures["pictures"],
+                            )
+                        file.write(
+                            json.dumps(place | {"variant": variant} | pictures | episode.transcript()) + "\n"
+                        )
 
     with Progress(f"{folder.name}/evaluation", len(arms)) as bar:
         for arm, path in arms:
@@ -1888,12 +2512,23 @@ def measure(args, study: Study, results: evaluate.Results, folder: Path, base: s
 def measure_reading(args, study: Study, results: evaluate.Results, base: str) -> None:
     """How much better the tiny base reads black cards than red ones, on pictures of its reading corpus."""
     for variant, color in (("id", "black"), ("visual", "red")):
-        place = {"task": args.task, "arm": "base", "seed": -1, "step": 0, "series": "reading", "temperature": 0.0, "variant": variant}
+        place = {
+            "task": args.task,
+            "arm": "base",
+            "seed": -1,
+            "step": 0,
+            "series": "reading",
+            "temperature": 0.0,
+            "variant": variant,
+        }
         if not results.find(**place, episodes=args.hands):
             rng = random.Random(f"reading/{color}")
             records = [envs.reading_record(rng, **study.options, color=color) for _ in range(args.hands)]
             result = evaluate.reading(load_policy(args, base), records)
-            results.add({**place, "flops": 0.0, **result, "checkpoint": place_in(args, base)}, write=policy_rank() == 0)
+            results.add(
+                {**place, "flops": 0.0, **result, "checkpoint": place_in(args, base)},
+                write=policy_rank() == 0,
+            )
 
 
 def search_rates(args, study: Study, base: str, out: Path) -> None:
@@ -1912,12 +2547,19 @@ def search_rates(args, study: Study, base: str, out: Path) -> None:
         return results
 
     def line(arm: str, lr: float, of_seeds: list[list[dict]]) -> str:
-        cells = (", ".join(f"{100 * r[headline]:.1f} ± {100 * r[headline + '_se']:.1f}" for r in results) for results in zip(*of_seeds))
+        cells = (
+            ", ".join(f"{100 * r[headline]:.1f} ± {100 * r[headline + '_se']:.1f}" for r in results)
+            for results in zip(*of_seeds)
+        )
         return f"| {arm} | {lr:g} | {' | '.join(cells)} |"
 
-    lines = [f"{headline.replace('_', ' ')} on validation hands or routes, temperature 1, in percent, of seeds {', '.join(map(str, SEARCH_SEEDS))}", "",
-             f"| arm | learning rate | {' | '.join(variants)} |", "|---" * (2 + len(variants)) + "|",
-             line("init", study.init.lr, [measured(init) for init in inits.values()])]  # fmt: skip
+    lines = [
+        f"{headline.replace('_', ' ')} on validation hands or routes, temperature 1, in percent, of seeds {', '.join(map(str, SEARCH_SEEDS))}",
+        "",
+        f"| arm | learning rate | {' | '.join(variants)} |",
+        "|---" * (2 + len(variants)) + "|",
+        line("init", study.init.lr, [measured(init) for init in inits.values()]),
+    ]
     for arm in ("sft", "rl"):
         tried = []
         for lr in study.grid:
@@ -1935,20 +2577,33 @@ def search_rates(args, study: Study, base: str, out: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- the command line
 
 OPTION_HELP = {
-    "lr": "peak learning rate", "value_lr": "learning rate of the value head", "batch_size": "demonstrations per step, all ranks",
-    "loss_on": "the loss counts all replies of a multi-turn demonstration or the last one alone", "microbatch_size": "conversations per forward pass and rank",
+    "lr": "peak learning rate",
+    "value_lr": "learning rate of the value head",
+    "batch_size": "demonstrations per step, all ranks",
+    "loss_on": "the loss counts all replies of a multi-turn demonstration or the last one alone",
+    "microbatch_size": "conversations per forward pass and rank",
     "steps": "optimizer steps (sft) or updates (ppo)",
     "flops": "end the run at this compute, in FLOPs: 6 N per trained, 2 N per generated or scored token",
-    "warmup": "share of the run with rising learning rate", "max_grad_norm": "clip the global gradient norm at this",
-    "episodes": "episodes per update, all ranks", "minibatch_size": "episodes per optimizer step, all ranks",
-    "epochs": "passes over each batch of episodes", "gamma": "discount per turn", "lam": "lambda of GAE, per action",
-    "clip": "the ratio's clip range", "value_clip": "the value's clip range, in units of the return",
-    "value_coef": "weight of the value loss", "entropy_coef": "weight of the entropy bonus, in nats",
-    "kl_coef": "weight of the KL divergence to the initial policy, in nats", "ratio": "one ratio per token or per reply",
+    "warmup": "share of the run with rising learning rate",
+    "max_grad_norm": "clip the global gradient norm at this",
+    "episodes": "episodes per update, all ranks",
+    "minibatch_size": "episodes per optimizer step, all ranks",
+    "epochs": "passes over each batch of episodes",
+    "gamma": "discount per turn",
+    "lam": "lambda of GAE, per action",
+    "clip": "the ratio's clip range",
+    "value_clip": "the value's clip range, in units of the return",
+    "value_coef": "weight of the value loss",
+    "entropy_coef": "weight of the entropy bonus, in nats",
+    "kl_coef": "weight of the KL divergence to the initial policy, in nats",
+    "ratio": "one ratio per token or per reply",
     "thought_coef": "with --ratio reply: weight of the log-probability before the answer field",
-    "value_trunk": "whether the value loss also trains the language model", "value_warmup": "first updates that train the value head alone",
-    "temperature": "sampling temperature", "max_new_tokens": "longest reply, in tokens", "seed": "random seed",
-}  # fmt: skip
+    "value_trunk": "whether the value loss also trains the language model",
+    "value_warmup": "first updates that train the value head alone",
+    "temperature": "sampling temperature",
+    "max_new_tokens": "longest reply, in tokens",
+    "seed": "random seed",
+}
 CHOICES = {"loss_on": ("all", "last"), "ratio": ("token", "reply"), "value_trunk": ("detached", "shared")}
 
 
@@ -1966,7 +2621,9 @@ def number(kind: type, least: float = -math.inf, above: float = -math.inf, most:
     def read(text: str):
         value = kind(text)
         if not (least <= value <= most and value > above):
-            raise argparse.ArgumentTypeError(f"{text} is not " + " and ".join(f"{word} {x}" for word, x in limits if math.isfinite(x)))
+            raise argparse.ArgumentTypeError(
+                f"{text} is not " + " and ".join(f"{word} {x}" for word, x in limits if math.isfinite(x))
+            )
         return value
 
     read.__name__ = kind.__name__  # argparse names it in its messages
@@ -1978,9 +2635,14 @@ seed_number = number(int, least=0, most=2**32 - 1)
 
 
 READERS = (
-    dict.fromkeys(("batch_size", "microbatch_size", "minibatch_size", "steps", "episodes", "epochs", "max_new_tokens"), size)
+    dict.fromkeys(
+        ("batch_size", "microbatch_size", "minibatch_size", "steps", "episodes", "epochs", "max_new_tokens"),
+        size,
+    )
     | dict.fromkeys(("lr", "flops", "max_grad_norm", "clip", "value_clip", "temperature"), positive)
-    | dict.fromkeys(("value_lr", "value_coef", "entropy_coef", "kl_coef", "thought_coef"), number(float, least=0))
+    | dict.fromkeys(
+        ("value_lr", "value_coef", "entropy_coef", "kl_coef", "thought_coef"), number(float, least=0)
+    )
     | dict.fromkeys(("warmup", "gamma", "lam"), number(float, least=0, most=1))
     | {"seed": seed_number, "value_warmup": number(int, least=0)}
 )
@@ -1991,8 +2653,13 @@ def add_config(parser: argparse.ArgumentParser, config: type) -> None:
     group = parser.add_argument_group("training")
     for f in fields(config):
         if f.name in OPTION_HELP:
-            group.add_argument("--" + f.name.replace("_", "-"), type=READERS.get(f.name, type(f.default)), default=f.default, choices=CHOICES.get(f.name),
-                               help=f"{OPTION_HELP[f.name]} (default: %(default)s)")  # fmt: skip
+            group.add_argument(
+                "--" + f.name.replace("_", "-"),
+                type=READERS.get(f.name, type(f.default)),
+                default=f.default,
+                choices=CHOICES.get(f.name),
+                help=f"{OPTION_HELP[f.name]} (default: %(default)s)",
+            )
 
 
 def config_from(args: argparse.Namespace, config: type):
@@ -2002,115 +2669,348 @@ def config_from(args: argparse.Namespace, config: type):
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = Parser(prog="sftrl", description="SFT and PPO side by side: which one learns the rule? Every command explains itself with --help.")
+    parser = Parser(
+        prog="sftrl",
+        description="SFT and PPO side by side: which one learns the rule? Every command explains itself with --help.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--task", default="gp-l", metavar="NAME", help=f"the task: {', '.join(envs.TASKS)} (default: %(default)s)")
-        sub.add_argument("--threads", type=number(int, least=0), default=0, help="CPU threads; 0 takes all cores (default: %(default)s)")
-        sub.add_argument("--rollout-batch", type=size, default=256, help="conversations decoded together (default: %(default)s)")
+        sub.add_argument(
+            "--task",
+            default="gp-l",
+            metavar="NAME",
+            help=f"the task: {', '.join(envs.TASKS)} (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--threads",
+            type=number(int, least=0),
+            default=0,
+            help="CPU threads; 0 takes all cores (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--rollout-batch",
+            type=size,
+            default=256,
+            help="conversations decoded together (default: %(default)s)",
+        )
         sub.set_defaults(train="all", recompute=False, weights="float32", tensorboard=False)
         return sub
 
     def training(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--train", choices=TRAINED, default="all", help="the parts of a vision-language model that are trained (default: %(default)s)")
-        sub.add_argument("--weights", choices=("float32", "bfloat16"), default="float32",
-                         help="of the model in training; bfloat16, with bf16 optimizer states and stochastic rounding, halves the memory, on one GPU (default: %(default)s)")
-        sub.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too (needs the package tensorboard)")
-        sub.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory for a third more work")
+        sub.add_argument(
+            "--train",
+            choices=TRAINED,
+            default="all",
+            help="the parts of a vision-language model that are trained (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--weights",
+            choices=("float32", "bfloat16"),
+            default="float32",
+            help="of the model in training; bfloat16, with bf16 optimizer states and stochastic rounding, halves the memory, on one GPU (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--tensorboard",
+            action="store_true",
+            help="write the metrics for TensorBoard too (needs the package tensorboard)",
+        )
+        sub.add_argument(
+            "--recompute",
+            action="store_true",
+            help="activation checkpointing: less memory for a third more work",
+        )
 
     def hand(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("environment")
-        group.add_argument("--variant", default="id", metavar="NAME", help="id: J, Q, K are 10; rule: 11, 12, 13; visual: red suits (default: %(default)s)")
-        group.add_argument("--verify-iter", type=size, help="replies judged per hand, or per waypoint of a route (default: gp 5, virl 2)")
+        group.add_argument(
+            "--variant",
+            default="id",
+            metavar="NAME",
+            help="id: J, Q, K are 10; rule: 11, 12, 13; visual: red suits (default: %(default)s)",
+        )
+        group.add_argument(
+            "--verify-iter",
+            type=size,
+            help="replies judged per hand, or per waypoint of a route (default: gp 5, virl 2)",
+        )
         group.add_argument("--target", type=size, help="gp: the number to make (default: 24)")
         group.add_argument("--n-cards", type=size, help="gp: cards per hand (default: 4)")
         group.add_argument("--operators", help="gp: operators allowed (default: +-*/)")
-        group.add_argument("--replacement", action="store_true", default=None,
-                           help="gp: deal each rank by itself, as the paper's released code does")
-        group.add_argument("--color", help="gp-vl: suits in the deck, black, red or mixed (default: black; red with --variant visual)")
-        group.add_argument("--size", type=size, nargs=2, metavar=("WIDTH", "HEIGHT"), help="gp-vl: pixels of the picture (default: 1200 480)")
-        group.add_argument("--jitter", type=float, help="gp-vl: disorder of the cards, from 0 to 1 (default: 0.3)")
-        group.add_argument("--font-size", type=float, help="gp-vl: the ranks' share of a card's height (default: 0.17)")
-        group.add_argument("--prompt", metavar="FILE",
-                           help="gp: a prompt template of your own with the placeholders of envs.PROMPT; "
-                           "gp-l must state the cards, as $cards or $cards_list")
-        group.add_argument("--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)")
-        group.add_argument("--split", help="virl: of the built-in city's routes, train, valid or test (default: train)")
-        group.add_argument("--turns", type=size, help="virl: most turning points of a built-in route (default: 7)")
-        group.add_argument("--city", help=f"virl: {', '.join(envs.CITIES)}, or others, all but the first (default: new york; others with --variant visual)")
-        group.add_argument("--differences", nargs="*", metavar="GROUP", help=f"virl: in what a city differs from new york, of {', '.join(envs.DIFFERENCES)} (default: all)")
-        group.add_argument("--points-per-leg", type=number(int, least=0),
-                           help="virl: points between two turning points (default: 4)")
-        group.add_argument("--view-layout", help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)")
-        group.add_argument("--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)")
-        group.add_argument("--panorama-width", type=size, help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)")
-        group.add_argument("--tell-intersections", action=argparse.BooleanOptionalAction, help="virl-vl: say in words where there is an intersection (default: yes)")
-        group.add_argument("--drop", type=float, help="virl: probability that such a point is left out (default: 0.5)")
+        group.add_argument(
+            "--replacement",
+            action="store_true",
+            default=None,
+            help="gp: deal each rank by itself, as the paper's released code does",
+        )
+        group.add_argument(
+            "--color",
+            help="gp-vl: suits in the deck, black, red or mixed (default: black; red with --variant visual)",
+        )
+        group.add_argument(
+            "--size",
+            type=size,
+            nargs=2,
+            metavar=("WIDTH", "HEIGHT"),
+            help="gp-vl: pixels of the picture (default: 1200 480)",
+        )
+        group.add_argument(
+            "--jitter", type=float, help="gp-vl: disorder of the cards, from 0 to 1 (default: 0.3)"
+        )
+        group.add_argument(
+            "--font-size", type=float, help="gp-vl: the ranks' share of a card's height (default: 0.17)"
+        )
+        group.add_argument(
+            "--prompt",
+            metavar="FILE",
+            help="gp: a prompt template of your own with the placeholders of envs.PROMPT; "
+            "gp-l must state the cards, as $cards or $cards_list",
+        )
+        group.add_argument(
+            "--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)"
+        )
+        group.add_argument(
+            "--split", help="virl: of the built-in city's routes, train, valid or test (default: train)"
+        )
+        group.add_argument(
+            "--turns", type=size, help="virl: most turning points of a built-in route (default: 7)"
+        )
+        group.add_argument(
+            "--city",
+            help=f"virl: {', '.join(envs.CITIES)}, or others, all but the first (default: new york; others with --variant visual)",
+        )
+        group.add_argument(
+            "--differences",
+            nargs="*",
+            metavar="GROUP",
+            help=f"virl: in what a city differs from new york, of {', '.join(envs.DIFFERENCES)} (default: all)",
+        )
+        group.add_argument(
+            "--points-per-leg",
+            type=number(int, least=0),
+            help="virl: points between two turning points (default: 4)",
+        )
+        group.add_argument(
+            "--view-layout",
+            help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)",
+        )
+        group.add_argument(
+            "--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)"
+        )
+        group.add_argument(
+            "--panorama-width",
+            type=size,
+            help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)",
+        )
+        group.add_argument(
+            "--tell-intersections",
+            action=argparse.BooleanOptionalAction,
+            help="virl-vl: say in words where there is an intersection (default: yes)",
+        )
+        group.add_argument(
+            "--drop", type=float, help="virl: probability that such a point is left out (default: 0.5)"
+        )
 
-    sub = command("study", run_study, "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.")
-    sub.add_argument("--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)")
-    sub.add_argument("--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)")
-    sub.add_argument("--model", default="tiny", help="tiny (the task's own built-in model), a folder or a Hub id; those are their own base (default: %(default)s)")
-    sub.add_argument("--hands", type=size, help="evaluation hands, or routes, per point (default: gp 1024, virl-l 192, virl-vl 128)")
-    sub.add_argument("--scale", type=positive, default=1.0, help="length of every stage relative to the defaults (default: %(default)s)")
+    sub = command(
+        "study",
+        run_study,
+        "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.",
+    )
+    sub.add_argument(
+        "--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--model",
+        default="tiny",
+        help="tiny (the task's own built-in model), a folder or a Hub id; those are their own base (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--hands",
+        type=size,
+        help="evaluation hands, or routes, per point (default: gp 1024, virl-l 192, virl-vl 128)",
+    )
+    sub.add_argument(
+        "--scale",
+        type=positive,
+        default=1.0,
+        help="length of every stage relative to the defaults (default: %(default)s)",
+    )
     for stage in ("init", "sft", "rl"):
-        sub.add_argument(f"--{stage}-lr", type=positive, help=f"learning rate of the {stage} stage (default: the tiny model's)")
+        sub.add_argument(
+            f"--{stage}-lr",
+            type=positive,
+            help=f"learning rate of the {stage} stage (default: the tiny model's)",
+        )
     training(sub)
-    sub.add_argument("--search", action="store_true", help="only search the learning rates, on ID success and seeds of their own")
+    sub.add_argument(
+        "--search",
+        action="store_true",
+        help="only search the learning rates, on ID success and seeds of their own",
+    )
 
-    for name, run, config, text in (("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
-                                    ("ppo", command_ppo, ppo.PPOConfig, "Reinforcement learning with PPO against the verifier.")):  # fmt: skip
+    for name, run, config, text in (
+        ("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
+        ("ppo", command_ppo, ppo.PPOConfig, "Reinforcement learning with PPO against the verifier."),
+    ):
         sub = command(name, run, text)
-        sub.add_argument("--model", default="tiny", help="tiny, tiny-streets, a folder or a Hub id (default: %(default)s)")
-        sub.add_argument("--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on")
-        sub.add_argument("--plan", type=positive, nargs=2, metavar=("GPUS", "GB"), help="print what the run needs of so many GPUs of so many GB, and end")
-        sub.add_argument("--checkpoints", type=size, default=4, help="checkpoints written, denser early (default: %(default)s)")
-        sub.add_argument("--keep", type=size, metavar="K", help="keep the newest K checkpoints alone (default: all)")
+        sub.add_argument(
+            "--model", default="tiny", help="tiny, tiny-streets, a folder or a Hub id (default: %(default)s)"
+        )
+        sub.add_argument(
+            "--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on"
+        )
+        sub.add_argument(
+            "--plan",
+            type=positive,
+            nargs=2,
+            metavar=("GPUS", "GB"),
+            help="print what the run needs of so many GPUs of so many GB, and end",
+        )
+        sub.add_argument(
+            "--checkpoints",
+            type=size,
+            default=4,
+            help="checkpoints written, denser early (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--keep", type=size, metavar="K", help="keep the newest K checkpoints alone (default: all)"
+        )
         training(sub)
         hand(sub)
         add_config(sub, config)
         if name == "sft":
-            sub.add_argument("--demos", metavar="FILE", help="demonstrations in the released JSON format, in place of the expert's")
-            sub.add_argument("--images", metavar="DIR", help="the folder of the demonstrations' pictures (default: that of --demos)")
-            sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
+            sub.add_argument(
+                "--demos",
+                metavar="FILE",
+                help="demonstrations in the released JSON format, in place of the expert's",
+            )
+            sub.add_argument(
+                "--images",
+                metavar="DIR",
+                help="the folder of the demonstrations' pictures (default: that of --demos)",
+            )
+            sub.add_argument(
+                "--wrong-turns",
+                type=int,
+                default=0,
+                help="wrong replies before the expert's (default: %(default)s)",
+            )
             sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
 
-    sub = command("evaluate", command_evaluate, "Success of one checkpoint, with standard errors and sample transcripts.")
+    sub = command(
+        "evaluate",
+        command_evaluate,
+        "Success of one checkpoint, with standard errors and sample transcripts.",
+    )
     sub.add_argument("--model", required=True, help="tiny, tiny-streets, a folder or a Hub id")
-    sub.add_argument("--episodes", type=size, help="hands, or routes in their order (default: 234 hands, as in the paper, or all routes)")
-    sub.add_argument("--temperature", type=number(float, least=0), default=1.0, help="sampling temperature; 0 is greedy (default: %(default)s)")
-    sub.add_argument("--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)")
-    sub.add_argument("--transcripts", type=number(int, least=0), default=2, help="episodes to print (default: %(default)s)")
+    sub.add_argument(
+        "--episodes",
+        type=size,
+        help="hands, or routes in their order (default: 234 hands, as in the paper, or all routes)",
+    )
+    sub.add_argument(
+        "--temperature",
+        type=number(float, least=0),
+        default=1.0,
+        help="sampling temperature; 0 is greedy (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--transcripts", type=number(int, least=0), default=2, help="episodes to print (default: %(default)s)"
+    )
     sub.add_argument("--save", metavar="DIR", help="visual tasks: write the pictures of those episodes")
-    sub.add_argument("--pictures", choices=evaluate.PICTURES, default="own", help="visual tasks: a control that shows others instead (default: %(default)s)")
+    sub.add_argument(
+        "--pictures",
+        choices=evaluate.PICTURES,
+        default="own",
+        help="visual tasks: a control that shows others instead (default: %(default)s)",
+    )
     hand(sub)
 
-    sub = command("play", command_play, "One episode for the eye: prompt, expert reply, and the verdict on a reply.")
-    sub.add_argument("--reply", action="append", default=[], metavar="TEXT", help="judge this reply; may be given several times")
+    sub = command(
+        "play", command_play, "One episode for the eye: prompt, expert reply, and the verdict on a reply."
+    )
+    sub.add_argument(
+        "--reply",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="judge this reply; may be given several times",
+    )
     sub.add_argument("--model", help="let this model play the episode")
     sub.add_argument("--cards", metavar="RANKS", help='gp: deal this hand, for example "A 3 K 10"')
     sub.add_argument("--route", type=number(int, least=0), metavar="N", help="virl: walk this route")
     sub.add_argument("--save", metavar="FILE", help="write the picture of a visual task")
-    sub.add_argument("--temperature", type=number(float, least=0), default=1.0, help="the model's sampling temperature (default: %(default)s)")
-    sub.add_argument("--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)")
+    sub.add_argument(
+        "--temperature",
+        type=number(float, least=0),
+        default=1.0,
+        help="the model's sampling temperature (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)"
+    )
     sub.add_argument("--seed", type=seed_number, default=0, help="which episode (default: %(default)s)")
     hand(sub)
 
-    sub = command("data", command_data, "Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes.")
-    sub.add_argument("--out", required=True, metavar="PATH", help="demonstrations: the JSON file to write, for virl FILE.json; virl: the folder for the "
-                     "built-in city, its routes and, for virl-vl, its panoramas")  # fmt: skip
-    sub.add_argument("--episodes", type=size, help="demonstrations, or routes of a city (default: 1000, or all routes)")
-    sub.add_argument("--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)")
-    sub.add_argument("--seed", type=seed_number, default=0, help="random seed, of a city too: 0 is the study's (default: %(default)s)")
+    sub = command(
+        "data",
+        command_data,
+        "Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes.",
+    )
+    sub.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="demonstrations: the JSON file to write, for virl FILE.json; virl: the folder for the "
+        "built-in city, its routes and, for virl-vl, its panoramas",
+    )
+    sub.add_argument(
+        "--episodes", type=size, help="demonstrations, or routes of a city (default: 1000, or all routes)"
+    )
+    sub.add_argument(
+        "--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="random seed, of a city too: 0 is the study's (default: %(default)s)",
+    )
     hand(sub)
     return parser
 
 
-TASK_OPTIONS = ("verify_iter", "target", "n_cards", "operators", "replacement", "prompt", "color", "size", "jitter", "font_size", "data",
-                "split", "turns", "city", "differences", "points_per_leg", "drop", "view_layout", "view_size", "panorama_width", "tell_intersections")  # fmt: skip
+TASK_OPTIONS = (
+    "verify_iter",
+    "target",
+    "n_cards",
+    "operators",
+    "replacement",
+    "prompt",
+    "color",
+    "size",
+    "jitter",
+    "font_size",
+    "data",
+    "split",
+    "turns",
+    "city",
+    "differences",
+    "points_per_leg",
+    "drop",
+    "view_layout",
+    "view_size",
+    "panorama_width",
+    "tell_intersections",
+)
 
 
 load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
@@ -2122,8 +3022,12 @@ def environment_of(args: argparse.Namespace):
     if args.prompt:
         options["prompt"] = Path(args.prompt).read_text(encoding="utf-8-sig")
     if args.data and issubclass(envs.TASKS.get(args.task, object), envs.VIRL):
-        if lost := [name for name in ("split", "turns", "city", "differences", "panorama_width") if name in options]:
-            raise ValueError(f"--{lost[0].replace('_', '-')} is for built-in streets; those of --data are what they are")
+        if lost := [
+            name for name in ("split", "turns", "city", "differences", "panorama_width") if name in options
+        ]:
+            raise ValueError(
+                f"--{lost[0].replace('_', '-')} is for built-in streets; those of --data are what they are"
+            )
         options["data"] = load_world_once(args.data, args.task == "virl-vl")
     return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
 
@@ -2132,13 +3036,18 @@ def wrong_turns_fit(args: argparse.Namespace):
     """The environment of demonstrations, if its budget leaves room for a right reply."""
     env = environment_of(args)
     if not 0 <= args.wrong_turns < env.verify_iter:
-        raise ValueError(f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {env.verify_iter}")
+        raise ValueError(
+            f"--wrong-turns {args.wrong_turns} must be at least 0 and below --verify-iter {env.verify_iter}"
+        )
     return env
 
 
 def environment_settings(args: argparse.Namespace) -> dict:
     """What config.json says of a run's task."""
-    return {name: getattr(args, name) for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch", "train", "weights")}
+    return {
+        name: getattr(args, name)
+        for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch", "train", "weights")
+    }
 
 
 def logs_of(args: argparse.Namespace) -> dict:
@@ -2156,10 +3065,27 @@ def command_sft(args: argparse.Namespace) -> None:
         records = sft.read_records(args.demos, args.images)
         batches, pictures = sft.epochs(records, config.batch_size, args.seed), bool(records[0].get("image"))
     else:
-        batches = fresh_batches(wrong_turns_fit(args), lambda env: envs.demonstration(env, args.wrong_turns), config.batch_size, f"sft/{args.seed}")
+        batches = fresh_batches(
+            wrong_turns_fit(args),
+            lambda env: envs.demonstration(env, args.wrong_turns),
+            config.batch_size,
+            f"sft/{args.seed}",
+        )
     torch.manual_seed(args.seed)
-    settings = environment_settings(args) | {"demos": args.demos, "images": args.images, "wrong_turns": args.wrong_turns, "seed": args.seed}
-    run_sft(lambda: load_policy(args, args.model, pictures), Path(args.out), batches, config, settings, **logs_of(args))
+    settings = environment_settings(args) | {
+        "demos": args.demos,
+        "images": args.images,
+        "wrong_turns": args.wrong_turns,
+        "seed": args.seed,
+    }
+    run_sft(
+        lambda: load_policy(args, args.model, pictures),
+        Path(args.out),
+        batches,
+        config,
+        settings,
+        **logs_of(args),
+    )
 
 
 def command_ppo(args: argparse.Namespace) -> None:
@@ -2169,7 +3095,14 @@ def command_ppo(args: argparse.Namespace) -> None:
     if args.plan:
         return print_plan(args, config)
     torch.manual_seed(args.seed)
-    run_ppo(lambda: load_policy(args, args.model), Path(args.out), lambda: environment_of(args), config, environment_settings(args), **logs_of(args))
+    run_ppo(
+        lambda: load_policy(args, args.model),
+        Path(args.out),
+        lambda: environment_of(args),
+        config,
+        environment_settings(args),
+        **logs_of(args),
+    )
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
@@ -2182,13 +3115,30 @@ def command_evaluate(args: argparse.Namespace) -> None:
     policy = load_policy(args, args.model)
     policy.streams([envs.demonstration(env)])  # what the model cannot read ends here
     with Progress("evaluation", n // policy.world) as bar:
-        result, episodes = evaluate.evaluate(policy, environments, args.temperature, args.max_new_tokens, pictures=args.pictures, watch=bar.reach)
+        result, episodes = evaluate.evaluate(
+            policy,
+            environments,
+            args.temperature,
+            args.max_new_tokens,
+            pictures=args.pictures,
+            watch=bar.reach,
+        )
     if policy.rank == 0:
         for i, episode in enumerate(episodes[: args.transcripts]):
             print_transcript(episode)
             if args.save:
-                save_pictures(environments[i], episode, evaluate.start(environments[i], "test", i), Path(args.save) / str(i))
-        print(json.dumps({key: value for key, value in result.items() if key not in evaluate.MEASURES.values()}, indent=1))
+                save_pictures(
+                    environments[i],
+                    episode,
+                    evaluate.start(environments[i], "test", i),
+                    Path(args.save) / str(i),
+                )
+        print(
+            json.dumps(
+                {key: value for key, value in result.items() if key not in evaluate.MEASURES.values()},
+                indent=1,
+            )
+        )
 
 
 def print_transcript(episode: envs.Episode) -> None:
@@ -2217,7 +3167,9 @@ def command_play(args: argparse.Namespace) -> None:
     for option, value, fits in (("route", args.route, streets), ("cards", args.cards, not streets)):
         if value is not None and not fits:
             raise ValueError(f"--{option} is not for task {args.task!r}")
-    observation, info = env.reset(options={"cards": args.cards.replace(",", " ").split() if args.cards else None, "route": args.route})
+    observation, info = env.reset(
+        options={"cards": args.cards.replace(",", " ").split() if args.cards else None, "route": args.route}
+    )
     if args.save:
         if observation.image is None:
             raise ValueError(f"task {args.task!r} has no picture to save")
@@ -2235,7 +3187,9 @@ def command_play(args: argparse.Namespace) -> None:
 
     if args.model:
         policy = load_policy(args, args.model)
-        with policy.responder(args.temperature, args.max_new_tokens, policy.generator(f"play/{args.seed}")) as respond:
+        with policy.responder(
+            args.temperature, args.max_new_tokens, policy.generator(f"play/{args.seed}")
+        ) as respond:
             while judge(respond([0], [observation])[0]):
                 pass
     else:
@@ -2248,7 +3202,9 @@ def command_data(args: argparse.Namespace) -> None:
     env = wrong_turns_fit(args)
     if isinstance(env, envs.VIRL) and Path(args.out).suffix != ".json":
         if args.data or args.wrong_turns:
-            raise ValueError("a folder takes the built-in city, without --data and --wrong-turns: for demonstrations let --out end in .json")
+            raise ValueError(
+                "a folder takes the built-in city, without --data and --wrong-turns: for demonstrations let --out end in .json"
+            )
         city = env.built_in | {"seed": args.seed} | ({"n": args.episodes} if args.episodes else {})
         routes, world = envs.built_in_routes(**city), envs.built_in_world(**city, width=env.panorama_width)
         ids, pictured = world.panoramas.ids, args.task == "virl-vl"
@@ -2296,7 +3252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # its new name is not known to transformers 5.17
+    warnings.filterwarnings(
+        "ignore", message="`past_key_values` is deprecated"
+    )  # its new name is not known to transformers 5.17
     if args.threads:
         torch.set_num_threads(args.threads)
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -2324,7 +3282,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        complain("out of memory: lower --microbatch-size, --rollout-batch or --max-new-tokens, or try --recompute, --weights bfloat16 or more processes", own=True)
+        complain(
+            "out of memory: lower --microbatch-size, --rollout-batch or --max-new-tokens, or try --recompute, --weights bfloat16 or more processes",
+            own=True,
+        )
         status = 1
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from the last saved state")

@@ -53,16 +53,34 @@ def build(device: torch.device, layers: int, width: int) -> sftrl.Policy:
     """Llama-3.2-Vision with so many blocks, every fifth of them with cross-attention, and so wide; the tiny model's words."""
     tokenizer = sftrl.build_tokenizer()
     vocabulary = 128256
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|image|>"]}, replace_extra_special_tokens=False
+    )
     scale = width / 4096
-    text = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": int(14336 * scale), "vocab_size": vocabulary,
-            "num_attention_heads": width // 128, "num_key_value_heads": max(1, width // 512), "cross_attention_layers": list(range(3, layers, 5)),
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0}  # fmt: skip
-    vision = {"image_size": 560, "num_hidden_layers": max(1, layers * 4 // 5), "num_global_layers": max(1, layers // 5),
-              "intermediate_layers_indices": [0], "vision_output_dim": 2560}  # fmt: skip
+    text = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": int(14336 * scale),
+        "vocab_size": vocabulary,
+        "num_attention_heads": width // 128,
+        "num_key_value_heads": max(1, width // 512),
+        "cross_attention_layers": list(range(3, layers, 5)),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": 0,
+    }
+    vision = {
+        "image_size": 560,
+        "num_hidden_layers": max(1, layers * 4 // 5),
+        "num_global_layers": max(1, layers // 5),
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 2560,
+    }
     if layers == 40:
         vision |= {"intermediate_layers_indices": [3, 7, 15, 23, 30], "vision_output_dim": 7680}
-    config = transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"))
+    config = transformers.MllamaConfig(
+        text_config=text, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids("<|image|>")
+    )
     torch.set_default_dtype(torch.bfloat16)
     with device:
         model = transformers.MllamaForConditionalGeneration(config)
@@ -72,23 +90,44 @@ def build(device: torch.device, layers: int, width: int) -> sftrl.Policy:
             p.data.fill_(0.5)
     images = transformers.MllamaImageProcessorPil(size={"height": 560, "width": 560}, max_image_tiles=4)
     tokenizer.bos_token = "<|pad|>"
-    processor = transformers.MllamaProcessor(images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>"))
+    processor = transformers.MllamaProcessor(
+        images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>")
+    )
     return sftrl.Policy(model, processor).to(device).choose(recompute=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=40, help="blocks of the language model; 40 is the 11B model (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=4096, help="its width, a multiple of 128 (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="batch sizes of decoding (default: 16 64)")
-    parser.add_argument("--rows", type=int, default=32, help="conversations of an update (default: %(default)s)")
-    parser.add_argument("--microbatch", type=int, default=8, help="conversations per forward pass (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens decoded per reply (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=40,
+        help="blocks of the language model; 40 is the 11B model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--width", type=int, default=4096, help="its width, a multiple of 128 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[16, 64], help="batch sizes of decoding (default: 16 64)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=32, help="conversations of an update (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--microbatch", type=int, default=8, help="conversations per forward pass (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=128, help="tokens decoded per reply (default: %(default)s)"
+    )
     args = parser.parse_args()
     device = sftrl.best_device()
     rate, bandwidth = limits(device, 8192 if device.type == "cuda" else 512)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: bf16 matmul {rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
+    print(
+        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: bf16 matmul {rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
+    )
     policy = build(device, args.layers, args.width)
     print(f"{policy.parameter_count / 1e9:.2f}e9 parameters in bf16")
     optimizers = policy.optimizers(1e-6, 1e-5)
@@ -98,15 +137,24 @@ def main() -> None:
         config = sft.SFTConfig(lr=1e-6, steps=10**9, batch_size=args.rows, microbatch_size=args.microbatch)
         steps = sft.train(policy, optimizers, lambda step: records, config)
         speed(f"{task}: SFT step", policy, device, rate, lambda: next(steps))
-        rl = ppo.PPOConfig(episodes=args.rows, minibatch_size=args.rows, microbatch_size=args.microbatch, epochs=1)
+        rl = ppo.PPOConfig(
+            episodes=args.rows, minibatch_size=args.rows, microbatch_size=args.microbatch, epochs=1
+        )
         streams = policy.streams(records)
-        episodes = [envs.Episode("", [], [envs.Turn("", -1.0, "wrong_value", "", True) for _ in s.replies]) for s in streams]
+        episodes = [
+            envs.Episode("", [], [envs.Turn("", -1.0, "wrong_value", "", True) for _ in s.replies])
+            for s in streams
+        ]
         batch = ppo.collect(policy, [[s] for s in streams], episodes, rl, env.fields[-1])
-        speed(f"{task}: PPO update", policy, device, rate, lambda: ppo.update(policy, optimizers, batch, rl, 0))
+        speed(
+            f"{task}: PPO update", policy, device, rate, lambda: ppo.update(policy, optimizers, batch, rl, 0)
+        )
         longest = max(streams, key=len)
         plan = sftrl.memory_plan(policy, longest, 1, rl, recompute=True)
         if device.type == "cuda":
-            print(f"    peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned {plan['peak in the update'] / 1e9:.1f} GB")
+            print(
+                f"    peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned {plan['peak in the update'] / 1e9:.1f} GB"
+            )
             torch.cuda.reset_peak_memory_stats()
         for size in args.batches:
             decode(f"{task}: decoding at batch {size}", policy, device, bandwidth, env, size, args.tokens)
@@ -123,7 +171,9 @@ def speed(what: str, policy: sftrl.Policy, device: torch.device, rate: float, wo
     print(f"{what}: {tokens / took:.0f} tokens/s, {spent / took / rate:.0%} of the matmul rate")
 
 
-def decode(what: str, policy: sftrl.Policy, device: torch.device, bandwidth: float, env, size: int, tokens: int) -> None:
+def decode(
+    what: str, policy: sftrl.Policy, device: torch.device, bandwidth: float, env, size: int, tokens: int
+) -> None:
     """One line on decoding: tokens per second without the prompt's pass, and share of the bound by bandwidth."""
     observation, _ = env.reset(seed=0)
     streams = policy.open([(observation.messages, observation.image)] * size)
@@ -132,11 +182,22 @@ def decode(what: str, policy: sftrl.Policy, device: torch.device, bandwidth: flo
     with torch.no_grad(), policy.rollout_weights() as model:
         looks = policy.look(model, [s.picture for s in streams]) if observation.image else None
         for length in (1, tokens + 1):
-            took.append(seconds(device, lambda n=length: policy.sample(model, [s.ids for s in streams], n, 1.0, policy.generator("gpu"), looks)))
+            took.append(
+                seconds(
+                    device,
+                    lambda n=length: policy.sample(
+                        model, [s.ids for s in streams], n, 1.0, policy.generator("gpu"), looks
+                    ),
+                )
+            )
     plan = sftrl.memory_plan(policy, streams[0], 1, ppo.PPOConfig(episodes=size))
-    read = 2 * policy.parameter_count + plan["rollout: key-value cache"]  # per step: all weights, and the cache of the prompt and its picture
+    read = (
+        2 * policy.parameter_count + plan["rollout: key-value cache"]
+    )  # per step: all weights, and the cache of the prompt and its picture
     speed_of_light, got = bandwidth / read * size, size * tokens / (took[1] - took[0])
-    print(f"{what}: {got:.0f} tokens/s, {got / speed_of_light:.0%} of the bandwidth's bound, {torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else 0:.1f} GB")
+    print(
+        f"{what}: {got:.0f} tokens/s, {got / speed_of_light:.0%} of the bandwidth's bound, {torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else 0:.1f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -34,9 +34,18 @@ def tiny_llava():
 
 def tiny_llama():
     tokenizer = sftrl.build_tokenizer()
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id,
-                                      bos_token_id=None, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
     torch.manual_seed(1)
     return transformers.LlamaForCausalLM(config), tokenizer
 
@@ -46,14 +55,35 @@ def tiny_mllama():
     output head, and a picture is cut into tiles."""
     tokenizer = sftrl.build_tokenizer()
     words = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|image|>"]}, replace_extra_special_tokens=False
+    )
     vision = transformers.models.mllama.configuration_mllama.MllamaVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=32, patch_size=16,
-        intermediate_layers_indices=[0, 1], vision_output_dim=96, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]], max_num_tiles=2)  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=4,
+        image_size=32,
+        patch_size=16,
+        intermediate_layers_indices=[0, 1],
+        vision_output_dim=96,
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+        max_num_tiles=2,
+    )
     text = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
-        vocab_size=words, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        cross_attention_layers=[1, 3], eos_token_id=tokenizer.eos_token_id, bos_token_id=0, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1)  # fmt: skip; at 0.2 logits reach 50, where fp32 itself rounds by more than 1e-5
+        vocab_size=words,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention_layers=[1, 3],
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=0,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+    )  # at 0.2 logits reach 50, where fp32 itself rounds by more than 1e-5
     torch.manual_seed(2)
     config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=words)
     model = transformers.MllamaForConditionalGeneration(config)
@@ -66,7 +96,9 @@ def tiny_mllama():
         single="<|pad|> $A", pair="<|pad|> $A $B", special_tokens=[("<|pad|>", 0)]
     )
     images = transformers.MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
-    return model, transformers.MllamaProcessor(images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>"))
+    return model, transformers.MllamaProcessor(
+        images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>")
+    )
 
 
 class QwenProcessor:
@@ -80,30 +112,69 @@ class QwenProcessor:
 
     def __call__(self, text, images, **options):
         out = self.images([image for (image,) in images], return_tensors="pt")
-        text = [t.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4)) for t, grid in zip(text, out["image_grid_thw"])]
+        text = [
+            t.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4))
+            for t, grid in zip(text, out["image_grid_thw"])
+        ]
         return self.tokenizer(text, **options) | out
 
 
 def tiny_qwen(family="Qwen2_5_VL"):
     """Qwen2.5-VL, or Qwen2VL: all patches of a batch in one row, positions of three coordinates."""
     tokenizer = sftrl.build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False
+    )
     image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.1, "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}  # fmt: skip
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32, "patch_size": 8,
-              "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1], "initializer_range": 0.2}  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": rope,
+        "initializer_range": 0.1,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.2,
+    }
     if family == "Qwen2VL":
-        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 4, "patch_size": 8,
-                  "spatial_merge_size": 2, "initializer_range": 0.2}
-    config = getattr(transformers, family + "Config")(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video)
+        vision = {
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "mlp_ratio": 2,
+            "num_heads": 4,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "initializer_range": 0.2,
+        }
+    config = getattr(transformers, family + "Config")(
+        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video
+    )
     torch.manual_seed(3)
-    images = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=48 * 48)
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=48 * 48
+    )
     template = sftrl.CHAT_TEMPLATE.replace("<image>", "<|image_pad|>")
     try:
-        processor = getattr(transformers, family + "Processor")(images, tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template)
+        processor = getattr(transformers, family + "Processor")(
+            images, tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template
+        )
     except ImportError:
         processor = QwenProcessor(images, tokenizer, template)
     return getattr(transformers, family + "ForConditionalGeneration")(config), processor
@@ -122,7 +193,9 @@ VICUNA = (
 )
 
 
-def chat_tokenizer(template=CHATML, special=("<|end|>", "<|im_start|>", "<|im_end|>"), plain=(), bos=False, **named):
+def chat_tokenizer(
+    template=CHATML, special=("<|end|>", "<|im_start|>", "<|im_end|>"), plain=(), bos=False, **named
+):
     """A byte-level tokenizer for a chat template. `special` tokens are so in its own file alone, `plain` ones are added but not special, the
     `named` ones (eos_token, ...) are known to the library too; with `bos` the first of the special ones is put before a text."""
     core = Tokenizer(models.BPE())
@@ -142,9 +215,19 @@ def chat_tokenizer(template=CHATML, special=("<|end|>", "<|im_start|>", "<|im_en
 
 def random_model(architecture, tokenizer, **settings):
     """A causal language model of any architecture, small, random and unsure; many tokens end its replies, so that their lengths differ."""
-    usual = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2,
-             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    usual = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(architecture, **usual | settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -155,7 +238,12 @@ def random_model(architecture, tokenizer, **settings):
 def tiny_llava_1_5():
     """Llava-1.5's kind: plain text between the turns, and a BOS that the tokenizer adds and the template lacks."""
     tokenizer = chat_tokenizer(
-        VICUNA, ("<s>", "</s>", "<image>", "<pad>"), bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        VICUNA,
+        ("<s>", "</s>", "<image>", "<pad>"),
+        bos=True,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
     model, processor = sftrl.build_tiny()
     config = model.config
@@ -164,8 +252,12 @@ def tiny_llava_1_5():
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(config)
     return model, transformers.LlavaProcessor(
-        processor.image_processor, tokenizer, patch_size=32, vision_feature_select_strategy="full",
-        num_additional_image_tokens=1, chat_template=VICUNA,
+        processor.image_processor,
+        tokenizer,
+        patch_size=32,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=1,
+        chat_template=VICUNA,
     )
 
 

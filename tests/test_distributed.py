@@ -17,8 +17,18 @@ ROOT = HERE.parent.parent
 
 
 def torchrun(n, *args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(n),
+        *map(str, args),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -50,12 +60,19 @@ def worker(kind: str, task: str, out: Path) -> None:
     if world > 1:
         dist.init_process_group("gloo")
     policy = make_policy(kind)
-    if world > 1:  # from a checkpoint that rank 0 alone reads, and with activations computed again: neither may change anything
+    if (
+        world > 1
+    ):  # from a checkpoint that rank 0 alone reads, and with activations computed again: neither may change anything
         if policy.rank == 0:
             policy.save(out / "start")
         dist.barrier()
-        policy = sftrl.Policy.load_shards(str(out / "start"), torch.float32, recompute=True, rollout_dtype=torch.float32)
-    small = {"gp-vl": SMALL, "virl-vl": {"view_size": 16, "panorama_width": 128, "turns": 1, "points_per_leg": 1}}.get(task, {})
+        policy = sftrl.Policy.load_shards(
+            str(out / "start"), torch.float32, recompute=True, rollout_dtype=torch.float32
+        )
+    small = {
+        "gp-vl": SMALL,
+        "virl-vl": {"view_size": 16, "panorama_width": 128, "turns": 1, "points_per_leg": 1},
+    }.get(task, {})
     env = envs.make(task, seed=2, **small)
     records = [envs.demonstration(env, wrong_turns=k % 2) for k in range(8)]
 
@@ -66,23 +83,40 @@ def worker(kind: str, task: str, out: Path) -> None:
     (metrics,) = sft.train(policy, optimizers, lambda step: records, config)
     policy.save(out / "sft")
 
-    config = ppo.PPOConfig(episodes=8, minibatch_size=8, microbatch_size=2, epochs=2, entropy_coef=0.1, kl_coef=0.1)
+    config = ppo.PPOConfig(
+        episodes=8, minibatch_size=8, microbatch_size=2, epochs=2, entropy_coef=0.1, kl_coef=0.1
+    )
     streams, episodes = [], []
     for k in list(range(8))[policy.rank :: world]:
-        chain = [records[k]] if task == "gp-l" else walk(env, k)  # of unlike length, so the ranks have unlike numbers of rows
+        chain = (
+            [records[k]] if task == "gp-l" else walk(env, k)
+        )  # of unlike length, so the ranks have unlike numbers of rows
         streams.append(policy.streams(chain, "all" if task == "gp-l" else "last"))
         n = sum(len(stream.replies) for stream in streams[-1])
-        episodes.append(envs.Episode("", [], [envs.Turn("", -1.0 - k + 6.0 * (j == n - 1), "correct", "", True) for j in range(n)], True))
+        episodes.append(
+            envs.Episode(
+                "",
+                [],
+                [envs.Turn("", -1.0 - k + 6.0 * (j == n - 1), "correct", "", True) for j in range(n)],
+                True,
+            )
+        )
     policy.keep_initial_weights()
     optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
     batch = ppo.collect(policy, streams, episodes, config, "formula", first=True)
-    metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(policy, streams, episodes, batch, config, env.rewards)
+    metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(
+        policy, streams, episodes, batch, config, env.rewards
+    )
     policy.save(out / "ppo")
 
-    environments = [envs.make(task, verify_iter=1 + 4 * policy.rank, **small) for _ in range(2 + 6 * policy.rank)]
+    environments = [
+        envs.make(task, verify_iter=1 + 4 * policy.rank, **small) for _ in range(2 + 6 * policy.rank)
+    ]
     with policy.responder(1.0, 5 + 20 * policy.rank, policy.generator("uneven")) as respond:
         envs.play(environments, respond)
-    metrics["after_rollout"] = next(sft.train(policy, optimizers, lambda step: records, sft.SFTConfig(batch_size=8, steps=1)))["loss"]
+    metrics["after_rollout"] = next(
+        sft.train(policy, optimizers, lambda step: records, sft.SFTConfig(batch_size=8, steps=1))
+    )["loss"]
     if policy.rank == 0:
         (out / "metrics.json").write_text(json.dumps(metrics))
     if world > 1:
@@ -108,7 +142,10 @@ def accumulate(out: Path) -> None:
     policy = sftrl.Policy.load_shards(str(out / "start"), torch.bfloat16)
     records = [envs.demonstration(envs.make("gp-l", seed=k)) for k in range(8)]
     config = sft.SFTConfig(lr=1e-2, batch_size=8, microbatch_size=1, steps=3)
-    losses = [metrics["loss"] for metrics in sft.train(policy, policy.optimizers(1e-2), lambda step: records, config)]
+    losses = [
+        metrics["loss"]
+        for metrics in sft.train(policy, policy.optimizers(1e-2), lambda step: records, config)
+    ]
     hands = [envs.make("gp-l", verify_iter=1) for _ in range(65)]
     result, _ = evaluate.evaluate(policy, hands, 1.0, 2, initial=policy)
     if policy.rank == 0:
@@ -123,7 +160,9 @@ def test_bf16_shards_accumulate_gradients_where_vision_blocks_are_unused_and_sha
     assert result["episodes"] == len(result["outcomes"]) == 65 and result["kl_to_init"] == 0
 
 
-@pytest.fixture(scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 4e-6)], ids=["text", "pictures"])
+@pytest.fixture(
+    scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 4e-6)], ids=["text", "pictures"]
+)
 def one_and_two(tmp_path_factory, request):
     """The folders of one process and of two, and how far apart their weights may be."""
     *model, tolerance = request.param
@@ -157,14 +196,37 @@ def test_two_ranks_log_what_one_process_logs_and_go_on_after_uneven_rollouts(one
 def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_path):
     args = ("--steps", 2, "--threads", 1, "--max-new-tokens", 8)
     torchrun(2, ROOT / "sftrl.py", "sft", "--out", tmp_path / "sft", "--batch-size", 4, *args[:4])
-    torchrun(2, ROOT / "sftrl.py", "ppo", "--out", tmp_path / "ppo", "--model", tmp_path / "sft/checkpoint-2", "--episodes", 8, "--minibatch-size", 4, *args)
+    torchrun(
+        2,
+        ROOT / "sftrl.py",
+        "ppo",
+        "--out",
+        tmp_path / "ppo",
+        "--model",
+        tmp_path / "sft/checkpoint-2",
+        "--episodes",
+        8,
+        "--minibatch-size",
+        4,
+        *args,
+    )
     import sftrl
 
     policy = sftrl.Policy.load(str(tmp_path / "ppo/checkpoint-2"))
     trained, fresh = policy.model.state_dict(), sftrl.Policy.load("tiny").model.state_dict()
     assert trained.keys() == fresh.keys() and any(not torch.equal(trained[k], fresh[k]) for k in fresh)
     assert len(sftrl.read_lines(tmp_path / "ppo/metrics.jsonl")) == 2
-    out = torchrun(2, ROOT / "sftrl.py", "evaluate", "--model", tmp_path / "ppo/checkpoint-2", "--episodes", 5, "--max-new-tokens", 8).stdout
+    out = torchrun(
+        2,
+        ROOT / "sftrl.py",
+        "evaluate",
+        "--model",
+        tmp_path / "ppo/checkpoint-2",
+        "--episodes",
+        5,
+        "--max-new-tokens",
+        8,
+    ).stdout
     assert out.count('"episodes": 5') == 1  # all hands, and rank 0 alone prints
 
 
@@ -175,9 +237,22 @@ def test_a_run_begun_on_some_ranks_goes_on_on_others(tmp_path, first, then):
     args = ("sft", "--batch-size", "4", "--steps", "30", "--lr", "1e-4", "--threads", "1", "--out")
     torchrun(1, ROOT / "sftrl.py", *args, tmp_path / "whole")
     folder = tmp_path / "broken"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(first), str(ROOT / "sftrl.py"), *args, str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(first),
+        str(ROOT / "sftrl.py"),
+        *args,
+        str(folder),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
+    while (
+        not (folder / "metrics.jsonl").exists()
+        or len((folder / "metrics.jsonl").read_text().splitlines()) < 3
+    ):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)  # which torchrun hands on to all ranks
@@ -187,7 +262,9 @@ def test_a_run_begun_on_some_ranks_goes_on_on_others(tmp_path, first, then):
     done = sftrl.read_lines(folder / "metrics.jsonl")[-1]["step"]
     assert 3 <= done < 30 and torch.load(folder / "resume.pt", weights_only=True)["step"] == done
     torchrun(then, ROOT / "sftrl.py", *args, folder)
-    whole, broken = (load_file(tmp_path / name / "checkpoint-30/model.safetensors") for name in ("whole", "broken"))
+    whole, broken = (
+        load_file(tmp_path / name / "checkpoint-30/model.safetensors") for name in ("whole", "broken")
+    )
     for key in whole:
         torch.testing.assert_close(broken[key], whole[key], rtol=0, atol=1e-4)  # they moved by about 1e-3
     assert [line["step"] for line in sftrl.read_lines(folder / "metrics.jsonl")] == list(range(1, 31))

@@ -35,7 +35,9 @@ def exact(formula: str) -> Fraction:
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
         a, b = value(node.left), value(node.right)
-        return {ast.Add: a.__add__, ast.Sub: a.__sub__, ast.Mult: a.__mul__, ast.Div: a.__truediv__}[type(node.op)](b)
+        return {ast.Add: a.__add__, ast.Sub: a.__sub__, ast.Mult: a.__mul__, ast.Div: a.__truediv__}[
+            type(node.op)
+        ](b)
 
     return value(ast.parse(formula, mode="eval").body)
 
@@ -129,7 +131,9 @@ def test_solver_takes_other_targets_numbers_and_operators():
     assert envs.solve((3, 3, 8, 8)) == ("8/(3-8/3)",)
     assert envs.solve((2, 3), 6, "*") == ("3*2",) and envs.solve((2, 3), 6, "+-") == ()
     assert envs.solve((24,)) == ("24",)
-    assert all(exact(f) == 100 for f in envs.solve((1, 2, 3, 4, 25), 100)) and envs.solve((1, 2, 3, 4, 25), 100)
+    assert all(exact(f) == 100 for f in envs.solve((1, 2, 3, 4, 25), 100)) and envs.solve(
+        (1, 2, 3, 4, 25), 100
+    )
 
 
 # ---- the verifier
@@ -427,15 +431,42 @@ def test_any_reply_is_judged_in_linear_time():
 def hostile_strings():
     rng = random.Random(0)
     good = reply("10+10+3+1=24")
-    yield from ["", "\0", "{" * 100_000, "[" * 1_000_000, '{"cards":' * 5000, "a" * 1_000_000, "\ud800", '{"formula": "\\', "{'a': '\\'",
-                '{"cards": ["A","3","K","10"], "number": [1,3,10,10], "formula": "' + "(" * 190 + '"}', "٣" * 50,
-                reply("(" * 100 + "10+10+3+1" + ")" * 90), reply("٣+10+10+1"), reply("1e3"), reply("10+10+3+1=" + "9" * 150),
-                reply("/".join(["9"] * 99)), good[:-1], good + good, good.replace('"', "“"), '{"cards": [[[[[[[[[[1]]]]]]]]]]}',
-                reply("10+10+3+1=24", cards=["A" * 10_000]), reply("10+10+3+1=24", number=[10**400, -5, 1.5, None]),
-                "{a:" * 7 + "[" + "1," * 9980, "{a:" * 7 + "[" + r'"\x",' * 3900, "{cards:[" + "1," * 9980 + "],number:[1],formula:a}",
-                "{'" * 9000, "{" * 19_000, '{"' + "a" * 19_000, reply("10+10+3+1=24", number=["\ud800", "<|end|>", 10, 10]),
-                '"' * 19_999, "{" + '"a":' * 4000, "\\" * 19_000, "'" + "\\'" * 9000]  # fmt: skip
-    alphabet = '{}[]:,"\'\\ \n\t0123456789+-*/=()AJQKcardsnumberformula\0é😀'
+    yield from [
+        "",
+        "\0",
+        "{" * 100_000,
+        "[" * 1_000_000,
+        '{"cards":' * 5000,
+        "a" * 1_000_000,
+        "\ud800",
+        '{"formula": "\\',
+        "{'a': '\\'",
+        '{"cards": ["A","3","K","10"], "number": [1,3,10,10], "formula": "' + "(" * 190 + '"}',
+        "٣" * 50,
+        reply("(" * 100 + "10+10+3+1" + ")" * 90),
+        reply("٣+10+10+1"),
+        reply("1e3"),
+        reply("10+10+3+1=" + "9" * 150),
+        reply("/".join(["9"] * 99)),
+        good[:-1],
+        good + good,
+        good.replace('"', "“"),
+        '{"cards": [[[[[[[[[[1]]]]]]]]]]}',
+        reply("10+10+3+1=24", cards=["A" * 10_000]),
+        reply("10+10+3+1=24", number=[10**400, -5, 1.5, None]),
+        "{a:" * 7 + "[" + "1," * 9980,
+        "{a:" * 7 + "[" + r'"\x",' * 3900,
+        "{cards:[" + "1," * 9980 + "],number:[1],formula:a}",
+        "{'" * 9000,
+        "{" * 19_000,
+        '{"' + "a" * 19_000,
+        reply("10+10+3+1=24", number=["\ud800", "<|end|>", 10, 10]),
+        '"' * 19_999,
+        "{" + '"a":' * 4000,
+        "\\" * 19_000,
+        "'" + "\\'" * 9000,
+    ]
+    alphabet = "{}[]:,\"'\\ \n\t0123456789+-*/=()AJQKcardsnumberformula\0é😀"
     for _ in range(3000):
         chars = list(good)
         for _ in range(rng.randint(1, 12)):
@@ -449,7 +480,9 @@ def test_no_string_gets_an_exception_or_a_wrong_reward_out_of_step():
     slowest = 0.0
     for text in hostile_strings():
         times = []
-        for _ in range(3):  # thread time, the fastest of three: garbage collection and other threads are not the verifier's
+        for _ in range(
+            3
+        ):  # thread time, the fastest of three: garbage collection and other threads are not the verifier's
             env.reset(options={"cards": ["A", "3", "K", "10"]})
             start = time.thread_time()
             _, reward, terminated, truncated, info = env.step(text)
@@ -468,10 +501,20 @@ def test_verdicts_on_generated_formulas_match_an_independent_judge():
     rng = random.Random(1)
     for _ in range(2000):
         numbers = [rng.choice([1, 3, 10, 10, 2]) for _ in range(rng.choice([3, 4, 4, 4, 5]))]
-        formula = rng.choice(list(every_formula(numbers[:2]))) + rng.choice("+-*/") + "*".join(map(str, numbers[2:]))
+        formula = (
+            rng.choice(list(every_formula(numbers[:2])))
+            + rng.choice("+-*/")
+            + "*".join(map(str, numbers[2:]))
+        )
         try:
             value = exact(formula)
-            expected = "wrong_numbers" if leaves(formula) != [1, 3, 10, 10] else "correct" if value == 24 else "wrong_value"
+            expected = (
+                "wrong_numbers"
+                if leaves(formula) != [1, 3, 10, 10]
+                else "correct"
+                if value == 24
+                else "wrong_value"
+            )
         except ZeroDivisionError:
             expected = "illegal"
         assert judged(reply(formula + "=24"))[4]["verdict"] == expected, formula
@@ -498,8 +541,12 @@ def test_deals_are_solvable_and_follow_the_variant():
         for _ in range(300):
             _, info = env.reset()
             assert envs.solve(tuple(sorted(info["numbers"])))
-            assert info["numbers"] == [{"A": 1, "J": 10, "Q": 10, "K": 10}.get(c) or int(c) if variant == "id" else
-                                       {"A": 1, "J": 11, "Q": 12, "K": 13}.get(c) or int(c) for c in info["cards"]]  # fmt: skip
+            assert info["numbers"] == [
+                {"A": 1, "J": 10, "Q": 10, "K": 10}.get(c) or int(c)
+                if variant == "id"
+                else {"A": 1, "J": 11, "Q": 12, "K": 13}.get(c) or int(c)
+                for c in info["cards"]
+            ]
             if variant == "rule":
                 assert set(info["cards"]) & set("JQK")
 
@@ -550,7 +597,10 @@ def test_budget_is_exact_and_the_episode_grows_by_reply_and_feedback():
         assert not terminated and truncated == (k == 2)
     assert rewards == [-3, -3, -4]
     assert [m["content"] for m in observation.messages[1::2]] == ["try 0", "try 1", "try 2"]
-    assert observation.messages[2] == {"role": "user", "content": info["feedback"]} and observation.messages[-1]["role"] == "assistant"
+    assert (
+        observation.messages[2] == {"role": "user", "content": info["feedback"]}
+        and observation.messages[-1]["role"] == "assistant"
+    )
     after = env.step(env.expert_reply())
     after[0].messages[0]["content"] = "changed by the caller"
     assert env.step("x")[0].messages == observation.messages
@@ -565,8 +615,20 @@ def test_options_cards_and_wrong_arguments():
     for cards in (["A", "A", "A", "A"], ["A", "3"], ["A", "3", "K", "11"], 5):
         with pytest.raises(ValueError):
             env.reset(options={"cards": cards})
-    for wrong in ({"task": "chess"}, {"variant": "odd"}, {"verify_iter": 0}, {"target": 0}, {"operators": "^"}, {"prompt": "$nope"}, {"odd": 1},
-                  {"target": 24.0}, {"verify_iter": "5"}, {"operators": 5}, {"fields": ("a", "a", "b")}, {"faces": {"J": 0, "Q": 1, "K": 1}}):  # fmt: skip
+    for wrong in (
+        {"task": "chess"},
+        {"variant": "odd"},
+        {"verify_iter": 0},
+        {"target": 0},
+        {"operators": "^"},
+        {"prompt": "$nope"},
+        {"odd": 1},
+        {"target": 24.0},
+        {"verify_iter": "5"},
+        {"operators": 5},
+        {"fields": ("a", "a", "b")},
+        {"faces": {"J": 0, "Q": 1, "K": 1}},
+    ):
         with pytest.raises(ValueError):
             envs.make(**({"task": "gp-l"} | wrong))
     with pytest.raises(ValueError):
@@ -576,7 +638,9 @@ def test_options_cards_and_wrong_arguments():
 def test_prompt_states_the_task_and_can_be_replaced():
     env = envs.make("gp-l", "rule", target=30, operators="+*")
     text = env.reset()[0].messages[0]["content"]
-    assert all(part in text for part in ("30", "+*", "J is 11, Q is 12, K is 13", ", ".join(env.cards), '"formula"'))
+    assert all(
+        part in text for part in ("30", "+*", "J is 11, Q is 12, K is 13", ", ".join(env.cards), '"formula"')
+    )
     hand = {"cards": ["A", "3", "K", "10"]}
     own = envs.make("gp-l", prompt="Cards $cards, $rule, make $target {x}").reset(options=hand)[0]
     assert own.messages[0]["content"] == "Cards A, 3, K, 10, J is 10, Q is 10, K is 10, make 24 {x}"
@@ -659,7 +723,12 @@ def test_play_runs_in_lockstep_and_asks_only_running_environments():
 
     episodes = envs.play(environments, respond)
     assert asked == [[0, 1, 2, 3], [1, 2, 3], [2, 3]]
-    assert [len(e.turns) for e in episodes] == [1, 2, 3, 3] and [e.success for e in episodes] == [True, True, True, False]
+    assert [len(e.turns) for e in episodes] == [1, 2, 3, 3] and [e.success for e in episodes] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_demonstrations_have_the_released_form():
@@ -678,7 +747,9 @@ def test_foundation_corpus_mixes_rules_and_never_shows_the_target_form():
     assert 0.08 < sum("J is 10, Q is 10, K is 10" in p for p in prompts) / 400 < 0.22
     assert 0.5 < sum("J is 11, Q is 12, K is 13" in p for p in prompts) / 400 < 0.7
     assert 0.15 < sum(len(r["conversations"]) > 2 for r in records) / 400 < 0.35
-    assert not any(f'"{name}"' in turn["value"] for r in records for turn in r["conversations"] for name in envs.FIELDS)
+    assert not any(
+        f'"{name}"' in turn["value"] for r in records for turn in r["conversations"] for name in envs.FIELDS
+    )
 
 
 def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_corpus():
@@ -691,10 +762,15 @@ def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_
         seen.add(product)
     assert seen == {True, False}
     rng = random.Random(1)
-    lasts = [envs.parse_reply(r["conversations"][-1]["value"], ()) for r in (envs.foundation_record(rng) for _ in range(600))]
+    lasts = [
+        envs.parse_reply(r["conversations"][-1]["value"], ())
+        for r in (envs.foundation_record(rng) for _ in range(600))
+    ]
     formulas = [next(v for v in last.values() if isinstance(v, str)) for last in lasts]
     signed = [f for f in formulas if "x" in f or "*" in f]
-    assert 0.41 < sum("x" in f for f in signed) / len(signed) < 0.59  # half, and wrong answers that lost or gained their product
+    assert (
+        0.41 < sum("x" in f for f in signed) / len(signed) < 0.59
+    )  # half, and wrong answers that lost or gained their product
 
 
 # ---- pictures
@@ -702,23 +778,38 @@ def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_
 
 def reddish(picture):
     """Number of pixels that are clearly red."""
-    return sum(count for count, (r, g, b) in picture.getcolors(picture.width * picture.height) if r > 150 and g < 90 and b < 90)
+    return sum(
+        count
+        for count, (r, g, b) in picture.getcolors(picture.width * picture.height)
+        if r > 150 and g < 90 and b < 90
+    )
 
 
 def test_pictures_are_a_function_of_the_seed_and_show_the_variants_suits():
     first, again, other = (envs.make("gp-vl", seed=s).reset()[0].image for s in (1, 1, 2))
     assert first.size == (1200, 480) and first.tobytes() == again.tobytes() != other.tobytes()
     hands = {v: envs.make("gp-vl", v, seed=5).reset() for v in ("id", "visual")}
-    assert hands["id"][1]["cards"] == hands["visual"][1]["cards"] and hands["id"][1]["numbers"] == hands["visual"][1]["numbers"]
+    assert (
+        hands["id"][1]["cards"] == hands["visual"][1]["cards"]
+        and hands["id"][1]["numbers"] == hands["visual"][1]["numbers"]
+    )
     assert reddish(hands["id"][0].image) == 0 < reddish(hands["visual"][0].image)
-    straight = [envs.make("gp-vl", seed=s, jitter=0).reset(options={"cards": ["A", "3", "K", "10"]})[0].image for s in range(8)]
-    assert len({picture.tobytes() for picture in straight}) > 1  # the cards lie in line, but their suits are drawn
+    straight = [
+        envs.make("gp-vl", seed=s, jitter=0).reset(options={"cards": ["A", "3", "K", "10"]})[0].image
+        for s in range(8)
+    ]
+    assert (
+        len({picture.tobytes() for picture in straight}) > 1
+    )  # the cards lie in line, but their suits are drawn
 
 
 @pytest.mark.parametrize("size, font_size", [((1200, 480), 0.17), ((128, 64), 0.36)])
 def test_every_rank_looks_unlike_every_other_at_any_size(size, font_size):
     for suit in ("clubs", "hearts"):
-        pictures = [envs.draw_hand([rank] * 4, [suit] * 4, size, 0, font_size, random.Random(0)).convert("L") for rank in envs.RANKS]
+        pictures = [
+            envs.draw_hand([rank] * 4, [suit] * 4, size, 0, font_size, random.Random(0)).convert("L")
+            for rank in envs.RANKS
+        ]
         for i, a in enumerate(pictures):
             for b in pictures[:i]:
                 assert sum(ImageChops.difference(a, b).histogram()[40:]) >= size[0] * size[1] / 250
@@ -737,11 +828,18 @@ def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
     env = envs.make("gp-vl", "rule", seed=3, **SMALL)
     observation, info = env.reset(options={"cards": ["A", "J", "Q", "A"]})
     parts = observation.messages[0]["content"]
-    assert [part["type"] for part in parts] == ["image", "text"] and "J is 11, Q is 12, K is 13" in parts[1]["text"]
+    assert [part["type"] for part in parts] == ["image", "text"] and "J is 11, Q is 12, K is 13" in parts[1][
+        "text"
+    ]
     assert "A, J" not in parts[1]["text"] and info["numbers"] == [1, 11, 12, 1]
     wrong = env.expert_reply().replace('"Q"', '"K"')
     observation, reward, *_, info = env.step(wrong)
-    assert info["verdict"] == "misread" and reward == -1.5 and not info["recognized"] and not any(c in info["feedback"] for c in "JQK")
+    assert (
+        info["verdict"] == "misread"
+        and reward == -1.5
+        and not info["recognized"]
+        and not any(c in info["feedback"] for c in "JQK")
+    )
     parts.clear()
     assert env.step(env.expert_reply())[1] == 5 and env.step("x")[0].messages[0]["content"]
     (episode,) = envs.play([env], lambda indices, observations: [env.expert_reply()])
@@ -750,7 +848,14 @@ def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
     assert set(wrong) == {"misread", "wrong_value"} and 15 < wrong.count("misread") < 45
     record = envs.demonstration(env)
     assert record["image"] is env.image and record["conversations"][0]["value"].startswith("<image>")
-    for wrong in ({"color": "blue"}, {"size": (9, 9)}, {"jitter": 2}, {"font_size": 3}, {"variant": "odd"}, {"odd": 1}):
+    for wrong in (
+        {"color": "blue"},
+        {"size": (9, 9)},
+        {"jitter": 2},
+        {"font_size": 3},
+        {"variant": "odd"},
+        {"odd": 1},
+    ):
         with pytest.raises(ValueError):
             envs.make("gp-vl", **wrong)
     with pytest.raises(ValueError):
@@ -769,15 +874,32 @@ def test_angles_are_wrapped_for_all_pairs_of_headings():
             word = envs.relative_word(b - a)
             assert word == ("slightly " if abs(turn) <= 45 else "") + ("right" if turn > 0 else "left")
     assert [envs.compass_word(h) for h in (0, 22, 23, 90, 180, 270, 337, 338, 359.9)] == [
-        "north", "north", "northeast", "east", "south", "west", "northwest", "north", "north"]  # fmt: skip
+        "north",
+        "north",
+        "northeast",
+        "east",
+        "south",
+        "west",
+        "northwest",
+        "north",
+        "north",
+    ]
 
 
 def great_circle(a, b):
     """Metres and compass heading by spherical trigonometry, on points of the unit sphere."""
     (x, y), (u, v) = (tuple(map(math.radians, p)) for p in (a, b))
-    p, q = ((math.cos(la) * math.cos(lo), math.cos(la) * math.sin(lo), math.sin(la)) for la, lo in ((x, y), (u, v)))
-    east, north = (-math.sin(y), math.cos(y), 0), (-math.sin(x) * math.cos(y), -math.sin(x) * math.sin(y), math.cos(x))
-    heading = math.degrees(math.atan2(sum(i * j for i, j in zip(q, east)), sum(i * j for i, j in zip(q, north))))
+    p, q = (
+        (math.cos(la) * math.cos(lo), math.cos(la) * math.sin(lo), math.sin(la))
+        for la, lo in ((x, y), (u, v))
+    )
+    east, north = (
+        (-math.sin(y), math.cos(y), 0),
+        (-math.sin(x) * math.cos(y), -math.sin(x) * math.sin(y), math.cos(x)),
+    )
+    heading = math.degrees(
+        math.atan2(sum(i * j for i, j in zip(q, east)), sum(i * j for i, j in zip(q, north)))
+    )
     return 6_371_000 * 2 * math.asin(math.dist(p, q) / 2), heading % 360
 
 
@@ -785,7 +907,9 @@ def test_distance_and_bearing_match_spherical_trigonometry():
     rng = random.Random(0)
     for centre in ((40.75, -73.98), (-37.8, 144.96), (6.5, 3.4), (51.5, -0.0001), (60.0, 179.999)):
         for _ in range(200):
-            a, b = ((centre[0] + rng.uniform(-0.01, 0.01), centre[1] + rng.uniform(-0.01, 0.01)) for _ in range(2))
+            a, b = (
+                (centre[0] + rng.uniform(-0.01, 0.01), centre[1] + rng.uniform(-0.01, 0.01)) for _ in range(2)
+            )
             metres, heading = great_circle(a, b)
             assert envs.distance(a, b) == pytest.approx(metres, rel=1e-4, abs=0.01)
             assert abs(envs.wrap(envs.bearing(a, b) - heading)) < 0.05
@@ -794,7 +918,10 @@ def test_distance_and_bearing_match_spherical_trigonometry():
 def test_the_nearest_panorama_is_the_one_a_search_of_all_finds():
     rng = random.Random(1)
     for lat, lon in ((40.75, 7), (-37.8, 7), (0.0, 7), (-16.8, 180)):  # the last on the date line
-        places = {(lat + rng.uniform(-0.002, 0.002), envs.wrap(lon + rng.uniform(-0.002, 0.002))): str(k) for k in range(300)}
+        places = {
+            (lat + rng.uniform(-0.002, 0.002), envs.wrap(lon + rng.uniform(-0.002, 0.002))): str(k)
+            for k in range(300)
+        }
         panoramas, found = envs.Panoramas(places), 0
         for _ in range(500):
             at = (lat + rng.uniform(-0.0025, 0.0025), envs.wrap(lon + rng.uniform(-0.0025, 0.0025)))
@@ -807,10 +934,20 @@ def test_the_nearest_panorama_is_the_one_a_search_of_all_finds():
 
 # A folder as the formats page describes it, written by hand: about 110 m a leg, first west, then north, then north-east.
 ROUTE = {
-    "start_place": {"relocated_geocode": [40.7500, -73.9800], "rating": 4.5}, "init_heading": 350, "time": "?", "polyline": None,
-    "dest_place": {"name": "Joe's Bar", "geocode": [40.7518, -73.9806], "relocated_geocode": [40.7517, -73.9806]},
-    "route_results": {"geocode_list": [[40.7500, -73.9813], [40.7510, -73.9813], [40.7517, -73.9806]], "landmark_list": [{"name": "Starbucks"}, None]},
-    "milestone_info": '''{
+    "start_place": {"relocated_geocode": [40.7500, -73.9800], "rating": 4.5},
+    "init_heading": 350,
+    "time": "?",
+    "polyline": None,
+    "dest_place": {
+        "name": "Joe's Bar",
+        "geocode": [40.7518, -73.9806],
+        "relocated_geocode": [40.7517, -73.9806],
+    },
+    "route_results": {
+        "geocode_list": [[40.7500, -73.9813], [40.7510, -73.9813], [40.7517, -73.9806]],
+        "landmark_list": [{"name": "Starbucks"}, None],
+    },
+    "milestone_info": """{
   "intersection_idx": "1",
   "landmarks": "Starbucks is on your left behind",
   "distance": "110 meters",
@@ -828,17 +965,22 @@ ROUTE = {
   "intersection_idx": "3",
   "landmarks": "The destination Joe's Bar is on your right",
   "to_next_intersection_heading": "37 (northeast)",
-}''',
-}  # fmt: skip
+}""",
+}
 
 
 def by_hand(folder, content=None, ids=None):
     """The folder of ROUTE with a panorama at every corner and about every 11 m between; `content` or `ids` replace what it holds."""
     corners = [(40.7500, -73.9800), (40.7500, -73.9813), (40.7510, -73.9813), (40.7517, -73.9806)]
     if ids is None:
-        ids = {(a[0] + (b[0] - a[0]) * k / 10, a[1] + (b[1] - a[1]) * k / 10): f"p{i}_{k}" for i, (a, b) in enumerate(zip(corners, corners[1:]))
-               for k in range(11)}  # fmt: skip
-    (folder / "route_infos.json").write_text(content if isinstance(content, str) else json.dumps(content or [[ROUTE], 7]))
+        ids = {
+            (a[0] + (b[0] - a[0]) * k / 10, a[1] + (b[1] - a[1]) * k / 10): f"p{i}_{k}"
+            for i, (a, b) in enumerate(zip(corners, corners[1:]))
+            for k in range(11)
+        }
+    (folder / "route_infos.json").write_text(
+        content if isinstance(content, str) else json.dumps(content or [[ROUTE], 7])
+    )
     (folder / "gps_pano_mapping.pkl").write_bytes(ids if isinstance(ids, bytes) else pickle.dumps(ids))
     return folder
 
@@ -847,11 +989,27 @@ def test_a_folder_in_the_released_format_loads_and_plays(tmp_path):
     env = envs.make("virl-l", data=by_hand(tmp_path), drop=0.0, points_per_leg=1)
     observation, _ = env.reset(seed=0)
     prompt = observation.messages[0]["content"]
-    for k, sentence in enumerate(("Turn left to face west.", "Move forward to an intersection: Starbucks is on your left behind.",
-                                  "Turn right to face north.", "Move forward to an intersection.", "Turn slightly right to face northeast.",
-                                  "Move forward to the destination: the destination Joe's Bar is on your right."), 1):  # fmt: skip
+    for k, sentence in enumerate(
+        (
+            "Turn left to face west.",
+            "Move forward to an intersection: Starbucks is on your left behind.",
+            "Turn right to face north.",
+            "Move forward to an intersection.",
+            "Turn slightly right to face northeast.",
+            "Move forward to the destination: the destination Joe's Bar is on your right.",
+        ),
+        1,
+    ):
         assert f" {k}. {sentence}" in prompt
-    actions = ["turn_direction(west)", "forward()", "turn_direction(north)", "forward()", "turn_direction(northeast)", "forward()", "stop()"]
+    actions = [
+        "turn_direction(west)",
+        "forward()",
+        "turn_direction(north)",
+        "forward()",
+        "turn_direction(northeast)",
+        "forward()",
+        "stop()",
+    ]
     assert env._info()["actions"] == actions
     heard = []
     for action in actions:
@@ -859,24 +1017,44 @@ def test_a_folder_in_the_released_format_loads_and_plays(tmp_path):
         observation, reward, terminated, truncated, info = env.step(env.expert_reply())
         assert reward == 1 and not truncated
         heard.append(observation.messages[-1]["content"])
-    assert terminated and heard[1] == "You see: Starbucks is on your left behind; an intersection." and heard[5] == (
-        "You see: The destination Joe's Bar is on your right.")  # fmt: skip
+    assert (
+        terminated
+        and heard[1] == "You see: Starbucks is on your left behind; an intersection."
+        and heard[5] == ("You see: The destination Joe's Bar is on your right.")
+    )
     relative = envs.make("virl-l", "rule", data=tmp_path, drop=1.0)
     relative.reset(seed=0)
-    assert relative._info()["actions"] == ["turn_direction(left)", "turn_direction(right)", "turn_direction(slightly right)", "stop()"]
+    assert relative._info()["actions"] == [
+        "turn_direction(left)",
+        "turn_direction(right)",
+        "turn_direction(slightly right)",
+        "stop()",
+    ]
     (tmp_path / "route_infos.json").write_text(json.dumps(ROUTE))  # some released files hold one bare route
     assert envs.load_world(tmp_path).routes == env.world.routes
 
 
-@pytest.mark.parametrize("first, written, relative, compass", [
-    (350, "10 (north)", "slightly right", "north"), (10, "350 (north)", "slightly left", "north"),
-    (10, "10 (north)", "slightly left", "north"), (10, "11 (north)", "slightly right", "north"),
-    (10, "55 (northeast)", "slightly right", "northeast"), (10, "56 (northeast)", "right", "northeast"),
-    (10, "325 (northwest)", "slightly left", "northwest"), (10, "324 (northwest)", "left", "northwest"),
-    (10, "190 (south)", "right", "south"), (10, "191 (south)", "left", "south"),
-    (10, "-80 (west)", "left", "west"),
-    (10, "170 (southeast)", "right", "southeast"), (10, "170 ( SouthEast ) ", "right", "southeast"),
-    (10, "170", "right", "south"), (10, "170 (uptown)", "right", "south"), (10, "170 ()", "right", "south")])
+@pytest.mark.parametrize(
+    "first, written, relative, compass",
+    [
+        (350, "10 (north)", "slightly right", "north"),
+        (10, "350 (north)", "slightly left", "north"),
+        (10, "10 (north)", "slightly left", "north"),
+        (10, "11 (north)", "slightly right", "north"),
+        (10, "55 (northeast)", "slightly right", "northeast"),
+        (10, "56 (northeast)", "right", "northeast"),
+        (10, "325 (northwest)", "slightly left", "northwest"),
+        (10, "324 (northwest)", "left", "northwest"),
+        (10, "190 (south)", "right", "south"),
+        (10, "191 (south)", "left", "south"),
+        (10, "-80 (west)", "left", "west"),
+        (10, "170 (southeast)", "right", "southeast"),
+        (10, "170 ( SouthEast ) ", "right", "southeast"),
+        (10, "170", "right", "south"),
+        (10, "170 (uptown)", "right", "south"),
+        (10, "170 ()", "right", "south"),
+    ],
+)
 def test_the_expert_turns_at_the_start_and_at_turning_points(tmp_path, first, written, relative, compass):
     """By the file's own word of the compass, however small the angle; the second leg goes on as the first."""
     milestones = ROUTE["milestone_info"].replace("270 (west)", written).replace('"0 (north)', f'"{written}')
@@ -945,40 +1123,101 @@ def altered(**changes):
         (altered(route_results__geocode_list=[]), None, ("route 0", "geocode_list")),
         (altered(route_results__geocode_list=[[1, 2]]), None, ("route 0", "3 blocks for 1 points")),
         (altered(milestone_info=["x"]), None, ("route 0", "milestone_info")),
-        (altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "(")), None, ("block 3", "to_next_intersection_heading")),
+        (
+            altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "(")),
+            None,
+            ("block 3", "to_next_intersection_heading"),
+        ),
         (altered(init_heading="west"), None, ("route 0", "init_heading")),
         (altered(init_heading=10**400), None, ("route 0", "init_heading")),
         (altered(start_place__relocated_geocode=["a\nb", 2]), None, ("route 0", "latitude")),
-        (altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "9" * 400 + " (")), None, ("block 3", "to_next_intersection_heading")),
-        (altered(start_place__relocated_geocode=[41.0, -73.98]), None, ("route_infos.json: route 0: start_place.relocated_geocode", "no panorama within 20 m")),
-        *((altered(milestone_info=ROUTE["milestone_info"].replace("37 (", f"{degrees} (")), None, ("block 3", "to_next_intersection_heading"))
-          for degrees in ("999", "1e5", "17.5.5", "\u0663")),
-        *((altered(milestone_info=ROUTE["milestone_info"].replace("Starbucks is on your left behind", text)), None, ("block 1", "landmarks"))
-          for text in ("<image>", "\ud800", "a" * 400, "***", "Bank\0", "\x1b[31mBank")),
-        (altered(dest_place__name="<image>", milestone_info=ROUTE["milestone_info"].replace("The destination Joe's Bar is on your right", "")), None, ("block 3", "landmarks")),
+        (
+            altered(milestone_info=ROUTE["milestone_info"].replace("37 (", "9" * 400 + " (")),
+            None,
+            ("block 3", "to_next_intersection_heading"),
+        ),
+        (
+            altered(start_place__relocated_geocode=[41.0, -73.98]),
+            None,
+            ("route_infos.json: route 0: start_place.relocated_geocode", "no panorama within 20 m"),
+        ),
+        *(
+            (
+                altered(milestone_info=ROUTE["milestone_info"].replace("37 (", f"{degrees} (")),
+                None,
+                ("block 3", "to_next_intersection_heading"),
+            )
+            for degrees in ("999", "1e5", "17.5.5", "\u0663")
+        ),
+        *(
+            (
+                altered(
+                    milestone_info=ROUTE["milestone_info"].replace("Starbucks is on your left behind", text)
+                ),
+                None,
+                ("block 1", "landmarks"),
+            )
+            for text in ("<image>", "\ud800", "a" * 400, "***", "Bank\0", "\x1b[31mBank")
+        ),
+        (
+            altered(
+                dest_place__name="<image>",
+                milestone_info=ROUTE["milestone_info"].replace(
+                    "The destination Joe's Bar is on your right", ""
+                ),
+            ),
+            None,
+            ("block 3", "landmarks"),
+        ),
         (None, b"", ("gps_pano_mapping.pkl", "cannot be read")),
         (None, pickle.dumps(Bomb()), ("gps_pano_mapping.pkl", "GLOBAL")),
         (None, pickle.dumps(Bomb(), 0), ("gps_pano_mapping.pkl", "GLOBAL")),
-        (None, b"\x80\x04})" + b"\x85" * 10**6 + b"K\x01s.", ("gps_pano_mapping.pkl", "EMPTY_TUPLE")),  # the hash of a deep tuple
-        (None, b"\x80\x04}K\x01K\x01" + b"\x86" * 10**6 + b"K\x01s.", ("gps_pano_mapping.pkl", "pairs of numbers")),
-        *((None, data, ("gps_pano_mapping.pkl", "pairs of numbers")) for data in (
-            b"\x80\x04}" + b"(" * 1000 + b"K\x01K\x01t" * 1000 + b"K\x01s.",  # a deep tuple, by marks
-            framed(b"\x80\x04}", b"(" * 3 + b"K\x01", b"K\x01t", b"K\x01", b"K\x01t", b"K\x01s."),
-            framed(b"\x80\x04}", b"K\x01K\x01\x86", b"K\x01\x86", b"K\x01s."))),
+        (
+            None,
+            b"\x80\x04})" + b"\x85" * 10**6 + b"K\x01s.",
+            ("gps_pano_mapping.pkl", "EMPTY_TUPLE"),
+        ),  # the hash of a deep tuple
+        (
+            None,
+            b"\x80\x04}K\x01K\x01" + b"\x86" * 10**6 + b"K\x01s.",
+            ("gps_pano_mapping.pkl", "pairs of numbers"),
+        ),
+        *(
+            (None, data, ("gps_pano_mapping.pkl", "pairs of numbers"))
+            for data in (
+                b"\x80\x04}" + b"(" * 1000 + b"K\x01K\x01t" * 1000 + b"K\x01s.",  # a deep tuple, by marks
+                framed(b"\x80\x04}", b"(" * 3 + b"K\x01", b"K\x01t", b"K\x01", b"K\x01t", b"K\x01s."),
+                framed(b"\x80\x04}", b"K\x01K\x01\x86", b"K\x01\x86", b"K\x01s."),
+            )
+        ),
         (None, framed(b"\x80\x04", b"cos\nsystem\n."), ("gps_pano_mapping.pkl", "GLOBAL")),
-        (None, b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}.",  # a frame of eight exabytes
-         ("gps_pano_mapping.pkl", "cannot be read")),
-        (None, b"\x80\x04}r" + (64_000_000).to_bytes(4, "little") + b".", ("gps_pano_mapping.pkl", "memo")),  # a gigabyte for nine bytes
+        (
+            None,
+            b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}.",  # a frame of eight exabytes
+            ("gps_pano_mapping.pkl", "cannot be read"),
+        ),
+        (
+            None,
+            b"\x80\x04}r" + (64_000_000).to_bytes(4, "little") + b".",
+            ("gps_pano_mapping.pkl", "memo"),
+        ),  # a gigabyte for nine bytes
         (None, pickle.dumps({"a": "b"}), ("gps_pano_mapping.pkl", "not a dict")),
         (None, pickle.dumps([1]), ("gps_pano_mapping.pkl", "EMPTY_LIST")),
         (None, pickle.dumps({(1, 2): 3}), ("gps_pano_mapping.pkl", "not a dict")),
-        *((None, pickle.dumps({(1, 2): name}), ("gps_pano_mapping.pkl", "no panorama id")) for name in ("../../etc/p", "/p", "a\nb", "\x1b[31m", "p" * 5000, "")),
+        *(
+            (None, pickle.dumps({(1, 2): name}), ("gps_pano_mapping.pkl", "no panorama id"))
+            for name in ("../../etc/p", "/p", "a\nb", "\x1b[31m", "p" * 5000, "")
+        ),
     ],
 )
 def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, capsys, content, ids, words):
     with pytest.raises(ValueError) as error:
         envs.make("virl-l", data=by_hand(tmp_path, content, ids)).reset()
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert (
+        all(word in str(error.value) for word in words)
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 400
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -1010,9 +1249,20 @@ def test_the_expert_finishes_every_built_in_route_in_both_action_spaces():
                 assert all(action[len("turn_direction(") : -1] in env.rules[variant] for action in turns)
         ends[split] = {route.legs[-1].end for route in env.world.routes}
         told[split] = {(route.start, tuple(leg.end for leg in route.legs)) for route in env.world.routes}
-        assert {len(route.legs) for route in env.world.routes} == set(range(2, 9)) and len(told[split]) == len(env.world.routes) == 2048
-    assert not ends["train"] & ends["valid"] and not ends["train"] & ends["test"] and not ends["valid"] & ends["test"]
-    assert 100 < len(envs.make("virl-l", turns=1, split="test").world.routes) < 2048 == len(envs.make("virl-l", turns=3, split="test").world.routes)
+        assert {len(route.legs) for route in env.world.routes} == set(range(2, 9)) and len(
+            told[split]
+        ) == len(env.world.routes) == 2048
+    assert (
+        not ends["train"] & ends["valid"]
+        and not ends["train"] & ends["test"]
+        and not ends["valid"] & ends["test"]
+    )
+    assert (
+        100
+        < len(envs.make("virl-l", turns=1, split="test").world.routes)
+        < 2048
+        == len(envs.make("virl-l", turns=3, split="test").world.routes)
+    )
 
 
 @pytest.mark.parametrize("every", [32, pytest.param(1, marks=pytest.mark.slow)])
@@ -1038,7 +1288,10 @@ def test_the_differences_of_a_city_are_switched_alone():
         assert envs.city_plan(city, ()) == york._replace(name=city, centre=envs.CITIES[city].centre)
         for group, parts in envs.DIFFERENCES.items():
             plan = envs.city_plan(city, (group,))
-            changed = {part for part in york._fields if getattr(plan, part) != getattr(york, part)} - {"name", "centre"}
+            changed = {part for part in york._fields if getattr(plan, part) != getattr(york, part)} - {
+                "name",
+                "centre",
+            }
             assert changed and changed <= set(parts), (city, group)
     words = [word for plan in envs.CITIES.values() for word in plan.words + plan.trades]
     assert len(words) == len(set(words))
@@ -1047,7 +1300,9 @@ def test_the_differences_of_a_city_are_switched_alone():
     for number in (0, 7, 2047):
         for env in (home, away):
             env.reset(seed=1, options={"route": number})
-        assert [w[1:] for w in home.waypoints] == [(pytest.approx(w.heading, abs=0.2), *w[2:]) for w in away.waypoints]
+        assert [w[1:] for w in home.waypoints] == [
+            (pytest.approx(w.heading, abs=0.2), *w[2:]) for w in away.waypoints
+        ]
     pictures = [env.world.picture(env.waypoints[0].place)[0].resize((64, 32)) for env in (home, away)]
     assert np.abs(np.subtract(*(np.asarray(p, dtype=float) for p in pictures))).mean() < 3
     dark = envs.make("virl-l", city="london", differences=["weather"])
@@ -1064,7 +1319,11 @@ def test_the_corpus_of_walks_in_pictures_ends_at_any_waypoint_and_has_names_of_i
         turns = [turn["value"] for turn in record["conversations"]]
         assert record["image"].size == (37, 37) and sum("<image>" in turn for turn in turns) == 1
         fields = re.findall(r'"([a-z]+)": "\.\.\."', turns[0])
-        assert len(fields) == 3 and not set(fields) & set(envs.STREET_FIELDS) and all(field in turns[-1] for field in fields)
+        assert (
+            len(fields) == 3
+            and not set(fields) & set(envs.STREET_FIELDS)
+            and all(field in turns[-1] for field in fields)
+        )
         assert not known & set(re.findall("[A-Z][a-z]+", turns[0])), turns[0]
         ends.add(sum("You see the picture." in turn for turn in turns))  # waypoints walked
     assert len(ends) > 2
@@ -1077,8 +1336,14 @@ def test_six_walkers_in_ten_of_the_corpus_walk_past_the_destination_and_do_so_ag
         replies = [turn["value"] for turn in envs.imperfect_demonstration(env)["conversations"][1::2]]
         if env.at < len(env.waypoints) - 1:
             continue  # the budget ended on the way
-        actions = [envs.parse_reply(reply, env.fields)["action"] for reply in replies if '"Move forward to the destination' in reply]
-        there = actions[sum(w.sentence.startswith("Move forward to the destination") for w in env.waypoints) - 1 :]
+        actions = [
+            envs.parse_reply(reply, env.fields)["action"]
+            for reply in replies
+            if '"Move forward to the destination' in reply
+        ]
+        there = actions[
+            sum(w.sentence.startswith("Move forward to the destination") for w in env.waypoints) - 1 :
+        ]
         first.append(there[0] == "forward()")
         again += [action == "forward()" for action in there[1:] if there[0] == "forward()"]
     assert 0.5 < np.mean(first) < 0.63 and np.mean(again) > 0.6 and len(again) > 50
@@ -1090,8 +1355,13 @@ def test_six_walkers_in_ten_of_the_corpus_walk_past_the_destination_and_do_so_ag
 
 def test_the_visual_variant_walks_all_other_cities_by_the_training_rule():
     env = envs.make("virl-vl", "visual", view_size=16)
-    starts = [min(envs.CITIES.values(), key=lambda plan: envs.distance(plan.centre, route.start)).name for route in env.world.routes]
-    assert {name: starts.count(name) for name in starts} == dict.fromkeys(envs.TEST_CITIES, 2048 // 9) and env.rules["visual"] == envs.COMPASS
+    starts = [
+        min(envs.CITIES.values(), key=lambda plan: envs.distance(plan.centre, route.start)).name
+        for route in env.world.routes
+    ]
+    assert {name: starts.count(name) for name in starts} == dict.fromkeys(
+        envs.TEST_CITIES, 2048 // 9
+    ) and env.rules["visual"] == envs.COMPASS
     assert starts[:18] == 2 * list(envs.TEST_CITIES)  # in turn, so that a few routes are from all cities
     for name in envs.TEST_CITIES:  # each place shows its own city
         env.reset(options={"route": starts.index(name)})
@@ -1122,21 +1392,36 @@ def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(
         env = envs.make("virl-l", data=tmp_path, drop=1.0, go_on=go_on)
         env.reset()
         right = json.loads(env.expert_reply())
-        observation, reward, terminated, truncated, info = env.step(json.dumps(right | {"action": "forward()"}))
-        assert (reward, info["verdict"], info["waypoint"], terminated, truncated) == (-1, "wrong_action", 0, False, False)
+        observation, reward, terminated, truncated, info = env.step(
+            json.dumps(right | {"action": "forward()"})
+        )
+        assert (reward, info["verdict"], info["waypoint"], terminated, truncated) == (
+            -1,
+            "wrong_action",
+            0,
+            False,
+            False,
+        )
         assert observation.messages[-1]["content"] == "That action is wrong here. Try again." and env.at == 0
         false = {"current observation": "an intersection", "action": "stop()"}
         observation, reward, terminated, truncated, info = env.step(json.dumps(right | false))
         assert (reward, info["verdict"], truncated, env.at) == (-2.5, "wrong_observation", not go_on, 1)
         if go_on:
             assert observation.messages[-1]["content"].startswith(
-                "That action is wrong: there is no intersection here. You are led on. You see: Starbucks")
-            silent = json.loads(env.expert_reply()) | {"current observation": "starbucks is on your LEFT behind"}
+                "That action is wrong: there is no intersection here. You are led on. You see: Starbucks"
+            )
+            silent = json.loads(env.expert_reply()) | {
+                "current observation": "starbucks is on your LEFT behind"
+            }
             assert env.step(json.dumps(silent))[4]["verdict"] == "correct"  # silent about the intersection
             false = json.loads(env.expert_reply()) | {"current observation": "a zebra"}
             assert env.step(json.dumps(false))[1] == 1
             *_, terminated, truncated, info = env.step(env.expert_reply())
-            assert (terminated, truncated, info["verdict"]) == (False, True, "correct")  # at the goal, but the route counts as failed
+            assert (terminated, truncated, info["verdict"]) == (
+                False,
+                True,
+                "correct",
+            )  # at the goal, but the route counts as failed
         assert env.step(env.expert_reply())[1:4] == (0.0, False, True)
 
 
@@ -1154,11 +1439,16 @@ def test_a_walk_with_every_action_right_succeeds_whatever_is_reported():
         assert not any(turn.recognized for turn in walk.turns if turn.landmark)
 
 
-@pytest.mark.parametrize("old, new", [("\n", " "), (",\n}\n{", "},{"), (",\n  ", ", "), ("\n}\n{\n  ", '}\n{')])
+@pytest.mark.parametrize(
+    "old, new", [("\n", " "), (",\n}\n{", "},{"), (",\n  ", ", "), ("\n}\n{\n  ", "}\n{")]
+)
 def test_milestones_may_stand_on_one_line(old, new):
     text = ROUTE["milestone_info"].replace("Starbucks", 'The "{Old}", "Mill"')
     assert old in text and envs._milestones(text.replace(old, new)) == envs._milestones(text)
-    assert len(envs._milestones(text)) == 3 and envs._milestones(text)[0]["landmarks"] == 'The "{Old}", "Mill" is on your left behind'
+    assert (
+        len(envs._milestones(text)) == 3
+        and envs._milestones(text)[0]["landmarks"] == 'The "{Old}", "Mill" is on your left behind'
+    )
 
 
 def test_a_world_that_was_not_written_to_its_end_does_not_load(tmp_path):
@@ -1176,26 +1466,48 @@ def test_a_world_that_was_not_written_to_its_end_does_not_load(tmp_path):
 
 
 def test_milestones_with_odd_but_legal_text(tmp_path):
-    odd = ROUTE["milestone_info"].replace("Starbucks", 'The "{Old}" Mill; café').replace("\n", "\r\n").replace("270 (", "-90 (")
-    odd = odd.replace("The destination Joe's Bar is on your right", "no landmark nearby").replace("}\r\n{", "}, {")
+    odd = (
+        ROUTE["milestone_info"]
+        .replace("Starbucks", 'The "{Old}" Mill; café')
+        .replace("\n", "\r\n")
+        .replace("270 (", "-90 (")
+    )
+    odd = odd.replace("The destination Joe's Bar is on your right", "no landmark nearby").replace(
+        "}\r\n{", "}, {"
+    )
     content = altered(milestone_info=odd, init_heading=0)
     env = envs.make("virl-l", data=by_hand(tmp_path, content), drop=1.0, verify_iter=3)
     env.reset()
-    assert [w.landmark for w in env.waypoints[1:]] == ['The "{Old}" Mill; café is on your left behind', "No landmarks nearby", "The destination Joe's Bar"]
+    assert [w.landmark for w in env.waypoints[1:]] == [
+        'The "{Old}" Mill; café is on your left behind',
+        "No landmarks nearby",
+        "The destination Joe's Bar",
+    ]
     assert env.waypoints[1].heading == 270 and env.world.routes[0].heading is None
     env.step(env.expert_reply())
     assert "café" in env.expert_reply()
-    for report, named in (('The "{Old}" Mill', False),
-                          ('the "{old}" mill; cafe\u0301 is on your left behind', True)):
+    for report, named in (
+        ('The "{Old}" Mill', False),
+        ('the "{old}" mill; cafe\u0301 is on your left behind', True),
+    ):
         reply = json.loads(env.expert_reply()) | {"current observation": report, "action": ""}
         assert env.step(json.dumps(reply))[4]["recognized"] == named
     for action in ("t-u-r-n_direction(north)", "turn_direction(northeast)!", "turn_direction(north)", ""):
         env.reset(), env.step(env.expert_reply()), env.step(env.expert_reply())
         env.step(json.dumps(json.loads(env.expert_reply()) | {"action": action}))
         assert env.verdict.verdict == "wrong_action", action
-    assert env.step(json.dumps(json.loads(env.expert_reply()) | {"action": " Turn_Direction( NorthEast ) "}))[4]["verdict"] == "correct"
+    assert (
+        env.step(json.dumps(json.loads(env.expert_reply()) | {"action": " Turn_Direction( NorthEast ) "}))[4][
+            "verdict"
+        ]
+        == "correct"
+    )
     waypoint = envs.Waypoint((0, 0), 0.0, envs.NOTHING, False, "Go.", "turn_direction(slightly left)")
-    for action, right in (("'turn_direction'(\"slightly  left\" )", True), ("turn_direction(slightlyleft)", False), ("t u r n_direction(slightly left)", False)):
+    for action, right in (
+        ("'turn_direction'(\"slightly  left\" )", True),
+        ("turn_direction(slightlyleft)", False),
+        ("t u r n_direction(slightly left)", False),
+    ):
         reply = json.dumps(dict(zip(envs.STREET_FIELDS, (envs.NOTHING, "Go.", action))))
         assert (envs.judge_step(reply, waypoint).verdict == "correct") == right, action
 
@@ -1221,22 +1533,36 @@ def judged_step(report, action, landmark=SIGN, intersection=False):
     return envs.judge_step(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", action)))), waypoint)
 
 
-@pytest.mark.parametrize("report, landmark, claims, recognized", [
-    (SIGN, SIGN, False, True), ("strand cafe is on my left behind.", SIGN, False, True),
-    (f"{SIGN}; an intersection", SIGN, True, True), (f"{SIGN} at an intersection", SIGN, True, True),
-    (f"{SIGN}; You observe an intersection", SIGN, True, True), (f"{SIGN}. There is an intersection.", SIGN, True, True),
-    ("Strand Cafe is on my left behind; I observe an intersection", SIGN, True, True), (f"An intersection; {SIGN}", SIGN, True, True),
-    (f"{SIGN} and an intersection", SIGN, True, True), ("an intersection", SIGN, True, False),
-    ("You are at an intersection.", PLAIN, True, True), ("No landmark nearby; You observe an intersection", PLAIN, True, True),
-    ("no landmarks nearby", PLAIN, False, True), ("an intersection", PLAIN, True, True),
-    ("", PLAIN, False, False),
-    ("Strand Cafe is on your left", SIGN, False, False), ("Cafe is on your left behind", SIGN, False, False), (PLAIN, SIGN, False, False),
-    (SIGN, PLAIN, False, False), ("The Strand; an intersection", "The Strand", True, True),
-    ("Bank is on your left", "The destination Bank is on your left", False, True),
-    ("The Intersection", "The Intersection", False, True),
-    (f"There is an intersection, and {SIGN}", SIGN, True, True),
-    (f"You see an intersection where {SIGN}", SIGN, True, True),
-    ("Intersection Cafe is on my left; an intersection", "Intersection Cafe is on your left", True, True)])
+@pytest.mark.parametrize(
+    "report, landmark, claims, recognized",
+    [
+        (SIGN, SIGN, False, True),
+        ("strand cafe is on my left behind.", SIGN, False, True),
+        (f"{SIGN}; an intersection", SIGN, True, True),
+        (f"{SIGN} at an intersection", SIGN, True, True),
+        (f"{SIGN}; You observe an intersection", SIGN, True, True),
+        (f"{SIGN}. There is an intersection.", SIGN, True, True),
+        ("Strand Cafe is on my left behind; I observe an intersection", SIGN, True, True),
+        (f"An intersection; {SIGN}", SIGN, True, True),
+        (f"{SIGN} and an intersection", SIGN, True, True),
+        ("an intersection", SIGN, True, False),
+        ("You are at an intersection.", PLAIN, True, True),
+        ("No landmark nearby; You observe an intersection", PLAIN, True, True),
+        ("no landmarks nearby", PLAIN, False, True),
+        ("an intersection", PLAIN, True, True),
+        ("", PLAIN, False, False),
+        ("Strand Cafe is on your left", SIGN, False, False),
+        ("Cafe is on your left behind", SIGN, False, False),
+        (PLAIN, SIGN, False, False),
+        (SIGN, PLAIN, False, False),
+        ("The Strand; an intersection", "The Strand", True, True),
+        ("Bank is on your left", "The destination Bank is on your left", False, True),
+        ("The Intersection", "The Intersection", False, True),
+        (f"There is an intersection, and {SIGN}", SIGN, True, True),
+        (f"You see an intersection where {SIGN}", SIGN, True, True),
+        ("Intersection Cafe is on my left; an intersection", "Intersection Cafe is on your left", True, True),
+    ],
+)
 def test_the_action_is_judged_and_then_what_is_said_of_intersections(report, landmark, claims, recognized):
     for there in (False, True):
         right, wrong = (judged_step(report, action, landmark, there) for action in ("Forward ( )", "stop()"))
@@ -1250,22 +1576,55 @@ def test_the_action_is_judged_and_then_what_is_said_of_intersections(report, lan
     assert unread == ("unparsed", "The answer is not in the form asked for.", False)
 
 
-@pytest.mark.parametrize("report, claims", [
-    *((report, True) for report in (
-        "There is a 4-way intersection", "There's an intersection", "You observe the intersection",
-        "There’s a busy intersection here.", "I am at a T-intersection", "You're at an intersection",
-        "There are 4-way intersections.", "Intersection ahead", "four-way intersection",
-        "You have reached the next intersection", "An intersection is ahead", "We are at this intersection",
-        "You are at the intersection of Broadway and 5th", "There are no landmarks at this intersection",
-        "No landmarks nearby and an intersection", "You don't see any landmarks at the intersection")),
-    *((report, False) for report in (
-        "There is no intersection", "No intersection nearby", "There isn't an intersection",
-        "There’s no 4-way intersection", "I am not at an intersection", "You do not observe the intersection",
-        "No landmark or intersection", "without any intersection", "There is no landmark and no intersection",
-        "Intersection Cafe is on your left", "The Intersection is on my right behind",
-        "Intersection of Arts is on your left", "An Intersection Bar is on your right",
-        "Cafe at the Intersection is on your left", "Bed and Bath Intersection is on your left",
-        "Intersection Cafe", "The destination Intersection Cafe is on your right", ""))])
+@pytest.mark.parametrize(
+    "report, claims",
+    [
+        *(
+            (report, True)
+            for report in (
+                "There is a 4-way intersection",
+                "There's an intersection",
+                "You observe the intersection",
+                "There’s a busy intersection here.",
+                "I am at a T-intersection",
+                "You're at an intersection",
+                "There are 4-way intersections.",
+                "Intersection ahead",
+                "four-way intersection",
+                "You have reached the next intersection",
+                "An intersection is ahead",
+                "We are at this intersection",
+                "You are at the intersection of Broadway and 5th",
+                "There are no landmarks at this intersection",
+                "No landmarks nearby and an intersection",
+                "You don't see any landmarks at the intersection",
+            )
+        ),
+        *(
+            (report, False)
+            for report in (
+                "There is no intersection",
+                "No intersection nearby",
+                "There isn't an intersection",
+                "There’s no 4-way intersection",
+                "I am not at an intersection",
+                "You do not observe the intersection",
+                "No landmark or intersection",
+                "without any intersection",
+                "There is no landmark and no intersection",
+                "Intersection Cafe is on your left",
+                "The Intersection is on my right behind",
+                "Intersection of Arts is on your left",
+                "An Intersection Bar is on your right",
+                "Cafe at the Intersection is on your left",
+                "Bed and Bath Intersection is on your left",
+                "Intersection Cafe",
+                "The destination Intersection Cafe is on your right",
+                "",
+            )
+        ),
+    ],
+)
 def test_an_intersection_is_claimed_in_the_usual_words_and_not_by_a_name_or_a_denial(report, claims):
     for there in (False, True):
         verdict = judged_step(report, "stop()", PLAIN, there).verdict
@@ -1275,17 +1634,32 @@ def test_an_intersection_is_claimed_in_the_usual_words_and_not_by_a_name_or_a_de
 def test_a_reply_may_think_long_before_its_answer_but_not_report_at_length():
     waypoint = envs.Waypoint((0, 0), 0.0, SIGN, False, "Go.", "forward()")
     long = ("I wonder {so} far, " + "hm, " * 12) * 250
-    for thought, report, verdict in ((long, SIGN, "correct"), ("", f"{SIGN:1000}", "correct"), ("", f"{SIGN:1001}", "unparsed")):
+    for thought, report, verdict in (
+        (long, SIGN, "correct"),
+        ("", f"{SIGN:1000}", "correct"),
+        ("", f"{SIGN:1001}", "unparsed"),
+    ):
         reply = thought + json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", "forward()"))))
         assert envs.judge_step(reply, waypoint).verdict == verdict
 
 
 def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
     env, slowest = envs.make("virl-l", verify_iter=1, data=by_hand(tmp_path), drop=1.0), 0.0
-    reports = (" " * 19_000, "and " * 4000, "an intersection " * 1200, "; " * 9000, "there is " * 2000,
-               *((part * 1000)[:987] + " intersection"
-                 for part in ("a ", "you ", "intersection of ", "- way ", "and ", "no landmark ", "x")))
-    for text in [*hostile_strings(), *(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", "")))) for report in reports)]:
+    reports = (
+        " " * 19_000,
+        "and " * 4000,
+        "an intersection " * 1200,
+        "; " * 9000,
+        "there is " * 2000,
+        *(
+            (part * 1000)[:987] + " intersection"
+            for part in ("a ", "you ", "intersection of ", "- way ", "and ", "no landmark ", "x")
+        ),
+    )
+    for text in [
+        *hostile_strings(),
+        *(json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", "")))) for report in reports),
+    ]:
         times = []
         for _ in range(3):
             env.reset()
@@ -1293,10 +1667,24 @@ def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
             _, reward, terminated, truncated, info = env.step(text)
             times.append(time.thread_time() - start)
         slowest = max(slowest, min(times))
-        assert info["verdict"] in envs.STREET_REWARDS and reward == envs.STREET_REWARDS[info["verdict"]] - 1 and truncated
+        assert (
+            info["verdict"] in envs.STREET_REWARDS
+            and reward == envs.STREET_REWARDS[info["verdict"]] - 1
+            and truncated
+        )
     assert slowest < 0.010
-    for wrong in ({"variant": "visual"}, {"verify_iter": 0}, {"drop": 2}, {"drop": "x"}, {"points_per_leg": -1}, {"turns": 8}, {"split": "all"},
-                  {"data": 5}, {"fields": "aab"}, {"odd": 1}):  # fmt: skip
+    for wrong in (
+        {"variant": "visual"},
+        {"verify_iter": 0},
+        {"drop": 2},
+        {"drop": "x"},
+        {"points_per_leg": -1},
+        {"turns": 8},
+        {"split": "all"},
+        {"data": 5},
+        {"fields": "aab"},
+        {"odd": 1},
+    ):
         with pytest.raises(ValueError):
             envs.make("virl-l", **wrong)
 
@@ -1318,7 +1706,13 @@ def test_a_view_is_the_gnomonic_projection_of_the_panorama():
                 column = (longitude + 180) / 360 * 24 - 0.5
                 row = min(max((90 - latitude) / 180 * 12 - 0.5, 0), 11)
                 c, r = math.floor(column), math.floor(row)
-                expected = sum(panorama[min(r + b, 11), (c + a) % 24] * (1 - abs(column - c - a)) * (1 - abs(row - r - b)) for a in (0, 1) for b in (0, 1))
+                expected = sum(
+                    panorama[min(r + b, 11), (c + a) % 24]
+                    * (1 - abs(column - c - a))
+                    * (1 - abs(row - r - b))
+                    for a in (0, 1)
+                    for b in (0, 1)
+                )
                 assert np.abs(picture[i, j] - expected).max() <= 0.51
 
 
@@ -1340,7 +1734,10 @@ def test_signs_stand_in_the_picture_where_geometry_puts_them():
     city = envs.City(envs.CITIES["new york"])
     scene, checked = envs.Scene(city), 0
     for crossing in list(city.places)[:6]:
-        (line, board), at = scene.signs[list(city.places).index(crossing)], city.geocode(city.crossings[crossing])
+        (line, board), at = (
+            scene.signs[list(city.places).index(crossing)],
+            city.geocode(city.crossings[crossing]),
+        )
         middle = city.geocode(tuple((line[:2] + line[2:]) / 2))
         bearing = great_circle(at, middle)[1]
         for rotation in (0.0, 123.0, -bearing):  # the last one puts the sign on the picture's edge
@@ -1351,7 +1748,10 @@ def test_signs_stand_in_the_picture_where_geometry_puts_them():
             front, right, back, left = dark[:100, :100], dark[:100, 105:], dark[105:, :100], dark[105:, 105:]
             column = 50 + 50 * math.tan(math.radians(-40))  # 40 degrees to the left of the heading
             rows, columns = np.nonzero(front[:, : int(column) + 12])
-            assert len(columns) > 20 and abs(columns.mean() + 0.5 - column) < 3 and rows.mean() < 50, (crossing, rotation)
+            assert len(columns) > 20 and abs(columns.mean() + 0.5 - column) < 3 and rows.mean() < 50, (
+                crossing,
+                rotation,
+            )
             assert front.sum() > max(right.sum(), back.sum(), left.sum())
             checked += 1
     assert checked == 18
@@ -1365,7 +1765,10 @@ def test_signs_are_on_the_side_that_the_route_says(name):
     for _ in range(60):
         for leg in envs.read_routes(city.route(rng, rng.randint(1, 7)))[0].legs:
             if told := next((told for told in boards if told in leg.landmark), None):
-                away, heading = boards[told] - envs.offset(city.plan.centre, leg.end), math.radians(leg.heading)
+                away, heading = (
+                    boards[told] - envs.offset(city.plan.centre, leg.end),
+                    math.radians(leg.heading),
+                )
                 right = away @ (math.cos(heading), -math.sin(heading))
                 ahead = away @ (math.sin(heading), math.cos(heading))
                 side = ("right" if right > 0 else "left") + ("" if ahead >= 0 else " behind")
@@ -1376,7 +1779,10 @@ def test_signs_are_on_the_side_that_the_route_says(name):
 
 @pytest.mark.parametrize("name", ["milan", "lagos", "melbourne"])
 def test_a_difference_leaves_the_rest_of_a_built_city_alone(name):
-    plain, rooms = envs.City(envs.city_plan(name, ())), envs.Scene(envs.City(envs.city_plan(name, ()))).buildings
+    plain, rooms = (
+        envs.City(envs.city_plan(name, ())),
+        envs.Scene(envs.City(envs.city_plan(name, ()))).buildings,
+    )
     for group in ("names", "streets", "facades", "palette", "signs", "weather"):
         city = envs.City(envs.city_plan(name, (group,)))
         assert city.panoramas.keys() == plain.panoramas.keys() and city.ways == plain.ways
@@ -1387,8 +1793,12 @@ def test_a_difference_leaves_the_rest_of_a_built_city_alone(name):
         assert city.boards == plain.boards
         assert all((city.places[c]["name"] == plain.places[c]["name"]) == (group != "names") for c in both)
         buildings = envs.Scene(city).buildings  # start, width, height, bay, paint, awning
-        assert (buildings[:, [0, 1, 3]] == rooms[:, [0, 1, 3]]).all() and ((buildings[:, 7] < 0) == (rooms[:, 7] < 0)).all()
-        assert (buildings[:, 2] != rooms[:, 2]).all() == (group == "facades") and (buildings[:, 4:] != rooms[:, 4:]).any() == (group == "palette")
+        assert (buildings[:, [0, 1, 3]] == rooms[:, [0, 1, 3]]).all() and (
+            (buildings[:, 7] < 0) == (rooms[:, 7] < 0)
+        ).all()
+        assert (buildings[:, 2] != rooms[:, 2]).all() == (group == "facades") and (
+            buildings[:, 4:] != rooms[:, 4:]
+        ).any() == (group == "palette")
 
 
 def with_pictures(folder, ids, rotation=30.0):
@@ -1397,7 +1807,9 @@ def with_pictures(folder, ids, rotation=30.0):
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (32, 1, 3))
     for name in ids.values():
         Image.fromarray(ramp).save(folder / "street_views" / f"{name}.jpg", quality=100)
-        (folder / "street_views" / f"{name}.metadata.json").write_text(json.dumps({"rotation": rotation, "date": "2019"}))
+        (folder / "street_views" / f"{name}.metadata.json").write_text(
+            json.dumps({"rotation": rotation, "date": "2019"})
+        )
 
 
 def png(size=(8, 4)) -> bytes:
@@ -1406,10 +1818,36 @@ def png(size=(8, 4)) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name, content", [
-    *(("p0_0.jpg", content) for content in (b"\xff\xd8 no picture", b"", png(), png((10_000, 9_999)))),
-    *(("p0_0.metadata.json", content) for content in (b"", b"{", b"[" * 100_000, b"[]", b'{"turned": 1}', *(
-        b'{"rotation": %s}' % x for x in (b"NaN", b"Infinity", b"1e400", b"1e18", b"1" + b"0" * 400, b"true", b'"30"', b"null", b"[3]"))))])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        *(("p0_0.jpg", content) for content in (b"\xff\xd8 no picture", b"", png(), png((10_000, 9_999)))),
+        *(
+            ("p0_0.metadata.json", content)
+            for content in (
+                b"",
+                b"{",
+                b"[" * 100_000,
+                b"[]",
+                b'{"turned": 1}',
+                *(
+                    b'{"rotation": %s}' % x
+                    for x in (
+                        b"NaN",
+                        b"Infinity",
+                        b"1e400",
+                        b"1e18",
+                        b"1" + b"0" * 400,
+                        b"true",
+                        b'"30"',
+                        b"null",
+                        b"[3]",
+                    )
+                ),
+            )
+        ),
+    ],
+)
 def test_broken_pictures_are_named_in_one_line(tmp_path, capsys, name, content):
     by_hand(tmp_path)
     with_pictures(tmp_path, envs.load_world(tmp_path).panoramas.ids)
@@ -1417,7 +1855,12 @@ def test_broken_pictures_are_named_in_one_line(tmp_path, capsys, name, content):
     (tmp_path / "street_views" / name).write_bytes(content)
     with pytest.raises(ValueError) as error:
         env.reset()
-    assert f"street_views/{name}" in str(error.value) and "route 0" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert (
+        f"street_views/{name}" in str(error.value)
+        and "route 0" in str(error.value)
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 400
+    )
     assert capsys.readouterr() == ("", "")
     (tmp_path / "street_views" / name).unlink()
     with pytest.raises(ValueError, match=rf"route 0: start_place.relocated_geocode: there is no .*{name}"):
@@ -1456,7 +1899,11 @@ def test_judging_a_reply_does_not_wait_for_the_next_picture():
         reply, start = env.expert_reply(), time.thread_time()
         observation, reward, *_ = env.step(reply)
         times.append(time.thread_time() - start)
-        assert reward == 1 and observation.image is observation.image is env.image and observation.image.size == (605, 605)
+        assert (
+            reward == 1
+            and observation.image is observation.image is env.image
+            and observation.image.size == (605, 605)
+        )
     assert min(times) < 0.010
 
 
@@ -1469,20 +1916,33 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
     observation, _ = env.reset(seed=0)
     while not any(env.done):
         said = "".join(envs.text_of(m["content"]) for m in observation.messages if m["role"] == "user")
-        assert said.count("<image>") == 1 and envs.text_of(observation.messages[-1]["content"]).startswith("<image>")
-        assert observation.image.size == (37, 37) and said.count("Starbucks") == said.count("Joe's Bar") == 1  # in the instruction
+        assert said.count("<image>") == 1 and envs.text_of(observation.messages[-1]["content"]).startswith(
+            "<image>"
+        )
+        assert (
+            observation.image.size == (37, 37) and said.count("Starbucks") == said.count("Joe's Bar") == 1
+        )  # in the instruction
         pictures.append(observation.image)
         again, reward, *_ = env.step(env.wrong_reply())
-        assert reward == -1 and again.image == observation.image and sum("<image>" in envs.text_of(m["content"]) for m in again.messages) == 1
+        assert (
+            reward == -1
+            and again.image == observation.image
+            and sum("<image>" in envs.text_of(m["content"]) for m in again.messages) == 1
+        )
         observation, reward, *_ = env.step(env.expert_reply())
         assert reward == 1
     assert len(pictures) == len(env.waypoints) == 4 and pictures[0] != pictures[1]
     # facing 350 degrees with rotation 30: front is 20 degrees from the panorama's left edge, right 110
     for corner, degrees in (((8, 8), 20), ((29, 8), 110), ((8, 29), 200), ((29, 29), 290)):
         assert pictures[0].getpixel(corner)[0] == pytest.approx(degrees / 360 * 255, abs=8)
-    told = envs.make("virl-vl", data=tmp_path, drop=1.0, view_size=16, tell_intersections=True, view_layout="legacy")
+    told = envs.make(
+        "virl-vl", data=tmp_path, drop=1.0, view_size=16, tell_intersections=True, view_layout="legacy"
+    )
     told.reset()
-    assert envs.text_of(told.step(told.expert_reply())[0].messages[-1]["content"]) == "<image>You are at an intersection."
+    assert (
+        envs.text_of(told.step(told.expert_reply())[0].messages[-1]["content"])
+        == "<image>You are at an intersection."
+    )
     for wrong in ({"view_layout": "round"}, {"view_size": 3}, {"variant": "red"}):
         with pytest.raises(ValueError):
             envs.make("virl-vl", data=tmp_path, **wrong)

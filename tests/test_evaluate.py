@@ -23,7 +23,9 @@ def episode(outcome, budget=3):
 def test_summary_counts_successes_first_replies_and_verdicts():
     result = evaluate.summary([episode(o) for o in (1, 0, 2, 1)])
     assert result["outcomes"] == "1021" and result["success"] == 0.75 and result["first_success"] == 0.5
-    assert result["verdicts"]["correct"] == pytest.approx(3 / 7) and result["verdicts"]["illegal"] == pytest.approx(3 / 7)
+    assert result["verdicts"]["correct"] == pytest.approx(3 / 7) and result["verdicts"][
+        "illegal"
+    ] == pytest.approx(3 / 7)
     assert result["success_se"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4)) and result["turns"] == 7 / 4
 
 
@@ -32,27 +34,46 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
         return [envs.Turn("", 0.0, "correct" if right else "wrong_action", "", True, k) for k, right in marks]
 
     actions = ["turn_direction(left)", "forward()", "stop()"]
-    routes = [envs.Episode("", actions, turns((0, True), (1, False), (1, True), (2, True)), True),
-              envs.Episode("", actions, turns((0, False), (0, False), (1, True), (2, True)), False),
-              envs.Episode("", actions, turns((0, True), (1, False), (1, False)), False)]  # fmt: skip
+    routes = [
+        envs.Episode("", actions, turns((0, True), (1, False), (1, True), (2, True)), True),
+        envs.Episode("", actions, turns((0, False), (0, False), (1, True), (2, True)), False),
+        envs.Episode("", actions, turns((0, True), (1, False), (1, False)), False),
+    ]
     result = evaluate.step_summary(routes)
-    assert result["waypoints"] == 9 and result["step_accuracy"] == pytest.approx(6 / 9) and result["first_step_accuracy"] == pytest.approx(5 / 9)
-    assert result["step_accuracy_by_action"] == {"turn": pytest.approx(2 / 3), "forward": pytest.approx(2 / 3), "stop": pytest.approx(2 / 3)}
+    assert (
+        result["waypoints"] == 9
+        and result["step_accuracy"] == pytest.approx(6 / 9)
+        and result["first_step_accuracy"] == pytest.approx(5 / 9)
+    )
+    assert result["step_accuracy_by_action"] == {
+        "turn": pytest.approx(2 / 3),
+        "forward": pytest.approx(2 / 3),
+        "stop": pytest.approx(2 / 3),
+    }
     assert result["steps"] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-4)
     assert result["at_turns"] == [1, 0, 1]
-    assert result["step_accuracy_se"] == pytest.approx(math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3))  # routes of one length: that of a mean
+    assert result["step_accuracy_se"] == pytest.approx(
+        math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3)
+    )  # routes of one length: that of a mean
     assert evaluate.summary(routes, envs.STREET_REWARDS)["outcomes"] == "200"
     for verdict, recognized, right in (("wrong_observation", True, 5), ("correct", False, 6)):
         routes[1].turns[0] = envs.Turn("", 0.0, verdict, "", recognized, 0)
         assert evaluate.step_summary(routes)["first_step_accuracy"] == pytest.approx(right / 9)
-    assert evaluate.step_summary([*routes, envs.Episode("", ["forward()", "stop()"])])["at_turns"] == [1, 1, 1, None]
+    assert evaluate.step_summary([*routes, envs.Episode("", ["forward()", "stop()"])])["at_turns"] == [
+        1,
+        1,
+        1,
+        None,
+    ]
 
 
 def test_evaluation_walks_every_route_to_its_end(policy):
     environments = [envs.make("virl-l", split="test", points_per_leg=0, verify_iter=1) for _ in range(3)]
     result, episodes = evaluate.evaluate(policy, environments, 1.0, 4)
     assert result["waypoints"] == sum(len(e.turns) for e in episodes) == sum(len(e.asked) for e in episodes)
-    assert result["step_accuracy"] == result["success"] == 0 and set(result["verdicts"]) == set(envs.STREET_REWARDS)
+    assert result["step_accuracy"] == result["success"] == 0 and set(result["verdicts"]) == set(
+        envs.STREET_REWARDS
+    )
 
 
 def test_difference_is_paired():
@@ -73,11 +94,18 @@ def test_difference_is_paired():
 
 def test_recognition_is_counted_over_replies_and_paired_over_hands():
     turns = [[True, False], [False], [True, True, True, False]]
-    episodes = [envs.Episode("", [], [envs.Turn("", 0.0, "illegal", "", seen) for seen in replies]) for replies in turns]
+    episodes = [
+        envs.Episode("", [], [envs.Turn("", 0.0, "illegal", "", seen) for seen in replies])
+        for replies in turns
+    ]
     summary = evaluate.summary(episodes)
     assert summary["recognition"] == 4 / 7 and summary["recognized"] == [0.5, 0.0, 0.75]
-    turned = evaluate.difference([{"at_turns": [1.0, None, 0.5]}], [{"at_turns": [0.5, None, 0.5]}], "turn_accuracy")  # the route without turns is left out
-    assert turned["mean"] == 0.25 and turned["interval"] == pytest.approx((0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25))
+    turned = evaluate.difference(
+        [{"at_turns": [1.0, None, 0.5]}], [{"at_turns": [0.5, None, 0.5]}], "turn_accuracy"
+    )  # the route without turns is left out
+    assert turned["mean"] == 0.25 and turned["interval"] == pytest.approx(
+        (0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25)
+    )
     d = evaluate.difference([summary], [summary | {"recognized": [0.5, 0.5, 0.5]}], "recognition")
     assert d["mean"] == pytest.approx(-0.25 / 3) and d["interval"][0] < 0 < d["interval"][1]
 
@@ -85,9 +113,16 @@ def test_recognition_is_counted_over_replies_and_paired_over_hands():
 def test_a_walker_who_reports_that_there_is_no_landmark_recognizes_none():
     environments = [envs.make("virl-l", seed=k, split="test", go_on=True) for k in range(20)]
     nothing = json.dumps(dict(zip(envs.STREET_FIELDS, (envs.NOTHING, "", "forward()"))))
-    blind = evaluate.summary(envs.play(environments, lambda indices, observations: [nothing] * len(indices)), envs.STREET_REWARDS)
+    blind = evaluate.summary(
+        envs.play(environments, lambda indices, observations: [nothing] * len(indices)), envs.STREET_REWARDS
+    )
     assert blind["verdicts"]["correct"] > 0.3 and blind["recognition"] == 0 and not any(blind["recognized"])
-    expert = evaluate.summary(envs.play(environments, lambda indices, observations: [environments[i].expert_reply() for i in indices]), envs.STREET_REWARDS)
+    expert = evaluate.summary(
+        envs.play(
+            environments, lambda indices, observations: [environments[i].expert_reply() for i in indices]
+        ),
+        envs.STREET_REWARDS,
+    )
     assert expert["recognition"] == 1
 
 
@@ -118,7 +153,9 @@ def test_seeds_that_disagree_are_not_called_a_finding():
 def test_the_interval_over_seeds_is_students_t():
     points = [{"outcomes": "1" * k + "0" * (10 - k)} for k in (5, 6, 7)]
     d = evaluate.difference(points, [{"outcomes": "0" * 10}] * 3)
-    assert d["seed_interval"] == pytest.approx((0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3)))
+    assert d["seed_interval"] == pytest.approx(
+        (0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3))
+    )
 
 
 def test_the_same_hands_for_every_checkpoint_and_none_of_training(policy):
@@ -129,7 +166,9 @@ def test_the_same_hands_for_every_checkpoint_and_none_of_training(policy):
         hands[series] = [e.asked for e in episodes]
         _, again = evaluate.evaluate(policy, environments, 0.0, 4, series)
         assert [e.asked for e in again] == hands[series]
-    assert not any(a == b for x, y in (("test", "valid"), ("test", "train/0/0")) for a, b in zip(hands[x], hands[y]))
+    assert not any(
+        a == b for x, y in (("test", "valid"), ("test", "train/0/0")) for a, b in zip(hands[x], hands[y])
+    )
 
 
 def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
@@ -146,7 +185,11 @@ def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
         for (stream,) in (respond.streams[i] for i in range(64)):
             ids = torch.tensor([stream.ids])
             p, q = (m.model(input_ids=ids).logits[0].log_softmax(-1) for m in (policy, other))
-            exact += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item() for t, chosen in enumerate(stream.mask) if chosen]
+            exact += [
+                (p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item()
+                for t, chosen in enumerate(stream.mask)
+                if chosen
+            ]
     assert measured == pytest.approx(sum(exact) / len(exact), rel=0.15)
 
 
@@ -158,19 +201,45 @@ def results_of(tmp_path, rates):
             for temperature in (1.0, 0.0):
                 outcomes = "".join("1" if rng.random() < rate else "0" for _ in range(400))
                 summary = evaluate.summary([episode(int(o)) for o in outcomes])
-                results.add({"task": "gp-l", "arm": arm, "seed": seed, "step": step, "flops": step * 1e12, "variant": variant, "series": series,
-                             "temperature": temperature, **summary, "kl_to_init": 0.1, "checkpoint": "x"})  # fmt: skip
+                results.add(
+                    {
+                        "task": "gp-l",
+                        "arm": arm,
+                        "seed": seed,
+                        "step": step,
+                        "flops": step * 1e12,
+                        "variant": variant,
+                        "series": series,
+                        "temperature": temperature,
+                        **summary,
+                        "kl_to_init": 0.1,
+                        "checkpoint": "x",
+                    }
+                )
     return results
 
 
 def test_report_states_what_the_points_say(tmp_path):
-    rates = {("init", 0, "id", "test"): 0.5, ("init", 0, "rule", "test"): 0.3, ("sft", 1, "id", "valid"): 0.95, ("sft", 2, "id", "valid"): 0.8}
+    rates = {
+        ("init", 0, "id", "test"): 0.5,
+        ("init", 0, "rule", "test"): 0.3,
+        ("sft", 1, "id", "valid"): 0.95,
+        ("sft", 2, "id", "valid"): 0.8,
+    }
     for step, sft_id, sft_rule, rl in ((1, 0.9, 0.5, 0.4), (2, 0.9, 0.1, 0.6)):
-        rates |= {("sft", step, "id", "test"): sft_id, ("sft", step, "rule", "test"): sft_rule, ("rl", step, "id", "test"): 0.8, ("rl", step, "rule", "test"): rl}
+        rates |= {
+            ("sft", step, "id", "test"): sft_id,
+            ("sft", step, "rule", "test"): sft_rule,
+            ("rl", step, "id", "test"): 0.8,
+            ("rl", step, "rule", "test"): rl,
+        }
     results = results_of(tmp_path, rates)
     claims = evaluate.write_report(results, tmp_path, {"task": "gp-l", "verify_iter": 3, "note": ""})
     said = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
-    assert "**holds**" in said["RL ends above init under the other rule"] and "**holds**" in said["SFT ends below init under the other rule"]
+    assert (
+        "**holds**" in said["RL ends above init under the other rule"]
+        and "**holds**" in said["SFT ends below init under the other rule"]
+    )
     assert [p["step"] for p in results.ends("sft", "rule", 1.0, "best")] == [1, 1]
     assert [p["step"] for p in results.ends("sft", "rule", 1.0)] == [2, 2]
     assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
@@ -181,22 +250,41 @@ def test_report_states_what_the_points_say(tmp_path):
 
 
 def test_controls_show_grey_pictures_or_those_of_other_episodes():
-    shown, environments = [], [envs.make("virl-vl", view_size=16, turns=1, points_per_leg=0, verify_iter=2) for _ in range(3)]
+    shown, environments = (
+        [],
+        [envs.make("virl-vl", view_size=16, turns=1, points_per_leg=0, verify_iter=2) for _ in range(3)],
+    )
 
     def expert(indices, observations):
-        shown.extend((i, environments[i].at, environments[i].image, o.image) for i, o in zip(indices, observations))
-        return [environments[i].wrong_reply() if not environments[i].judged else environments[i].expert_reply() for i in indices]
+        shown.extend(
+            (i, environments[i].at, environments[i].image, o.image) for i, o in zip(indices, observations)
+        )
+        return [
+            environments[i].wrong_reply() if not environments[i].judged else environments[i].expert_reply()
+            for i in indices
+        ]
 
     for how in ("blank", "shuffled"):
         shown.clear()
-        assert all(e.success for e in envs.play(environments, evaluate.Disguise(expert, how), seeds=[1, 2, 3]))
+        assert all(
+            e.success for e in envs.play(environments, evaluate.Disguise(expert, how), seeds=[1, 2, 3])
+        )
         seen: dict = {}
         for i, at, own, picture in shown:
-            assert picture is seen.setdefault((i, at), picture) and picture is not own  # one for each waypoint, for both tries there
+            assert (
+                picture is seen.setdefault((i, at), picture) and picture is not own
+            )  # one for each waypoint, for both tries there
             colors = picture.getcolors(2)
             assert (colors is not None and len(colors) == 1) == (how == "blank")
             if how == "shuffled":
-                assert any(np.array_equal(picture, other) for j, _, other, _ in shown if j != i) and picture.size == own.size
-        assert len({id(picture) for picture in seen.values()}) == len(seen) == sum(env.decisions for env in environments)
+                assert (
+                    any(np.array_equal(picture, other) for j, _, other, _ in shown if j != i)
+                    and picture.size == own.size
+                )
+        assert (
+            len({id(picture) for picture in seen.values()})
+            == len(seen)
+            == sum(env.decisions for env in environments)
+        )
     with pytest.raises(ValueError, match="need a task with pictures"):
         envs.play([envs.make("gp-l")], evaluate.Disguise(expert, "blank"))

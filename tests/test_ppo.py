@@ -18,7 +18,9 @@ def naive_gae(rewards, values, mask, gamma, lam):
     for b, row in enumerate(mask):
         steps = [t for t, m in enumerate(row) if m]
         reward = {t: sum(rewards[b][t : (steps + [len(row)])[k + 1]]) for k, t in enumerate(steps)}
-        discount = {t: 1.0 if k + 1 < len(steps) and steps[k + 1] == t + 1 else gamma for k, t in enumerate(steps)}
+        discount = {
+            t: 1.0 if k + 1 < len(steps) and steps[k + 1] == t + 1 else gamma for k, t in enumerate(steps)
+        }
         delta = {}
         for k, t in enumerate(steps):
             following = values[b][steps[k + 1]] if k + 1 < len(steps) else 0.0
@@ -45,7 +47,9 @@ def test_gae_against_the_definition(gamma, lam):
     for seed in range(5):
         rewards, values, mask = random_case(seed)
         advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
-        expected = torch.tensor(naive_gae(rewards.tolist(), values.tolist(), mask.tolist(), gamma, lam), dtype=torch.double)
+        expected = torch.tensor(
+            naive_gae(rewards.tolist(), values.tolist(), mask.tolist(), gamma, lam), dtype=torch.double
+        )
         torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(returns, (expected + values) * mask, rtol=1e-12, atol=1e-12)
 
@@ -114,7 +118,9 @@ def test_kl_estimate_is_unbiased_and_never_negative():
     p, q = torch.randn(2, 6, generator=g).log_softmax(-1)
     draws = torch.multinomial(p.exp(), 400_000, replacement=True, generator=g)
     estimate = ppo.kl_estimate(p[draws], q[draws])
-    assert estimate.min() >= 0 and estimate.mean().item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=0.02)
+    assert estimate.min() >= 0 and estimate.mean().item() == pytest.approx(
+        (p.exp() * (p - q)).sum().item(), rel=0.02
+    )
 
 
 def test_per_reply_sums_each_reply_onto_its_first_token():
@@ -143,7 +149,19 @@ def test_whitening_is_masked():
 
 
 def small_config(**changes):
-    return ppo.PPOConfig(**({"episodes": 6, "minibatch_size": 3, "microbatch_size": 2, "epochs": 2, "max_new_tokens": 12, "lr": 1e-3} | changes))
+    return ppo.PPOConfig(
+        **(
+            {
+                "episodes": 6,
+                "minibatch_size": 3,
+                "microbatch_size": 2,
+                "epochs": 2,
+                "max_new_tokens": 12,
+                "lr": 1e-3,
+            }
+            | changes
+        )
+    )
 
 
 def played(policy, config, verify_iter=3, task="gp-l"):
@@ -152,7 +170,16 @@ def played(policy, config, verify_iter=3, task="gp-l"):
     return ppo.rollout(policy, environments, config, step=0)
 
 
-@pytest.mark.parametrize("kind, task", [("llava", "gp-l"), ("llava", "virl-l"), ("mllama", "gp-l"), ("llava", "virl-vl"), *((kind, "gp-vl") for kind in SIGHTED)])
+@pytest.mark.parametrize(
+    "kind, task",
+    [
+        ("llava", "gp-l"),
+        ("llava", "virl-l"),
+        ("mllama", "gp-l"),
+        ("llava", "virl-vl"),
+        *((kind, "gp-vl") for kind in SIGHTED),
+    ],
+)
 @pytest.mark.parametrize("ratio", ["token", "reply"])
 def test_first_ratio_is_one_and_moves_after_a_step(kind, task, ratio):
     policy, config = make_policy(kind), small_config(ratio=ratio, thought_coef=0.5)
@@ -176,7 +203,10 @@ def test_batch_masks_rewards_and_old_logp_say_what_the_sampler_did(policy):
         torch.testing.assert_close(batch["old_logp"][b, :n], torch.tensor(stream.logp), rtol=0, atol=1e-5)
         assert batch["rewards"].sum(1)[b].item() == sum(t.reward for t in episodes[i].turns)
         last = stream.replies[-1][1] - 1
-        assert batch["rewards"][b, last] == episodes[i].turns[-1].reward and batch["advantages"][b][batch["mask"][b] == 0].abs().sum() == 0
+        assert (
+            batch["rewards"][b, last] == episodes[i].turns[-1].reward
+            and batch["advantages"][b][batch["mask"][b] == 0].abs().sum() == 0
+        )
 
 
 def test_advantages_run_across_the_waypoints_of_a_route(policy):
@@ -189,7 +219,9 @@ def test_advantages_run_across_the_waypoints_of_a_route(policy):
     assert n == env.decisions > 2 and batch["rewards"].sum() == n * (n - 1) / 2
     for k, (start, stop) in enumerate(stream.replies):
         expected = sum(j * config.gamma ** (j - k) for j in range(k, n))
-        torch.testing.assert_close(batch["returns"][0, start:stop], torch.full((stop - start,), expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            batch["returns"][0, start:stop], torch.full((stop - start,), expected), rtol=1e-5, atol=1e-5
+        )
 
 
 class Guided:
@@ -200,29 +232,49 @@ class Guided:
 
     def __call__(self, indices, observations):
         own = self.respond(indices, observations)
-        return [self.environments[i].expert_reply() if self.environments[i].judged else reply for i, reply in zip(indices, own)]
+        return [
+            self.environments[i].expert_reply() if self.environments[i].judged else reply
+            for i, reply in zip(indices, own)
+        ]
 
 
 @pytest.mark.parametrize("kind", ["llava", "mllama"])
 def test_a_walk_with_pictures_has_a_row_for_each_waypoint_and_its_advantages_run_across_them(kind):
     policy, config = make_policy(kind), small_config(lam=0.9, microbatch_size=4)
     torch.nn.init.normal_(policy.value_head[-1].weight)
-    environments = [envs.make("virl-vl", verify_iter=2, view_size=16, turns=1, points_per_leg=1) for _ in range(3)]
+    environments = [
+        envs.make("virl-vl", verify_iter=2, view_size=16, turns=1, points_per_leg=1) for _ in range(3)
+    ]
     with policy.responder(1.0, 12, policy.generator("walk")) as respond:
         episodes = envs.play(environments, Guided(respond, environments), seeds=range(3))
     streams = [respond.streams[i] for i in range(3)]
     batch = ppo.collect(policy, streams, episodes, config, "action")
-    assert len(batch["ids"]) == sum(env.decisions for env in environments) and len({len(own) for own in streams}) > 1
+    assert (
+        len(batch["ids"]) == sum(env.decisions for env in environments)
+        and len({len(own) for own in streams}) > 1
+    )
     for own, env, episode in zip(streams, environments, episodes):
         assert [len(stream.replies) for stream in own] == [2] * env.decisions and episode.success
-        rows = [next(b for b in range(len(batch["ids"])) if batch["ids"][b, : len(stream)].tolist() == stream.ids) for stream in own]
+        rows = [
+            next(b for b in range(len(batch["ids"])) if batch["ids"][b, : len(stream)].tolist() == stream.ids)
+            for stream in own
+        ]
         assert len(set(rows)) == len(own)
         for b, stream in zip(rows, own):  # each waypoint is scored with its own picture, as it was sampled
             assert torch.equal(batch["pictures"][b]["pixel_values"], stream.picture["pixel_values"])
-            torch.testing.assert_close(batch["old_logp"][b, : len(stream)], torch.tensor(stream.logp), rtol=0, atol=2e-5)
-        tokens = [(b, t, k) for b, stream in zip(rows, own) for k, (start, stop) in enumerate(stream.replies) for t in range(start, stop)]
+            torch.testing.assert_close(
+                batch["old_logp"][b, : len(stream)], torch.tensor(stream.logp), rtol=0, atol=2e-5
+            )
+        tokens = [
+            (b, t, k)
+            for b, stream in zip(rows, own)
+            for k, (start, stop) in enumerate(stream.replies)
+            for t in range(start, stop)
+        ]
         value, advantage, turn = 0.0, 0.0, iter(reversed(episode.turns))
-        for (b, t, k), later in zip(reversed(tokens), [None, *reversed(tokens)]):  # naive: token by token, from the end of the walk
+        for (b, t, k), later in zip(
+            reversed(tokens), [None, *reversed(tokens)]
+        ):  # naive: token by token, from the end of the walk
             new_turn = later is None or later[0] != b or later[2] != k
             discount = config.gamma if new_turn else 1.0
             reward, own_value = next(turn).reward if new_turn else 0.0, batch["old_values"][b, t].item()
@@ -242,10 +294,14 @@ def test_the_first_update_shifts_the_values_to_the_mean_return():
     total, count = 0.0, 0
     for (stream,), episode in zip(streams, episodes):
         for k, (start, stop) in enumerate(stream.replies):
-            total += (stop - start) * sum(turn.reward * config.gamma**j for j, turn in enumerate(episode.turns[k:]))
+            total += (stop - start) * sum(
+                turn.reward * config.gamma**j for j, turn in enumerate(episode.turns[k:])
+            )
             count += stop - start
     shift = total / count - before["old_values"].sum().item() / count
-    torch.testing.assert_close(after["old_values"], before["old_values"] + shift * before["mask"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        after["old_values"], before["old_values"] + shift * before["mask"], rtol=0, atol=1e-4
+    )
     torch.testing.assert_close(again["old_values"], after["old_values"], rtol=0, atol=1e-4)
 
 
@@ -269,12 +325,17 @@ def test_the_value_warm_up_leaves_the_language_model_alone(policy):
     batch = ppo.collect(policy, *played(policy, config), config, "formula")
     before, head = [p.clone() for p in policy.model.parameters()], policy.value_head[-1].weight.clone()
     ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, config, step=0)
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters())) and not torch.equal(head, policy.value_head[-1].weight)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters())) and not torch.equal(
+        head, policy.value_head[-1].weight
+    )
 
 
 def test_the_kl_terms_gradient_is_that_of_the_exact_kl():
     g = torch.Generator().manual_seed(0)
-    logits, q = torch.randn(5, generator=g, dtype=torch.double, requires_grad=True), torch.randn(5, generator=g, dtype=torch.double).log_softmax(-1)
+    logits, q = (
+        torch.randn(5, generator=g, dtype=torch.double, requires_grad=True),
+        torch.randn(5, generator=g, dtype=torch.double).log_softmax(-1),
+    )
     p = logits.log_softmax(-1)
     exact = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)[0]
     in_expectation = torch.autograd.grad((p.detach().exp() * 0.5 * (p - q) ** 2).sum(), logits)[0]
@@ -285,7 +346,9 @@ def test_microbatches_do_not_change_the_gradient():
     policies = []
     for micro in (1, 6):
         policy = make_policy()
-        config = small_config(microbatch_size=micro, minibatch_size=6, epochs=1, entropy_coef=0.1, kl_coef=0.1)
+        config = small_config(
+            microbatch_size=micro, minibatch_size=6, epochs=1, entropy_coef=0.1, kl_coef=0.1
+        )
         policy.keep_initial_weights()
         batch = ppo.collect(policy, *played(policy, config), config, "formula")
         ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, config, step=0)
@@ -320,7 +383,13 @@ def test_a_non_finite_loss_stops_before_the_weights_change(policy):
     before = [p.clone() for p in policy.parameters()]
     with pytest.raises(FloatingPointError):
         for _ in range(config.epochs):
-            ppo.update(policy, policy.optimizers(1e-3, 1e-3), batch, small_config(minibatch_size=6, microbatch_size=6), step=0)
+            ppo.update(
+                policy,
+                policy.optimizers(1e-3, 1e-3),
+                batch,
+                small_config(minibatch_size=6, microbatch_size=6),
+                step=0,
+            )
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
@@ -347,10 +416,32 @@ class SayDigit:
 @pytest.mark.parametrize("ratio", ["token", "reply"])
 def test_ppo_learns_a_trivial_task(policy, ratio):
     rng = random.Random(0)  # first the form: a digit, whatever the prompt says
-    turns = [[{"from": "human", "value": rng.choice("37")}, {"from": "gpt", "value": rng.choice("37")}] for _ in range(64)]
-    list(sft.train(policy, policy.optimizers(3e-3), lambda step: [{"conversations": t} for t in turns], sft.SFTConfig(lr=3e-3, steps=15)))
-    config = ppo.PPOConfig(lr=1e-3, value_lr=1e-2, episodes=64, minibatch_size=64, microbatch_size=64, epochs=2, steps=30, max_new_tokens=1,
-                           ratio=ratio)  # fmt: skip
+    turns = [
+        [{"from": "human", "value": rng.choice("37")}, {"from": "gpt", "value": rng.choice("37")}]
+        for _ in range(64)
+    ]
+    list(
+        sft.train(
+            policy,
+            policy.optimizers(3e-3),
+            lambda step: [{"conversations": t} for t in turns],
+            sft.SFTConfig(lr=3e-3, steps=15),
+        )
+    )
+    config = ppo.PPOConfig(
+        lr=1e-3,
+        value_lr=1e-2,
+        episodes=64,
+        minibatch_size=64,
+        microbatch_size=64,
+        epochs=2,
+        steps=30,
+        max_new_tokens=1,
+        ratio=ratio,
+    )
     environments = [SayDigit() for _ in range(64)]
-    success = [m["success"] for m in ppo.train(policy, policy.optimizers(config.lr, config.value_lr), environments, config)]
+    success = [
+        m["success"]
+        for m in ppo.train(policy, policy.optimizers(config.lr, config.value_lr), environments, config)
+    ]
     assert success[0] < 0.75 and max(success[-5:]) > 0.95

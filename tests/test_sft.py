@@ -36,7 +36,10 @@ def test_the_mask_holds_replies_and_their_end_tokens_only(policy):
 def test_a_demonstration_has_the_tokens_of_the_rendered_conversation(policy):
     record = records(1, wrong_turns=2)[0]
     (stream,) = policy.streams([record])
-    messages = [{"role": {"human": "user", "gpt": "assistant"}[t["from"]], "content": t["value"]} for t in record["conversations"]]
+    messages = [
+        {"role": {"human": "user", "gpt": "assistant"}[t["from"]], "content": t["value"]}
+        for t in record["conversations"]
+    ]
     assert stream.ids == policy.tokenize([policy.render(messages, reply_follows=False)])[0]
 
 
@@ -67,12 +70,18 @@ def test_accumulation_gives_the_same_step():
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind, muon, steps", [("llava", False, 160), ("llava", True, 30), ("llama", False, 160), ("mllama", False, 160)])
+@pytest.mark.parametrize(
+    "kind, muon, steps",
+    [("llava", False, 160), ("llava", True, 30), ("llama", False, 160), ("mllama", False, 160)],
+)
 def test_sft_learns_its_demonstrations(kind, muon, steps):
     policy = make_policy(kind)
     chosen = records(4)
     config = sft.SFTConfig(lr=5e-3, batch_size=4, microbatch_size=4, steps=steps, muon=muon)
-    losses = [m["loss"] for m in sft.train(policy, policy.optimizers(config.lr, muon=muon), lambda step: chosen, config)]
+    losses = [
+        m["loss"]
+        for m in sft.train(policy, policy.optimizers(config.lr, muon=muon), lambda step: chosen, config)
+    ]
     assert losses[-1] < 0.05 < losses[0]
     generator = torch.Generator().manual_seed(0)
     streams = policy.streams(chosen)
@@ -94,7 +103,9 @@ def test_sft_learns_what_only_the_picture_shows(kind):
         shown = streams[shift:] + streams[:shift]
         with policy.rollout_weights() as model:
             looks = policy.look(model, [s.picture for s in shown])
-            drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, torch.Generator(), looks)
+            drawn = policy.sample(
+                model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, torch.Generator(), looks
+            )
         assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in shown]
 
 
@@ -139,12 +150,27 @@ def test_epochs_visit_every_record_once_in_a_new_order_and_need_no_state():
         ("{", "cannot be read"),
         ("[]", "non-empty"),
         ('[{"conversations": []}]', "record 0"),
-        ('[{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}]', "turn 0: `from`"),
-        ('[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": 3}]}]', "turn 1: `value`"),
-        ('[{"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "record 0: `image`: 'a.png'"),
-        ('[{"image": ["a", "b"], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "record 0: `image`"),
-        ('[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, {"image": "a.png", '
-         '"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "record 1: `image`: all"),
+        (
+            '[{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}]',
+            "turn 0: `from`",
+        ),
+        (
+            '[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": 3}]}]',
+            "turn 1: `value`",
+        ),
+        (
+            '[{"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
+            "record 0: `image`: 'a.png'",
+        ),
+        (
+            '[{"image": ["a", "b"], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
+            "record 0: `image`",
+        ),
+        (
+            '[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, {"image": "a.png", '
+            '"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
+            "record 1: `image`: all",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_record_and_field(tmp_path, content, words):
@@ -178,12 +204,20 @@ def test_a_record_of_a_walk_shows_one_picture_and_trains_the_replies_to_it(polic
         record = envs.demonstration(env, wrong_turns=1)
         turns = [turn["value"] for turn in record["conversations"]]
         shown = [k for k, value in enumerate(turns) if "<image>" in value]
-        assert shown == [len(turns) - 4] and record["image"] is env.image  # the last waypoint: picture, wrong reply, feedback, right reply
+        assert (
+            shown == [len(turns) - 4] and record["image"] is env.image
+        )  # the last waypoint: picture, wrong reply, feedback, right reply
         waypoints.add(env.at)
         (stream,) = policy.streams([record])
         said = [policy.decode(stream.ids[start:stop]) for start, stop in stream.replies]
-        assert said == turns[-3::2] and sum(stream.mask) == sum(stop - start for start, stop in stream.replies)
-        assert envs.judge_step(turns[-1], env.waypoints[env.at]).verdict == "correct" != envs.judge_step(turns[-3], env.waypoints[env.at]).verdict
+        assert said == turns[-3::2] and sum(stream.mask) == sum(
+            stop - start for start, stop in stream.replies
+        )
+        assert (
+            envs.judge_step(turns[-1], env.waypoints[env.at]).verdict
+            == "correct"
+            != envs.judge_step(turns[-3], env.waypoints[env.at]).verdict
+        )
         observation = envs.Observation(env.messages[:-2], env.image)  # as the walk itself opens it
         (opened,) = policy.open([(observation.messages, observation.image)])
         assert stream.ids[: len(opened)] == opened.ids

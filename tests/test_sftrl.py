@@ -40,7 +40,9 @@ CASES = [(kind, "gp-l") for kind in MODELS] + [(kind, "gp-vl") for kind in SIGHT
 
 def sampled(policy, n=6, verify_iter=3, max_new_tokens=12, temperature=1.0, task="gp-l"):
     """Streams of a few multi-turn conversations."""
-    environments = [envs.make(task, verify_iter=verify_iter, **(SMALL if task == "gp-vl" else {})) for _ in range(n)]
+    environments = [
+        envs.make(task, verify_iter=verify_iter, **(SMALL if task == "gp-vl" else {})) for _ in range(n)
+    ]
     with policy.responder(temperature, max_new_tokens, policy.generator("test")) as respond:
         envs.play(environments, respond, [f"test/{i}" for i in range(n)])
     return [respond.streams[i][0] for i in range(n)]
@@ -112,7 +114,9 @@ def test_padded_equals_unpadded(kind, task):
         for b, stream in enumerate(streams):
             alone = policy(policy.collate([stream]), values="shared", entropy=True)
             for name in alone:
-                torch.testing.assert_close(together[name][b : b + 1, : len(stream)], alone[name], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    together[name][b : b + 1, : len(stream)], alone[name], rtol=1e-4, atol=1e-5
+                )
 
 
 def test_scores_against_the_whole_logits(policy):
@@ -126,9 +130,16 @@ def test_scores_against_the_whole_logits(policy):
             for t, chosen in enumerate(stream.mask):
                 if chosen:
                     words = torch.arange(out.logits.shape[-1]) != policy.image_id
-                    logp = (out.logits[0, t - 1] / 0.5).masked_fill(~words, -torch.inf).log_softmax(-1).clamp(min=-1e9)
+                    logp = (
+                        (out.logits[0, t - 1] / 0.5)
+                        .masked_fill(~words, -torch.inf)
+                        .log_softmax(-1)
+                        .clamp(min=-1e9)
+                    )
                     assert scores["logp"][b, t].item() == pytest.approx(logp[stream.ids[t]].item(), abs=1e-4)
-                    assert scores["entropy"][b, t].item() == pytest.approx(-(logp.exp() * logp).sum().item(), abs=1e-4)
+                    assert scores["entropy"][b, t].item() == pytest.approx(
+                        -(logp.exp() * logp).sum().item(), abs=1e-4
+                    )
                     value = policy.value_head(out.hidden_states[-1][0, t - 1])
                     assert scores["value"][b, t].item() == pytest.approx(value.item(), abs=1e-4)
 
@@ -141,8 +152,14 @@ def test_greedy_equals_the_librarys_greedy(kind):
         drawn = policy.sample(model, prompts, 10, 0.0, torch.Generator())
     for prompt, (ids, _) in zip(prompts, drawn):
         ids_of_prompt = torch.tensor([prompt])
-        expected = policy.model.generate(input_ids=ids_of_prompt, attention_mask=torch.ones_like(ids_of_prompt), do_sample=False, max_new_tokens=10,
-                                         eos_token_id=sorted(policy.stop_ids), pad_token_id=policy.pad_id)  # fmt: skip
+        expected = policy.model.generate(
+            input_ids=ids_of_prompt,
+            attention_mask=torch.ones_like(ids_of_prompt),
+            do_sample=False,
+            max_new_tokens=10,
+            eos_token_id=sorted(policy.stop_ids),
+            pad_token_id=policy.pad_id,
+        )
         assert ids == expected[0, len(prompt) :].tolist()
 
 
@@ -152,7 +169,9 @@ def test_what_is_kept_from_turn_to_turn_is_what_would_be_computed_again(kind, ta
     played = []
     for rollout_batch in (4, 3):
         policy = make_policy(kind, rollout_batch=rollout_batch)
-        environments = [envs.make(task, seed=i, verify_iter=3, **(SMALL if task == "gp-vl" else {})) for i in range(4)]
+        environments = [
+            envs.make(task, seed=i, verify_iter=3, **(SMALL if task == "gp-vl" else {})) for i in range(4)
+        ]
         observations = [env.reset()[0] for env in environments]
         with policy.responder(0.0, 12, policy.generator("kept")) as respond:
             for turn in range(3):
@@ -175,7 +194,9 @@ def test_conversations_that_go_on_at_different_lengths_do_not_see_each_others_co
     observation, _ = envs.make("gp-vl", prompt="$cards", **SMALL).reset()
     streams = policy.open([(observation.messages, observation.image)] * 4)
     prompts, pasts = [s.ids for s in streams], [sftrl.Past() for _ in streams]
-    longer = [prompt + [5] * n for prompt, n in zip(prompts, (1, 4, len(prompts[0]) - 3, len(prompts[0]) + 9))]  # the third's columns cut the others' pictures
+    longer = [
+        prompt + [5] * n for prompt, n in zip(prompts, (1, 4, len(prompts[0]) - 3, len(prompts[0]) + 9))
+    ]  # the third's columns cut the others' pictures
     with policy.rollout_weights() as model:
         looks = policy.look(model, [s.picture for s in streams])
         policy.sample(model, prompts, 1, 0.0, torch.Generator(), looks, pasts)
@@ -191,7 +212,19 @@ def test_a_walk_in_pictures_reads_again_only_what_follows_the_last_picture(kind)
     played = []
     for rollout_batch in (4, 3):
         policy = make_policy(kind, rollout_batch=rollout_batch)
-        environments = [envs.make("virl-vl", seed=i, verify_iter=1 + i // 2, go_on=True, turns=2, points_per_leg=1, view_size=16, panorama_width=64) for i in range(4)]
+        environments = [
+            envs.make(
+                "virl-vl",
+                seed=i,
+                verify_iter=1 + i // 2,
+                go_on=True,
+                turns=2,
+                points_per_leg=1,
+                view_size=16,
+                panorama_width=64,
+            )
+            for i in range(4)
+        ]
         with policy.responder(0.0, 6, policy.generator("kept")) as respond:
             envs.play(environments, respond)
         played.append((policy.flops, respond.streams, policy))
@@ -207,14 +240,18 @@ def test_a_walk_in_pictures_reads_again_only_what_follows_the_last_picture(kind)
             picture = before.ids.index(policy.image_id)
             assert before.ids[:picture] == after.ids[:picture] and after.ids[picture] != policy.image_id
             shared += picture
-    assert shared > 1000 and flops - kept_flops == 2 * policy.parameter_count * (again + shared * (kind != "mllama"))
+    assert shared > 1000 and flops - kept_flops == 2 * policy.parameter_count * (
+        again + shared * (kind != "mllama")
+    )
 
 
 def test_sampling_draws_from_the_distribution_it_reports(policy):
     prompt = policy.tokenize([policy.render([{"role": "user", "content": "7"}])])[0]
     generator = torch.Generator().manual_seed(0)
     with policy.rollout_weights() as model:
-        drawn = [reply[0] for _ in range(8) for reply in policy.sample(model, [prompt] * 500, 1, 0.5, generator)]
+        drawn = [
+            reply[0] for _ in range(8) for reply in policy.sample(model, [prompt] * 500, 1, 0.5, generator)
+        ]
     with torch.no_grad():
         p = (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(-1)
     counts = torch.bincount(torch.tensor([ids[0] for ids in drawn]), minlength=len(p))
@@ -227,7 +264,9 @@ def test_sampling_draws_from_the_distribution_it_reports(policy):
 def test_rows_that_finish_leave_the_batch_and_no_end_token_is_forged(policy):
     with torch.no_grad():  # an end token that is likely, so rows finish at all lengths
         head = policy.model.get_output_embeddings().weight
-        head[policy.end_id] = head.mean(0) + 0.02 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+        head[policy.end_id] = head.mean(0) + 0.02 * torch.randn(
+            128, generator=torch.Generator().manual_seed(0)
+        )
         policy.model.model.language_model.norm.weight.mul_(0.3)
     streams = sampled(policy, n=40, verify_iter=1, max_new_tokens=400)
     lengths = {len(s) for s in streams}
@@ -247,29 +286,43 @@ def test_streams_grow_without_being_tokenized_again(kind):
     policy = make_policy(kind)
     stream = sftrl.Stream([], [])
     stream.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
-    odd = policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0]  # the tokenizer itself would write one token
+    odd = (
+        policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0]
+    )  # the tokenizer itself would write one token
     assert policy.tokenize(["cards"])[0] != odd
     stream.reply(odd + [policy.end_id])
     policy.extend(stream, "Again.")
     closed = list(stream.ids)
     assert closed[stream.replies[0][0] :][: len(odd)] == odd
     text = policy.tokenizer.decode(closed)
-    assert text == policy.render([{"role": "user", "content": "go"}, {"role": "assistant", "content": "cards"}, {"role": "user", "content": "Again."}])
+    assert text == policy.render(
+        [
+            {"role": "user", "content": "go"},
+            {"role": "assistant", "content": "cards"},
+            {"role": "user", "content": "Again."},
+        ]
+    )
     cut = sftrl.Stream([], [])
     cut.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
     cut.reply(odd)
     policy.extend(cut, "Again.")
-    assert cut.ids == closed and sum(cut.mask) == len(odd)  # the missing end token joined as context, without loss
+    assert cut.ids == closed and sum(cut.mask) == len(
+        odd
+    )  # the missing end token joined as context, without loss
 
 
 # ---- the chat models that users bring
 
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-PHI = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
-       "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")  # fmt: skip
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
 GLM = "[gMASK]{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-THINK = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}"
-         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}")  # fmt: skip
+THINK = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+)
 NEWLINE = CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '\n<|im_end|>")
 ENDED = {"eos_token": "<|eos|>", "pad_token": "<|eos|>"}
 WORDS, ROLES = ("<|eos|>", "<|im_start|>", "<|im_end|>"), ("<|eos|>", "<|end|>", "<|user|>", "<|assistant|>")
@@ -277,16 +330,52 @@ CHATML_TEXT = "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_e
 # By kind: tokenizer, the text of a conversation of two turns as its template writes it, the end of a reply, tokens at which sampling stops.
 TEMPLATES = {
     "chatml": (dict(special=WORDS, **ENDED), CHATML_TEXT, "<|im_end|>", {*WORDS}),
-    "end token with a name": (dict(special=WORDS, additional_special_tokens=["<|im_end|>"], **ENDED), CHATML_TEXT, "<|im_end|>", {*WORDS}),
-    "end token added, but not special": (dict(special=WORDS[:1], plain=WORDS[1:], **ENDED), CHATML_TEXT, "<|im_end|>", {*WORDS}),
-    "newline before the end": (dict(template=NEWLINE, special=WORDS, **ENDED), CHATML_TEXT.replace("<|im_end|>\n<|im_start|>user", "\n<|im_end|>\n<|im_start|>user")
-                               .replace("<|im_end|>\n<|im_start|>assistant", "\n<|im_end|>\n<|im_start|>assistant").replace("{b}", "{b}\n"), "\n<|im_end|>", {*WORDS}),
+    "end token with a name": (
+        dict(special=WORDS, additional_special_tokens=["<|im_end|>"], **ENDED),
+        CHATML_TEXT,
+        "<|im_end|>",
+        {*WORDS},
+    ),
+    "end token added, but not special": (
+        dict(special=WORDS[:1], plain=WORDS[1:], **ENDED),
+        CHATML_TEXT,
+        "<|im_end|>",
+        {*WORDS},
+    ),
+    "newline before the end": (
+        dict(template=NEWLINE, special=WORDS, **ENDED),
+        CHATML_TEXT.replace("<|im_end|>\n<|im_start|>user", "\n<|im_end|>\n<|im_start|>user")
+        .replace("<|im_end|>\n<|im_start|>assistant", "\n<|im_end|>\n<|im_start|>assistant")
+        .replace("{b}", "{b}\n"),
+        "\n<|im_end|>",
+        {*WORDS},
+    ),
     "no eos": (dict(special=WORDS), CHATML_TEXT, "<|im_end|>", {*WORDS[1:]}),
-    "phi-3": (dict(template=PHI, special=ROLES, **ENDED), "<|user|>\n{q}<|end|>\n<|assistant|>\n{a}<|end|>\n<|user|>\n{f}<|end|>\n<|assistant|>\n{b}<|end|>", "<|end|>", {"<|eos|>", "<|end|>", "<|user|>"}),
-    "glm-4: the next role ends a reply": (dict(template=GLM, special=("[gMASK]", *ROLES), **ENDED), "[gMASK]<|user|>\n{q}<|assistant|>\n{a}<|user|>\n{f}<|assistant|>\n{b}<|user|>", "<|user|>", {"<|eos|>", "<|user|>"}),
-    "plain text": (dict(template=PLAIN, special=ROLES, **ENDED), "user: {q} assistant: {a}<|eos|> user: {f} assistant: {b}<|eos|>", "<|eos|>", {"<|eos|>"}),
-    "thoughts": (dict(template=THINK, special=("<|eos|>", "<|user|>", "<|assistant|>", "<think>"), **ENDED), "<|user|>{q}<|assistant|><think>{a}<|eos|><|user|>{f}<|assistant|><think>{b}<|eos|>", "<|eos|>", {"<|eos|>", "<|user|>"}),
-}  # fmt: skip
+    "phi-3": (
+        dict(template=PHI, special=ROLES, **ENDED),
+        "<|user|>\n{q}<|end|>\n<|assistant|>\n{a}<|end|>\n<|user|>\n{f}<|end|>\n<|assistant|>\n{b}<|end|>",
+        "<|end|>",
+        {"<|eos|>", "<|end|>", "<|user|>"},
+    ),
+    "glm-4: the next role ends a reply": (
+        dict(template=GLM, special=("[gMASK]", *ROLES), **ENDED),
+        "[gMASK]<|user|>\n{q}<|assistant|>\n{a}<|user|>\n{f}<|assistant|>\n{b}<|user|>",
+        "<|user|>",
+        {"<|eos|>", "<|user|>"},
+    ),
+    "plain text": (
+        dict(template=PLAIN, special=ROLES, **ENDED),
+        "user: {q} assistant: {a}<|eos|> user: {f} assistant: {b}<|eos|>",
+        "<|eos|>",
+        {"<|eos|>"},
+    ),
+    "thoughts": (
+        dict(template=THINK, special=("<|eos|>", "<|user|>", "<|assistant|>", "<think>"), **ENDED),
+        "<|user|>{q}<|assistant|><think>{a}<|eos|><|user|>{f}<|assistant|><think>{b}<|eos|>",
+        "<|eos|>",
+        {"<|eos|>", "<|user|>"},
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -298,13 +387,19 @@ def test_between_turns_stand_the_templates_own_tokens(kind):
     policy = sftrl.Policy(model, tokenizer)
     q, a, f, b = said = 'Say "24".', '{"cards": ["A"]}', "No. Again.", '{"cards": ["2"]}'
     speakers = ("human", "gpt", "human", "gpt")
-    (stream,) = policy.streams([{"conversations": [{"from": who, "value": value} for who, value in zip(speakers, said)]}])
+    (stream,) = policy.streams(
+        [{"conversations": [{"from": who, "value": value} for who, value in zip(speakers, said)]}]
+    )
     whole = text.format(q=q, a=a, f=f, b=b)
     assert stream.ids == policy.tokenize([whole])[0]
     blank = " " * (kind == "plain text")
     for (start, stop), reply in zip(stream.replies, (a, b)):
         assert policy.tokenizer.decode(stream.ids[start:stop]) == blank + reply + end
-        assert policy.decode(stream.ids[start:stop]) == policy.decode(stream.ids[start : stop - 1]) == blank + reply
+        assert (
+            policy.decode(stream.ids[start:stop])
+            == policy.decode(stream.ids[start : stop - 1])
+            == blank + reply
+        )
     assert policy.tokenizer.convert_ids_to_tokens(policy.end_id) == end.strip()
     assert policy.stop_ids == set(policy.tokenizer.convert_tokens_to_ids(sorted(stops)))
     # A reply that was cut off gets its end from the template, as context; one that stopped with another token keeps it.
@@ -337,7 +432,10 @@ def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_between_turns():
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
     assert tokenizer.decode(tokenizer("x")["input_ids"]) == " x"
     policy = sftrl.Policy(random_model("llama", tokenizer), tokenizer)
-    turns = [{"from": who, "value": value} for who, value in (("human", "q"), ("gpt", "a"), ("human", "f"), ("gpt", "b"))]
+    turns = [
+        {"from": who, "value": value}
+        for who, value in (("human", "q"), ("gpt", "a"), ("human", "f"), ("gpt", "b"))
+    ]
     (stream,) = policy.streams([{"conversations": turns}])
     assert tokenizer.decode(stream.ids) == " user: q assistant: a<|eos|> user: f assistant: b<|eos|>"
 
@@ -348,8 +446,14 @@ def test_a_bos_that_the_template_lacks_stands_before_the_first_words(task):
     observation, _ = envs.make(task, **(SMALL if task == "gp-vl" else {})).reset(seed=0)
     (stream,) = policy.open([(observation.messages, observation.image)])
     ((text,),) = [[m["content"] for m in observation.messages]]
-    parts = [{"type": "text", "text": text}] if task == "gp-l" else [{"type": "image", "image": observation.image}, *text[1:]]
-    library = policy.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=True, add_generation_prompt=True, return_dict=True)
+    parts = (
+        [{"type": "text", "text": text}]
+        if task == "gp-l"
+        else [{"type": "image", "image": observation.image}, *text[1:]]
+    )
+    library = policy.processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=True, add_generation_prompt=True, return_dict=True
+    )
     expected = torch.tensor(library["input_ids"]).flatten().tolist()
     assert stream.ids == expected and expected[0] == policy.tokenizer.bos_token_id != expected[1]
     assert policy.tokenizer.decode(expected[:4]) == "<s>USE"
@@ -357,25 +461,65 @@ def test_a_bos_that_the_template_lacks_stands_before_the_first_words(task):
 
 # What a model of each architecture needs beside the usual sizes; as the last item, why it is refused.
 BROUGHT = {
-    "llama": {}, "qwen2": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 60}, "phi3": {}, "gpt2": {}, "bloom": {},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 60}, "mpt": {}, "lfm2": {"layer_types": ["full_attention"] * 2},
-    "deepseek_v2": {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24,
-                    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-}  # fmt: skip
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 60},
+    "phi3": {},
+    "gpt2": {},
+    "bloom": {},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 60},
+    "mpt": {},
+    "lfm2": {"layer_types": ["full_attention"] * 2},
+    "deepseek_v2": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+    },
+}
 REFUSED = {
-    "granite": {"logits_scaling": 2.0}, "cohere": {"logit_scale": 0.5}, "gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-                   "linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
-                   "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    "mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"]},
-}  # fmt: skip
+    "granite": {"logits_scaling": 2.0},
+    "cohere": {"logit_scale": 0.5},
+    "gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 16,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "mamba": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
 
 
 def sampler_gap(policy, task="gp-l"):
     """Mean difference of sampled and scored log-probabilities over three turns of replies of different lengths."""
     streams = sampled(policy, n=8, max_new_tokens=24, task=task)
-    assert len({stop - start for s in streams for start, stop in s.replies}) > 5 and max(len(s.replies) for s in streams) == 3
+    assert (
+        len({stop - start for s in streams for start, stop in s.replies}) > 5
+        and max(len(s.replies) for s in streams) == 3
+    )
     with torch.no_grad():
         scored = policy(policy.collate(streams))["logp"]
     gaps = [abs(scored[b, t] - s.logp[t]) for b, s in enumerate(streams) for t in range(len(s)) if s.mask[t]]
@@ -399,7 +543,9 @@ def test_a_vision_language_model_is_sampled_from_its_own_distribution_over_three
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-def test_an_architecture_that_cannot_be_served_is_refused_in_one_line_that_names_it(architecture, tmp_path, capsys):
+def test_an_architecture_that_cannot_be_served_is_refused_in_one_line_that_names_it(
+    architecture, tmp_path, capsys
+):
     tokenizer = chat_tokenizer(eos_token="<|end|>", pad_token="<|end|>")
     model = random_model(architecture, tokenizer, **REFUSED[architecture])
     model.save_pretrained(tmp_path / "model")
@@ -413,17 +559,47 @@ def test_an_architecture_that_cannot_be_served_is_refused_in_one_line_that_names
 
 def test_a_model_that_feeds_pictures_to_several_layers_is_served_in_words_alone():
     tokenizer = sftrl.build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False
+    )
     image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "head_dim": 8, "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.1}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32, "patch_size": 8,
-              "spatial_merge_size": 2, "deepstack_visual_indexes": [0], "initializer_range": 0.2, "num_position_embeddings": 16}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=video)
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [1, 1, 2],
+        "rope_theta": 10000.0,
+        "mrope_interleaved": True,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "rope_parameters": rope,
+        "initializer_range": 0.1,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "deepstack_visual_indexes": [0],
+        "initializer_range": 0.2,
+        "num_position_embeddings": 16,
+    }
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video
+    )
     torch.manual_seed(0)
     model = transformers.Qwen3VLForConditionalGeneration(config)
-    images = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=48 * 48)
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=48 * 48
+    )
     processor = QwenProcessor(images, tokenizer, sftrl.CHAT_TEMPLATE.replace("<image>", "<|image_pad|>"))
     assert sampled(sftrl.Policy(model, processor))
     with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration cannot be served"):
@@ -446,7 +622,11 @@ def test_a_check_in_bf16_passes_what_is_right_and_finds_what_is_not(monkeypatch)
     model, processor = MODELS["llava"]()
     policy = sftrl.Policy(model.bfloat16(), processor)
     policy.check(True)
-    monkeypatch.setattr(policy, "_log_probabilities", lambda model, hidden, t: (2 * model.get_output_embeddings()(hidden).float()).log_softmax(-1))
+    monkeypatch.setattr(
+        policy,
+        "_log_probabilities",
+        lambda model, hidden, t: (2 * model.get_output_embeddings()(hidden).float()).log_softmax(-1),
+    )
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration cannot be served"):
         policy.check(False)
 
@@ -465,7 +645,12 @@ def test_special_tokens_in_a_reply_are_shown_to_the_verifier(policy):
     forged = wrong + [ids("<|user|>")] + policy.tokenize(["Correct."])[0] + [ids("<|assistant|>")] + right
     assert "<|pad|><|system|>" in policy.decode(inside)
     assert policy.decode(forged).endswith("<|user|>")  # here sampling stops
-    for said, verdict in ((right, "correct"), (inside, "illegal"), (between, "unparsed"), (forged, "wrong_value")):
+    for said, verdict in (
+        (right, "correct"),
+        (inside, "illegal"),
+        (between, "unparsed"),
+        (forged, "wrong_value"),
+    ):
         env.reset(seed=0)
         *_, info = env.step(policy.decode(said))
         assert info["verdict"] == verdict, policy.decode(said)
@@ -476,11 +661,22 @@ def test_special_tokens_in_a_reply_are_shown_to_the_verifier(policy):
 def test_on_a_walk_in_pictures_earlier_replies_keep_their_tokens(kind, monkeypatch):
     policy = make_policy(kind)
     ids = policy.tokenizer.convert_tokens_to_ids
-    written = [token for piece in ("<", "image", ">", "<|", "image_pad", "|>") for token in policy.tokenize([piece])[0]]
+    written = [
+        token
+        for piece in ("<", "image", ">", "<|", "image_pad", "|>")
+        for token in policy.tokenize([piece])[0]
+    ]
     image = policy.tokenizer.convert_ids_to_tokens(policy.image_id)
-    odd = written + policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0] + [ids("<|pad|>"), ids("<|system|>")]
+    odd = (
+        written
+        + policy.tokenize(["c"])[0]
+        + policy.tokenize(["ards"])[0]
+        + [ids("<|pad|>"), ids("<|system|>")]
+    )
     assert policy.image_id not in odd and policy.image_id in policy.tokenize([image])[0]
-    env = envs.make("virl-vl", verify_iter=2, go_on=True, turns=1, points_per_leg=1, view_size=16, panorama_width=64)
+    env = envs.make(
+        "virl-vl", verify_iter=2, go_on=True, turns=1, points_per_leg=1, view_size=16, panorama_width=64
+    )
     said = iter([[*odd, k, policy.end_id] for k in range(10, 40)])
 
     def sample(model, prompts, *args):
@@ -526,15 +722,24 @@ def test_a_conversation_that_is_longer_than_positions_reach_ends_and_an_experts_
     assert 140 < max(lengths) <= 150 and all(1 <= len(e.turns) < 5 and not e.success for e in episodes)
     assert all(len(e.turns) == len(respond.streams[i][0].replies) for i, e in enumerate(episodes))
     policy(policy.collate([respond.streams[i][0] for i in range(8)]))
-    with policy.responder(1.0, 40, policy.generator("x")) as respond, pytest.raises(ValueError, match="a prompt has [0-9]+ tokens"):
+    with (
+        policy.responder(1.0, 40, policy.generator("x")) as respond,
+        pytest.raises(ValueError, match="a prompt has [0-9]+ tokens"),
+    ):
         envs.play([envs.make("gp-l", prompt="$cards $rule " + "so " * 200)], respond)
     model = ["--model", str(tmp_path / "model"), "--n-cards", "6", "--max-new-tokens", "8"]
-    for command in (["sft", "--wrong-turns", "1", *model[:2], "--out", str(tmp_path / "a")], ["ppo", *model, "--prompt", str(tmp_path / "long"), "--out", str(tmp_path / "a")],
-                    ["evaluate", *model, "--prompt", str(tmp_path / "long"), "--episodes", "2"]):  # fmt: skip
+    for command in (
+        ["sft", "--wrong-turns", "1", *model[:2], "--out", str(tmp_path / "a")],
+        ["ppo", *model, "--prompt", str(tmp_path / "long"), "--out", str(tmp_path / "a")],
+        ["evaluate", *model, "--prompt", str(tmp_path / "long"), "--episodes", "2"],
+    ):
         (tmp_path / "long").write_text("$cards $rule " + "so " * 60)
         assert sftrl.main(command) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "but the positions of GPT2LMHeadModel reach no farther than 150" in error
+        assert (
+            error.count("\n") == 1
+            and "but the positions of GPT2LMHeadModel reach no farther than 150" in error
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -573,7 +778,12 @@ def test_a_picture_is_looked_at_once_for_all_turns_of_an_episode(kind):
     seen = []
     towers = {"llava": "vision_tower", "mllama": "vision_model", "qwen": "visual"}
     tower = getattr(policy.model.base_model, towers[kind])
-    tower.register_forward_hook(lambda module, args, kwargs, out: seen.append(len(kwargs.get("pixel_values", args[0] if args else ()))), with_kwargs=True)
+    tower.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(
+            len(kwargs.get("pixel_values", args[0] if args else ()))
+        ),
+        with_kwargs=True,
+    )
     streams = sampled(policy, n=5, task="gp-vl")
     pixels = torch.cat([s.picture["pixel_values"] for s in streams])
     assert max(len(s.replies) for s in streams) == 3 and sum(seen) == len(pixels)
@@ -606,7 +816,11 @@ def test_pictures_are_never_lost(policy):
 def test_models_that_take_pictures_in_other_ways_are_refused(monkeypatch):
     policy, record = make_policy("qwen"), envs.demonstration(envs.make("gp-vl", **SMALL))
     call = type(policy.processor).__call__
-    monkeypatch.setattr(type(policy.processor), "__call__", lambda *args, **options: call(*args, **options) | {"depths": torch.ones(1)})
+    monkeypatch.setattr(
+        type(policy.processor),
+        "__call__",
+        lambda *args, **options: call(*args, **options) | {"depths": torch.ones(1)},
+    )
     with pytest.raises(ValueError, match="takes depths, which is not known"):
         policy.streams([record])
 
@@ -663,7 +877,9 @@ def test_save_and_load_round_trip_through_auto_classes(kind, tmp_path):
     with torch.no_grad():
         a, b = policy(batch, values="shared"), again(batch, values="shared")
     assert torch.equal(a["logp"], b["logp"]) and torch.equal(a["value"], b["value"])
-    assert again.render([{"role": "user", "content": "x"}]) == policy.render([{"role": "user", "content": "x"}])
+    assert again.render([{"role": "user", "content": "x"}]) == policy.render(
+        [{"role": "user", "content": "x"}]
+    )
     auto = transformers.AutoModelForCausalLM if kind == "llama" else transformers.AutoModelForImageTextToText
     loaded = auto.from_pretrained(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), policy.model.parameters()))
@@ -688,12 +904,20 @@ def test_only_the_chosen_parts_of_a_model_are_trained(kind, train):
     optimizers = policy.optimizers(1e-2)
     env = envs.make("gp-vl", **SMALL)
     config = sftrl.sft.SFTConfig(lr=1e-2, steps=1, batch_size=2)
-    list(sftrl.sft.train(policy, optimizers, lambda step: [envs.demonstration(env) for _ in range(2)], config))
-    changed = {name.split(".")[1] if "merger" not in name else "merger" for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}
+    list(
+        sftrl.sft.train(policy, optimizers, lambda step: [envs.demonstration(env) for _ in range(2)], config)
+    )
+    changed = {
+        name.split(".")[1] if "merger" not in name else "merger"
+        for name, p in policy.model.named_parameters()
+        if not torch.equal(p, before[name])
+    }
     tower = {"llava": "vision_tower", "mllama": "vision_model", "qwen": "visual"}[kind]
     adapter = "merger" if kind == "qwen" else "multi_modal_projector"
     expected = {"all": {tower, adapter}, "language": set(), "language+adapter": {adapter}}[train]
-    assert changed - {"weight"} == {"language_model"} | expected  # lm_head.weight, where it is a parameter of its own
+    assert (
+        changed - {"weight"} == {"language_model"} | expected
+    )  # lm_head.weight, where it is a parameter of its own
 
 
 @pytest.mark.parametrize("kind, task", CASES)
@@ -725,7 +949,11 @@ def test_rounding_at_random_moves_bf16_parameters_as_fp32_ones_and_rounding_to_t
     start = torch.empty(20_000).uniform_(0.015, 0.03).bfloat16()
     settings = {"lr": 1e-6, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.0}
     moved = {}
-    for name, cls, dtype in (("exact", torch.optim.AdamW, torch.float32), ("random", sftrl.RoundingAdamW, torch.bfloat16), ("nearest", torch.optim.AdamW, torch.bfloat16)):
+    for name, cls, dtype in (
+        ("exact", torch.optim.AdamW, torch.float32),
+        ("random", sftrl.RoundingAdamW, torch.bfloat16),
+        ("nearest", torch.optim.AdamW, torch.bfloat16),
+    ):
         p = torch.nn.Parameter(start.to(dtype, copy=True))
         optimizer, noise = cls([p], **settings), torch.Generator().manual_seed(1)
         for _ in range(100):
@@ -744,7 +972,9 @@ def test_a_model_in_bf16_learns_as_one_in_fp32_and_its_moments_are_bf16():
         batches = sftrl.fresh_batches(env, envs.demonstration, 4, "bf16")
         losses.append([metrics["loss"] for metrics in sftrl.sft.train(policy, optimizers, batches, config)])
         (optimizer,) = optimizers
-        assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {dtype} and policy.value_head[0].weight.dtype == torch.float32
+        assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {dtype} and policy.value_head[
+            0
+        ].weight.dtype == torch.float32
     assert losses[0][-1] < 0.6 * losses[0][0] and losses[1][-1] == pytest.approx(losses[0][-1], rel=0.05)
 
 
@@ -754,7 +984,14 @@ def test_a_run_with_frozen_parts_in_bf16_resumes_to_the_same_weights(tmp_path):
     config = sftrl.sft.SFTConfig(lr=1e-2, steps=4, batch_size=2)
 
     def run(folder, batch_of=batches):
-        sftrl.run_sft(lambda: sftrl.Policy.load("tiny", dtype=torch.bfloat16).choose("language"), folder, batch_of, config, {}, count=4)
+        sftrl.run_sft(
+            lambda: sftrl.Policy.load("tiny", dtype=torch.bfloat16).choose("language"),
+            folder,
+            batch_of,
+            config,
+            {},
+            count=4,
+        )
 
     def broken(step):
         if step == 2:
@@ -765,9 +1002,14 @@ def test_a_run_with_frozen_parts_in_bf16_resumes_to_the_same_weights(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", broken)
     run(tmp_path / "broken")
-    saved = [(tmp_path / name / "checkpoint-4/model.safetensors").read_bytes() for name in ("whole", "broken")]
+    saved = [
+        (tmp_path / name / "checkpoint-4/model.safetensors").read_bytes() for name in ("whole", "broken")
+    ]
     assert saved[0] == saved[1]
-    assert sftrl.Policy.load(str(tmp_path / "whole/checkpoint-4"), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    assert (
+        sftrl.Policy.load(str(tmp_path / "whole/checkpoint-4"), dtype=torch.bfloat16).model.dtype
+        == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -779,12 +1021,16 @@ def test_the_memory_plan_counts_what_training_and_sampling_really_hold(dtype):
     optimizers = policy.optimizers(1e-3)
     policy.backward(policy(policy.collate([stream] * 4))["logp"].sum())
     gradients = sum(p.grad.nbytes for p in policy.model.parameters() if p.grad is not None)
-    unused = sum(p.nbytes for p in policy.model.parameters() if p.grad is None)  # the vision tower, in a task of words
+    unused = sum(
+        p.nbytes for p in policy.model.parameters() if p.grad is None
+    )  # the vision tower, in a task of words
     for optimizer in optimizers:
         optimizer.step()
     states = sum(x.nbytes for s in optimizers[0].state.values() for x in s.values())
     assert plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
-    assert plan["gradients"] == gradients + unused and plan["optimizer states"] == pytest.approx(states + 2 * unused, rel=1e-3)
+    assert plan["gradients"] == gradients + unused and plan["optimizer states"] == pytest.approx(
+        states + 2 * unused, rel=1e-3
+    )
     layers = []
 
     class Noted(sftrl.RoomyLayer):
@@ -795,17 +1041,30 @@ def test_the_memory_plan_counts_what_training_and_sampling_really_hold(dtype):
     original, sftrl.RoomyLayer = sftrl.RoomyLayer, Noted
     try:
         room, pasts = len(stream) - (asked := stream.replies[0][0]), [sftrl.Past() for _ in range(4)]
-        policy.sample(policy.model.bfloat16(), [stream.ids[:asked]] * 4, room, 1.0, policy.generator("plan"), pasts=pasts)
+        policy.sample(
+            policy.model.bfloat16(),
+            [stream.ids[:asked]] * 4,
+            room,
+            1.0,
+            policy.generator("plan"),
+            pasts=pasts,
+        )
     finally:
         sftrl.RoomyLayer = original
-    assert plan["rollout: key-value cache"] == sum(4 * (layer.all_keys[0].nbytes + layer.all_values[0].nbytes) for layer in layers if layer.room == room)
+    assert plan["rollout: key-value cache"] == sum(
+        4 * (layer.all_keys[0].nbytes + layer.all_values[0].nbytes) for layer in layers if layer.room == room
+    )
     kept = sum(x.nbytes for past in pasts for layer in past.layers for x in layer)
     assert kept == pytest.approx(plan["rollout: caches kept for the next turn"] * asked / len(stream))
 
 
 def test_the_plan_of_the_11b_model_needs_no_weights_and_knows_which_gpus_hold_it(tmp_path, capsys):
     processor = make_policy("mllama").processor
-    transformers.MllamaConfig(vision_config={"image_size": 560}, image_token_index=processor.tokenizer.convert_tokens_to_ids("<|image|>"), architectures=["MllamaForConditionalGeneration"]).save_pretrained(tmp_path)
+    transformers.MllamaConfig(
+        vision_config={"image_size": 560},
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<|image|>"),
+        architectures=["MllamaForConditionalGeneration"],
+    ).save_pretrained(tmp_path)
     processor.image_processor.size = {"height": 560, "width": 560}
     processor.image_processor.max_image_tiles = 4
     processor.save_pretrained(tmp_path)
@@ -821,7 +1080,9 @@ def test_the_plan_of_the_11b_model_needs_no_weights_and_knows_which_gpus_hold_it
     assert float(re.search("key-value cache +([0-9.]+)", node)[1]) / 16 > 0.2  # 210 MB of a picture each
     assert "does NOT fit" in planned("--plan", 1, 141, "--recompute", *small)
     assert "\nfits" in planned("--plan", 1, 141, "--recompute", "--weights", "bfloat16", *small)
-    assert "whole gradients      " in node and "does NOT fit" in planned("--plan", 8, 80, "--recompute", *small, "--minibatch-size", 128)  # accumulates
+    assert "whole gradients      " in node and "does NOT fit" in planned(
+        "--plan", 8, 80, "--recompute", *small, "--minibatch-size", 128
+    )  # accumulates
     for wrong in (("--plan", 1.5, 80), ("--plan", 8, 80, "--weights", "bfloat16")):
         assert inside("ppo", "--model", tmp_path, "--out", tmp_path / "run", *wrong) == 2
     assert not (tmp_path / "run").exists()
@@ -832,7 +1093,13 @@ def test_the_plan_of_the_11b_model_needs_no_weights_and_knows_which_gpus_hold_it
 
 def cli(*args, check=0, env=None):
     command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+    )
     assert done.returncode == check, done.stderr
     return done
 
@@ -842,24 +1109,84 @@ def inside(*args):
     return sftrl.main([str(arg) for arg in args])
 
 
-TINY_PPO = ("--steps", 6, "--episodes", 8, "--minibatch-size", 4, "--max-new-tokens", 8, "--epochs", 1, "--lr", 1e-3, "--value-warmup", 2)
+TINY_PPO = (
+    "--steps",
+    6,
+    "--episodes",
+    8,
+    "--minibatch-size",
+    4,
+    "--max-new-tokens",
+    8,
+    "--epochs",
+    1,
+    "--lr",
+    1e-3,
+    "--value-warmup",
+    2,
+)
 
 
 def test_training_stages_and_evaluation_end_to_end(tmp_path, capsys):
-    cli("sft", "--out", tmp_path / "sft", "--steps", 3, "--batch-size", 4, "--checkpoints", 2, "--wrong-turns", 1)
-    assert sorted(p.name for p in (tmp_path / "sft").iterdir()) == ["checkpoint-1", "checkpoint-3", "config.json", "metrics.jsonl", "resume.pt", "samples.jsonl"]
+    cli(
+        "sft",
+        "--out",
+        tmp_path / "sft",
+        "--steps",
+        3,
+        "--batch-size",
+        4,
+        "--checkpoints",
+        2,
+        "--wrong-turns",
+        1,
+    )
+    assert sorted(p.name for p in (tmp_path / "sft").iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-3",
+        "config.json",
+        "metrics.jsonl",
+        "resume.pt",
+        "samples.jsonl",
+    ]
     model = tmp_path / "sft/checkpoint-3"
     assert inside("ppo", "--out", tmp_path / "ppo", "--model", model, *TINY_PPO) == 0
     lines = sftrl.read_lines(tmp_path / "ppo/metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    logged = {"return", "success", "reward/unparsed", "approx_kl", "clip_fraction", "explained_variance", "entropy", "value_loss", "grad_norm",
-              "reply_length", "rollout_tokens_per_s", "update_tokens_per_s", "flops"}  # fmt: skip
+    logged = {
+        "return",
+        "success",
+        "reward/unparsed",
+        "approx_kl",
+        "clip_fraction",
+        "explained_variance",
+        "entropy",
+        "value_loss",
+        "grad_norm",
+        "reply_length",
+        "rollout_tokens_per_s",
+        "update_tokens_per_s",
+        "flops",
+    }
     assert logged <= lines[0].keys() and lines[0]["first_ratio_error"] < 1e-5
     assert len(sftrl.read_lines(tmp_path / "ppo/samples.jsonl")) == 6
     config = json.loads((tmp_path / "ppo/config.json").read_text())
     assert config["settings"]["episodes"] == 8 and config["versions"]["torch"] == torch.__version__
     capsys.readouterr()
-    assert inside("evaluate", "--model", tmp_path / "ppo/checkpoint-6", "--episodes", 4, "--max-new-tokens", 8, "--variant", "rule") == 0
+    assert (
+        inside(
+            "evaluate",
+            "--model",
+            tmp_path / "ppo/checkpoint-6",
+            "--episodes",
+            4,
+            "--max-new-tokens",
+            8,
+            "--variant",
+            "rule",
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "verifier: [" in out and json.loads(out[out.index("\n{") :])["episodes"] == 4
 
@@ -868,7 +1195,9 @@ def interrupted(command, folder, number, delay):
     """Starts a command, sends it a signal so long after its training began, and returns its exit status."""
 
     def began():
-        return (folder / "metrics.jsonl").stat().st_ino if (folder / "metrics.jsonl").exists() else None  # it is written anew at every start
+        return (
+            (folder / "metrics.jsonl").stat().st_ino if (folder / "metrics.jsonl").exists() else None
+        )  # it is written anew at every start
 
     before = began()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -880,12 +1209,30 @@ def interrupted(command, folder, number, delay):
     return process.wait()
 
 
-@pytest.mark.parametrize("stage, kills", [("ppo", 3), pytest.param("ppo", 20, marks=pytest.mark.slow), pytest.param("sft", 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage, kills",
+    [
+        ("ppo", 3),
+        pytest.param("ppo", 20, marks=pytest.mark.slow),
+        pytest.param("sft", 20, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_weights(tmp_path, stage, kills):
     sftrl.Policy.load("tiny").save(tmp_path / "model")  # a process that loads it need not train a tokenizer
     whole, broken, chance = tmp_path / "whole", tmp_path / "broken", random.Random(kills)
     size = TINY_PPO if stage == "ppo" else ("--batch-size", 8, "--lr", 1e-3)
-    args = (stage, *size, "--steps", 4 * kills, "--checkpoints", 2 * kills, "--threads", 1, "--model", tmp_path / "model")
+    args = (
+        stage,
+        *size,
+        "--steps",
+        4 * kills,
+        "--checkpoints",
+        2 * kills,
+        "--threads",
+        1,
+        "--model",
+        tmp_path / "model",
+    )
     assert inside(*args, "--out", whole) == 0
     command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args), "--out", str(broken)]
     assert interrupted(command, broken, signal.SIGINT, 0.1) == 130
@@ -893,7 +1240,9 @@ def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_we
     steps = torch.load(state, weights_only=True)["step"]
     assert steps == sftrl.read_lines(broken / "metrics.jsonl")[-1]["step"] > 0
     for _ in range(kills):
-        assert interrupted(command, broken, signal.SIGKILL, chance.uniform(0, 0.3)) == -signal.SIGKILL, "killed too late"
+        assert interrupted(command, broken, signal.SIGKILL, chance.uniform(0, 0.3)) == -signal.SIGKILL, (
+            "killed too late"
+        )
         for checkpoint in sftrl.checkpoints(broken):
             sftrl.Policy.load(str(checkpoint))
     with open(broken / "metrics.jsonl", "a") as file:
@@ -903,9 +1252,17 @@ def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_we
     for name in ("model.safetensors", "value_head.safetensors"):
         assert (broken / last / name).read_bytes() == (whole / last / name).read_bytes()
     of_time = {"rollout_tokens_per_s", "update_tokens_per_s", "seconds"}
-    lines = [[{k: v for k, v in line.items() if k not in of_time} for line in sftrl.read_lines(folder / "metrics.jsonl")] for folder in (whole, broken)]
+    lines = [
+        [
+            {k: v for k, v in line.items() if k not in of_time}
+            for line in sftrl.read_lines(folder / "metrics.jsonl")
+        ]
+        for folder in (whole, broken)
+    ]
     assert lines[0] == lines[1] and [line["step"] for line in lines[1]] == list(range(1, 4 * kills + 1))
-    changed = cli(*args, "--out", broken, *(("--clip", 0.3) if stage == "ppo" else ("--warmup", 0.5)), check=2)
+    changed = cli(
+        *args, "--out", broken, *(("--clip", 0.3) if stage == "ppo" else ("--warmup", 0.5)), check=2
+    )
     assert "other settings" in changed.stderr
 
 
@@ -916,7 +1273,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
 
     def filling(step):
         if step == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, free[1]))  # no file may grow beyond a megabyte any more
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (2**20, free[1])
+            )  # no file may grow beyond a megabyte any more
         return batches(step)
 
     def run(batch_of):
@@ -928,7 +1287,13 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
             run(filling)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "config.json", "metrics.jsonl", "resume.pt", "samples.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-1",
+        "config.json",
+        "metrics.jsonl",
+        "resume.pt",
+        "samples.jsonl",
+    ]
     sftrl.Policy.load(str(tmp_path / "checkpoint-1"))
     run(batches)
     assert [line["step"] for line in sftrl.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -940,17 +1305,27 @@ def test_running_out_of_memory_ends_in_one_line_that_says_what_to_lower(tmp_path
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     try:
         resource.setrlimit(resource.RLIMIT_AS, (in_use + 300 * 2**20, free[1]))
-        status = inside("sft", "--out", tmp_path, "--steps", 1, "--batch-size", 2048, "--microbatch-size", 2048)
+        status = inside(
+            "sft", "--out", tmp_path, "--steps", 1, "--batch-size", 2048, "--microbatch-size", 2048
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_AS, free)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert status == 1 and said.startswith("sftrl: out of memory: lower --microbatch-size") and not list(tmp_path.glob("checkpoint*"))
+    assert (
+        status == 1
+        and said.startswith("sftrl: out of memory: lower --microbatch-size")
+        and not list(tmp_path.glob("checkpoint*"))
+    )
 
 
 def test_tensorboard_gets_every_metric_or_is_refused_in_one_line(tmp_path, capsys):
     args = ("sft", "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--tensorboard")
     if not importlib.util.find_spec("tensorboard"):
-        assert inside(*args) == 2 and "pip install tensorboard" in capsys.readouterr().err and not list(tmp_path.iterdir())
+        assert (
+            inside(*args) == 2
+            and "pip install tensorboard" in capsys.readouterr().err
+            and not list(tmp_path.iterdir())
+        )
         return
     assert inside(*args) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -961,8 +1336,14 @@ def test_tensorboard_gets_every_metric_or_is_refused_in_one_line(tmp_path, capsy
 
 
 def test_the_newest_checkpoints_alone_are_kept(tmp_path):
-    assert inside("sft", "--out", tmp_path, "--steps", 4, "--batch-size", 2, "--checkpoints", 4, "--keep", 2) == 0
-    assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"] and not list(tmp_path.glob("*.tmp"))
+    assert (
+        inside("sft", "--out", tmp_path, "--steps", 4, "--batch-size", 2, "--checkpoints", 4, "--keep", 2)
+        == 0
+    )
+    assert [path.name for path in sftrl.checkpoints(tmp_path)] == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ] and not list(tmp_path.glob("*.tmp"))
 
 
 def test_only_folders_named_checkpoint_and_digits_belong_to_a_run(tmp_path, monkeypatch):
@@ -977,7 +1358,13 @@ def test_only_folders_named_checkpoint_and_digits_belong_to_a_run(tmp_path, monk
     monkeypatch.setattr(sftrl.Run, "log", interrupt)
     assert inside(*command) == 130
     monkeypatch.undo()
-    foreign = ["checkpoint-2-backup", "checkpoint-9-backup", "checkpoint-best", "checkpoint-", "checkpoint--1"]
+    foreign = [
+        "checkpoint-2-backup",
+        "checkpoint-9-backup",
+        "checkpoint-best",
+        "checkpoint-",
+        "checkpoint--1",
+    ]
     for name in foreign:
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
     assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-1"]
@@ -988,10 +1375,19 @@ def test_only_folders_named_checkpoint_and_digits_belong_to_a_run(tmp_path, monk
 
 @pytest.mark.parametrize("command", ["sft", "evaluate"])
 def test_progress_in_a_file_is_a_line_now_and_then_with_its_figures(tmp_path, command):
-    words = ["sft", "--out", tmp_path / "run", "--steps", 40] if command == "sft" else ["evaluate", "--model", "tiny", "--episodes", 4]
+    words = (
+        ["sft", "--out", tmp_path / "run", "--steps", 40]
+        if command == "sft"
+        else ["evaluate", "--model", "tiny", "--episodes", 4]
+    )
     words += ["--batch-size", 2] if command == "sft" else ["--max-new-tokens", 8]
     with open(tmp_path / "log", "wb") as file:
-        subprocess.run([sys.executable, ROOT / "sftrl.py", *map(str, words), "--threads", "1"], stderr=file, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [sys.executable, ROOT / "sftrl.py", *map(str, words), "--threads", "1"],
+            stderr=file,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
     log = (tmp_path / "log").read_text()
     lines = log.splitlines()
     assert "\r" not in log and 2 <= len(lines) <= 8 and "100%" in lines[-1]
@@ -1008,21 +1404,40 @@ def test_progress_on_a_terminal_moves_in_one_line(monkeypatch):
         bar.mininterval = 0
         for k in range(1, 5):
             bar.reach(25 * k, loss=1 / k)
-    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().count("\r") > 4 and "loss 0.25" in terminal.getvalue()
+    assert (
+        terminal.getvalue().count("\n") == 1
+        and terminal.getvalue().count("\r") > 4
+        and "loss 0.25" in terminal.getvalue()
+    )
 
 
 def shorten(monkeypatch, task, **settings):
     """Few and short replies in the study of a task: a model that knows nothing would write to the end each time."""
     study = sftrl.STUDIES[task]
-    monkeypatch.setitem(sftrl.STUDIES, task, replace(study, base=replace(study.base, batch_size=8), init=replace(study.init, batch_size=8), max_new_tokens=4,
-                                                     rl=replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4), **settings))  # fmt: skip
+    monkeypatch.setitem(
+        sftrl.STUDIES,
+        task,
+        replace(
+            study,
+            base=replace(study.base, batch_size=8),
+            init=replace(study.init, batch_size=8),
+            max_new_tokens=4,
+            rl=replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4),
+            **settings,
+        ),
+    )
 
 
 def test_visual_study_in_miniature(tmp_path, monkeypatch):
     shorten(monkeypatch, "gp-vl", count=2)
-    assert inside("study", "--task", "gp-vl", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6) == 0
+    assert (
+        inside("study", "--task", "gp-vl", "--out", tmp_path, "--seeds", 1, "--scale", 0.003, "--hands", 6)
+        == 0
+    )
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
-    assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in ("id", "rule", "visual")}
+    assert {(p["arm"], p["variant"]) for p in lines} >= {
+        (a, v) for a in ("base", "init", "sft", "rl") for v in ("id", "rule", "visual")
+    }
     assert all(0 <= p["recognition"] <= 1 for p in lines)
     report = (tmp_path / "report.md").read_text()
     assert "RL ends above init on the other colour, greedy" in report and "recognition" in report
@@ -1038,13 +1453,21 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
     args = ("study", "--task", task, "--out", tmp_path, "--seeds", 1, "--scale", 0.0005, "--hands", 2)
     assert inside(*args) == 0
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
-    assert {(p["arm"], p["variant"]) for p in lines} >= {(a, v) for a in ("base", "init", "sft", "rl") for v in variants}
+    assert {(p["arm"], p["variant"]) for p in lines} >= {
+        (a, v) for a in ("base", "init", "sft", "rl") for v in variants
+    }
     assert all(0 <= p["step_accuracy"] <= 1 and len(p["steps"]) == p["episodes"] == 2 for p in lines)
     report = (tmp_path / "report.md").read_text()
-    assert "per-step accuracy" in report and "other rule: turns" in report and "RL ends above SFT at turns under the other rule, greedy" in report
+    assert (
+        "per-step accuracy" in report
+        and "other rule: turns" in report
+        and "RL ends above SFT at turns under the other rule, greedy" in report
+    )
     assert ("80.8 -> 91.8" if task == "virl-l" else "RL raises recognition in other cities") in report
-    smaller = {"virl-l": "turns 3 (7), points_per_leg 1 (4).",
-               "virl-vl": "turns 2 (7), points_per_leg 1 (4), view_size 64 (300), panorama_width 256 (1024)."}
+    smaller = {
+        "virl-l": "turns 3 (7), points_per_leg 1 (4).",
+        "virl-vl": "turns 2 (7), points_per_leg 1 (4), view_size 64 (300), panorama_width 256 (1024).",
+    }
     assert "95% over routes" in report and smaller[task] in report
 
 
@@ -1053,14 +1476,21 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     args = ("study", "--search", "--out", tmp_path, "--scale", 0.002, "--hands", 4)
     assert inside(*args) == 0
     table = (tmp_path / "search.md").read_text()
-    assert re.findall(r"\| (init|sft|rl) \| ([0-9.e-]+)(?: \| [0-9.]+ ± [0-9.]+, [0-9.]+ ± [0-9.]+){2} \|", table) == [
-        ("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]  # fmt: skip
+    assert re.findall(
+        r"\| (init|sft|rl) \| ([0-9.e-]+)(?: \| [0-9.]+ ± [0-9.]+, [0-9.]+ ± [0-9.]+){2} \|", table
+    ) == [("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]
     # id and rule of both seeds' inits, then of each rate; the second seed tips the scales for SFT, and a draw of RL goes to the lower rate
-    shown = iter([0.3, 0.2, 0.3, 0.2, 0.7, 0.9, 0.5, 0.9, 0.6, 0.1, 0.7, 0.1, 0.6, 0.2, 0.5, 0.2, 0.5, 0.3, 0.6, 0.3])
-    monkeypatch.setattr(sftrl.evaluate, "evaluate", lambda *args: ({"success": next(shown), "success_se": 0.0}, []))
+    shown = iter(
+        [0.3, 0.2, 0.3, 0.2, 0.7, 0.9, 0.5, 0.9, 0.6, 0.1, 0.7, 0.1, 0.6, 0.2, 0.5, 0.2, 0.5, 0.3, 0.6, 0.3]
+    )
+    monkeypatch.setattr(
+        sftrl.evaluate, "evaluate", lambda *args: ({"success": next(shown), "success_se": 0.0}, [])
+    )
     assert inside(*args) == 0  # trains nothing again
     assert next(shown, None) is None
-    assert re.findall(r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search.md").read_text()) == [("sft", "0.001"), ("rl", "0.0001")]
+    assert re.findall(
+        r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search.md").read_text()
+    ) == [("sft", "0.001"), ("rl", "0.0001")]
 
 
 def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
@@ -1069,8 +1499,21 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
     assert inside(*args) == 0
     assert "| claim of the paper |" in capsys.readouterr().out
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
-    assert {(p["arm"], p["variant"], p["temperature"]) for p in lines} >= {(a, v, t) for a in ("init", "sft", "rl") for v in ("id", "rule") for t in (0.0, 1.0)}
-    keys = {"task", "arm", "seed", "step", "flops", "variant", "episodes", "success", "kl_to_init", "checkpoint"}
+    assert {(p["arm"], p["variant"], p["temperature"]) for p in lines} >= {
+        (a, v, t) for a in ("init", "sft", "rl") for v in ("id", "rule") for t in (0.0, 1.0)
+    }
+    keys = {
+        "task",
+        "arm",
+        "seed",
+        "step",
+        "flops",
+        "variant",
+        "episodes",
+        "success",
+        "kl_to_init",
+        "checkpoint",
+    }
     assert all(keys <= p.keys() for p in lines if p["temperature"])
     assert all((tmp_path / p["checkpoint"] / "config.json").exists() for p in lines)
     assert next(p for p in lines if p["arm"] == "init" and p["temperature"])["kl_to_init"] < 1e-2
@@ -1080,7 +1523,11 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "report.md").unlink()
     start = time.time()
     assert inside(*args) == 0
-    assert (tmp_path / "results.jsonl").read_text() == before and (tmp_path / "report.md").read_text() == report and time.time() - start < 60
+    assert (
+        (tmp_path / "results.jsonl").read_text() == before
+        and (tmp_path / "report.md").read_text() == report
+        and time.time() - start < 60
+    )
 
 
 @pytest.mark.slow
@@ -1091,7 +1538,12 @@ def test_a_study_killed_at_random_moments_measures_what_an_unbroken_one_does(tmp
     length, chance, kills = time.monotonic() - start, random.Random(0), 0
     command = [sys.executable, str(ROOT / "sftrl.py"), *map(str, args), str(tmp_path / "broken")]
     for _ in range(6):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(chance.uniform(0.2, 0.45) * length)
         if process.poll() is None:
@@ -1100,7 +1552,10 @@ def test_a_study_killed_at_random_moments_measures_what_an_unbroken_one_does(tmp
         process.wait()
     assert kills >= 2
     cli(*args, tmp_path / "broken")
-    whole, broken = ([p | {"checkpoint": ""} for p in sftrl.read_lines(tmp_path / name / "results.jsonl")] for name in ("whole", "broken"))
+    whole, broken = (
+        [p | {"checkpoint": ""} for p in sftrl.read_lines(tmp_path / name / "results.jsonl")]
+        for name in ("whole", "broken")
+    )
     assert whole == broken
     assert (tmp_path / "broken/report.md").read_text() == (tmp_path / "whole/report.md").read_text()
 
@@ -1111,9 +1566,15 @@ def test_data_writes_what_sft_reads(tmp_path, capsys):
     assert len(json.loads(path.read_text())) == 6
     assert inside("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4) == 0
     assert inside("data", "--task", "gp-vl", "--out", path, "--episodes", 2, "--size", 128, 64) == 0
-    assert all((tmp_path / record["image"]).exists() and "<image>" in record["conversations"][0]["value"] for record in json.loads(path.read_text()))
+    assert all(
+        (tmp_path / record["image"]).exists() and "<image>" in record["conversations"][0]["value"]
+        for record in json.loads(path.read_text())
+    )
     assert inside("data", "--task", "virl-l", "--out", tmp_path / "walks.json", "--episodes", 2) == 0
-    assert all("Walk this route" in record["conversations"][0]["value"] for record in json.loads((tmp_path / "walks.json").read_text()))
+    assert all(
+        "Walk this route" in record["conversations"][0]["value"]
+        for record in json.loads((tmp_path / "walks.json").read_text())
+    )
     assert inside("sft", "--out", tmp_path / "seen", "--demos", path, "--steps", 1, "--batch-size", 2) == 0
     next((tmp_path / "demos").iterdir()).write_bytes(b"no picture")
     assert inside("sft", "--out", tmp_path / "broken", "--demos", path, "--steps", 1, "--batch-size", 2) == 2
@@ -1123,20 +1584,45 @@ def test_data_writes_what_sft_reads(tmp_path, capsys):
 def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys):
     assert sftrl.main(["data", "--task", "virl-l", "--episodes", "3", "--out", str(tmp_path)]) == 0
     assert envs.load_world(tmp_path).routes == envs.built_in_world().routes[:3]
-    model = ["evaluate", "--model", "tiny-streets", "--task", "virl-l", "--data", str(tmp_path), "--points-per-leg", "0", "--max-new-tokens", "2"]
+    model = [
+        "evaluate",
+        "--model",
+        "tiny-streets",
+        "--task",
+        "virl-l",
+        "--data",
+        str(tmp_path),
+        "--points-per-leg",
+        "0",
+        "--max-new-tokens",
+        "2",
+    ]
     capsys.readouterr()
     assert sftrl.main([*model, "--transcripts", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 3  # all routes
-    for wrong, said in ((["data", "--task", "virl-l", "--wrong-turns", "1", "--out", str(tmp_path)], "--wrong-turns"),
-                        (["data", "--task", "virl-l", "--data", str(tmp_path), "--out", str(tmp_path / "again")], "--data"),
-                        (["play", "--task", "virl-l", "--cards", "A 3 K 10"], "--cards"), (["play", "--route", "3"], "--route"),
-                        (["play", "--task", "virl-l", "--data", str(tmp_path), "--city", "lagos"], "--city")):  # fmt: skip
+    for wrong, said in (
+        (["data", "--task", "virl-l", "--wrong-turns", "1", "--out", str(tmp_path)], "--wrong-turns"),
+        (["data", "--task", "virl-l", "--data", str(tmp_path), "--out", str(tmp_path / "again")], "--data"),
+        (["play", "--task", "virl-l", "--cards", "A 3 K 10"], "--cards"),
+        (["play", "--route", "3"], "--route"),
+        (["play", "--task", "virl-l", "--data", str(tmp_path), "--city", "lagos"], "--city"),
+    ):
         assert sftrl.main(wrong) == 2 and said in capsys.readouterr().err
 
 
-def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_until_a_picture_breaks(tmp_path, capsys):
-    assert sftrl.main(["data", "--task", "virl-vl", "--turns", "1", "--panorama-width", "64", "--out", str(tmp_path)]) == 0
-    written, read = envs.make("virl-vl", turns=1, panorama_width=64, view_size=32), envs.make("virl-vl", data=tmp_path, view_size=32)
+def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_until_a_picture_breaks(
+    tmp_path, capsys
+):
+    assert (
+        sftrl.main(
+            ["data", "--task", "virl-vl", "--turns", "1", "--panorama-width", "64", "--out", str(tmp_path)]
+        )
+        == 0
+    )
+    written, read = (
+        envs.make("virl-vl", turns=1, panorama_width=64, view_size=32),
+        envs.make("virl-vl", data=tmp_path, view_size=32),
+    )
     for seed in range(10):
         ends = [env.reset(seed) for env in (written, read)]
         while not any(written.done):
@@ -1150,8 +1636,19 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_u
     point = next(w for w in read.waypoints if w.action == "forward()")  # between two turning points
     (tmp_path / "street_views" / f"{read.world.panoramas.ids[point.place]}.jpg").unlink()
     capsys.readouterr()
-    command = ["play", "--task", "virl-vl", "--data", str(tmp_path), "--route", "0", "--drop", "0",
-               "--view-size", "32"]
+    command = [
+        "play",
+        "--task",
+        "virl-vl",
+        "--data",
+        str(tmp_path),
+        "--route",
+        "0",
+        "--drop",
+        "0",
+        "--view-size",
+        "32",
+    ]
     sftrl.load_world_once.cache_clear()
     with pytest.warns(UserWarning, match=r"street_views: 1 of \d+ panoramas"):
         assert sftrl.main([*command, "--reply", read.expert_reply()]) == 0
@@ -1168,9 +1665,25 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_u
 
 def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_controls(tmp_path, capsys):
     streets = ["--task", "virl-vl", "--turns", "1", "--points-per-leg", "0", "--view-size", "16"]
-    evaluation = ["evaluate", "--model", "tiny-streets", *streets, "--episodes", "2", "--max-new-tokens", "2", "--transcripts", "1"]
+    evaluation = [
+        "evaluate",
+        "--model",
+        "tiny-streets",
+        *streets,
+        "--episodes",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--transcripts",
+        "1",
+    ]
     results = []
-    for more in (["--save", str(tmp_path / "pictures")], ["--pictures", "blank"], ["--pictures", "shuffled"], ["--variant", "visual", "--city", "lagos"]):
+    for more in (
+        ["--save", str(tmp_path / "pictures")],
+        ["--pictures", "blank"],
+        ["--pictures", "shuffled"],
+        ["--variant", "visual", "--city", "lagos"],
+    ):
         assert sftrl.main([*evaluation, *more]) == 0
         results.append(capsys.readouterr().out)
         assert '"step_accuracy"' in results[-1] and '"recognition"' in results[-1]
@@ -1180,10 +1693,32 @@ def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_c
     assert len(pictures) == env.decisions and not (tmp_path / "pictures" / "1").exists()
     assert np.array_equal(Image.open(pictures[0]), observation.image)
     assert sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--pictures", "blank"]) == 2
-    assert sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--save", str(tmp_path)]) == 2 and "no pictures" in capsys.readouterr().err
+    assert (
+        sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--save", str(tmp_path)]) == 2
+        and "no pictures" in capsys.readouterr().err
+    )
     for wrong in (["--city", "atlantis"], ["--differences", "smell"]):
         assert sftrl.main(["play", "--task", "virl-l", *wrong]) == 2 and "unknown" in capsys.readouterr().err
-    assert sftrl.main(["data", "--task", "virl-l", "--turns", "1", "--city", "lagos", "--seed", "4", "--episodes", "3", "--out", str(tmp_path / "lagos")]) == 0
+    assert (
+        sftrl.main(
+            [
+                "data",
+                "--task",
+                "virl-l",
+                "--turns",
+                "1",
+                "--city",
+                "lagos",
+                "--seed",
+                "4",
+                "--episodes",
+                "3",
+                "--out",
+                str(tmp_path / "lagos"),
+            ]
+        )
+        == 0
+    )
     read = envs.load_world(tmp_path / "lagos").routes
     assert read == envs.built_in_world("train", 1, 4, 3, ("lagos",)).routes
 
@@ -1191,10 +1726,28 @@ def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_c
 def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
     env = envs.make("virl-vl", drop=1.0, view_size=16)
     env.reset(options={"route": 5})
-    args = ["play", "--task", "virl-vl", "--route", "5", "--drop", "1", "--view-size", "16", "--reply", env.expert_reply(), "--reply", "x"]
+    args = [
+        "play",
+        "--task",
+        "virl-vl",
+        "--route",
+        "5",
+        "--drop",
+        "1",
+        "--view-size",
+        "16",
+        "--reply",
+        env.expert_reply(),
+        "--reply",
+        "x",
+    ]
     assert sftrl.main(args) == 0
     said = capsys.readouterr().out
-    assert "verifier: [correct +1] <image>You are at an intersection." in said and "Try again." in said and "{'type'" not in said
+    assert (
+        "verifier: [correct +1] <image>You are at an intersection." in said
+        and "Try again." in said
+        and "{'type'" not in said
+    )
 
 
 def test_play_shows_prompt_expert_and_verdict(capsys):
@@ -1285,8 +1838,14 @@ def smaller_vocabulary(folder, weights_too):
     (folder / "config.json").write_text(json.dumps(config))
     if weights_too:
         weights = load_file(folder / "model.safetensors")
-        save_file({name: w[:500].clone() if "embed" in name and "language" in name else w for name, w in weights.items()},
-                  folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {
+                name: w[:500].clone() if "embed" in name and "language" in name else w
+                for name, w in weights.items()
+            },
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
 
 
 DAMAGES = {
@@ -1301,7 +1860,10 @@ DAMAGES = {
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
     "no processor": (lambda d: (d / "processor_config.json").unlink(), "image processor"),
     "no chat template": (lambda d: (d / "chat_template.jinja").unlink(), "chat_template.jinja"),
-    "half a value head": (lambda d: cut(d / "value_head.safetensors", 500), "value_head.safetensors does not fit"),
+    "half a value head": (
+        lambda d: cut(d / "value_head.safetensors", 500),
+        "value_head.safetensors does not fit",
+    ),
 }
 
 
@@ -1317,7 +1879,10 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(damage, checkpoint, tmp_p
     harm, words = DAMAGES[damage]
     shutil.copytree(checkpoint, tmp_path / "bad")
     harm(tmp_path / "bad")
-    assert inside("sft", "--model", tmp_path / "bad", "--out", tmp_path / "run", "--steps", 1, "--batch-size", 2) == 2
+    assert (
+        inside("sft", "--model", tmp_path / "bad", "--out", tmp_path / "run", "--steps", 1, "--batch-size", 2)
+        == 2
+    )
     error = capsys.readouterr().err
     assert words in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -1332,7 +1897,9 @@ def test_a_damaged_resume_state_is_one_line_and_status_2(tmp_path, capsys):
     capsys.readouterr()
     assert inside(*args) == 2
     error = capsys.readouterr().err
-    assert "resume.pt cannot be read" in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
+    assert (
+        "resume.pt cannot be read" in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
+    )
 
 
 def test_every_option_has_a_help_text():
