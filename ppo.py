@@ -1,30 +1,41 @@
-"""PPO for a language model in a conversation with a verifier: hand-written, to be read from top to bottom.
+"""PPO for a language model in a conversation with a verifier, to be read from top to bottom.
 
 One update:
 
-    rollout     N episodes are played; a reply is a run of sampled tokens, the verifier's words stand between two replies
-    score       log-probabilities and values of the sampled tokens, by the same forward pass that training uses
-    gae         advantages and returns over the policy's tokens alone
-    update      a few epochs of minibatches: clipped policy loss, clipped value loss, entropy, KL to the initial policy
+    rollout   N episodes are played: the policy samples replies, the verifier judges them and answers
+    score     log-probabilities and values of the sampled tokens, by the forward pass that training uses
+    gae       advantages and returns, one episode at a time
+    update    epochs of minibatches: clipped policy loss, clipped value loss, entropy, KL to the start
 
-An action is a token (`ratio="token"`, the default) or, as in the paper, a whole reply (`ratio="reply"`). The reward of a turn falls on
-the last token of its reply. Everything is a tensor [B, T]: B rows, T tokens of the longest one, with a mask that is 1 where the
-policy chose the token. The mask comes from the sampler, never from comparing ids with a padding id. A row is an episode, or on a walk
-with pictures what was said at one waypoint; then the batch also holds the B pictures, which only the policy looks into.
+Words used here: a *reply* is a run of tokens that the policy sampled, up to its end token. A *stream* is one
+conversation in tokens. An *episode* is what an environment plays: one stream, or on a walk with pictures
+one for each place. A *row* is a stream in a batch. An *action* has one ratio, value and advantage: a token
+(`ratio="token"`, the default) or, as in the paper, a whole reply (`ratio="reply"`).
 
-Of the policy (`Policy` in sftrl.py) this module uses: responder, collate, forward, backward, step, shift_value, set_lr, sum,
-largest, initial_weights, generator, decode, flops, rank, world.
+Batches are tensors [B, T]: B rows, T tokens of the longest one, padded on the right. `mask` is 1 where the
+policy chose the token. It comes from the sampler, never from comparing ids with a padding id.
+
+Left out, to stay short: value functions of their own (the value head reads the policy's trunk), adaptive KL
+coefficients, and partial episodes: every episode ends within its rollout.
 """
 
+import copy
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
+import jinja2
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import transformers
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import envs
@@ -65,6 +76,762 @@ class PPOConfig:
     eps: float = 1e-7
     weight_decay: float = 0.0
     seed: int = 0
+
+
+# -------------------------------------------------------------------- a conversation in tokens
+
+
+@dataclass
+class Stream:
+    """One conversation as the model sees it.
+
+    `mask` is 1 on the tokens that are trained: those of replies, end tokens included (in demonstrations
+    perhaps of the last reply alone), never those of prompts and feedback. `replies` holds the [start, stop)
+    of every reply, `logp` the log-probabilities of a sampled conversation's tokens, `picture` what the
+    processor made of its picture, each tensor with a leading dimension of 1.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    replies: list[tuple[int, int]] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    picture: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def context(self, ids: Sequence[int]) -> None:
+        """Appends tokens that the policy did not choose."""
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        self.logp += [0.0] * len(ids)
+
+    def reply(self, ids: Sequence[int], logp: Sequence[float] | None = None) -> None:
+        """Appends one reply of the policy."""
+        self.replies.append((len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
+        self.mask += [1] * len(ids)
+        self.logp += logp or [0.0] * len(ids)
+
+    def cut(self, length: int) -> None:
+        """Drops what stands behind so many tokens."""
+        self.ids, self.mask, self.logp = self.ids[:length], self.mask[:length], self.logp[:length]
+
+
+# ------------------------------------------------------------------------------------ the policy
+
+
+class Policy(nn.Module):
+    """A chat model with a value head: all that training and evaluation ask of a model.
+
+    Args:
+        model: a Hugging Face causal language or vision-language model.
+        processor: its processor, or its tokenizer; must have a chat template.
+        rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else
+            the weights' own. Training log-probabilities are always computed by `forward`.
+        rollout_batch: conversations decoded together. If there are no more than these, their key-value
+            caches are kept from turn to turn.
+
+    Raises ValueError for a model whose chat template or tokenizer cannot be used.
+
+    `flops` counts the work of this process: 6 N per trained token, 2 N per generated or scored token, N the
+    parameters of `model`, padding left out. Pictures count as the tokens that stand for them in the text;
+    Mllama's, which stand beside it, as 6 or 2 parameters of the vision tower per patch.
+
+    This class is for one process; `Policy` in sftrl.py adds loading, saving and shards over several.
+    """
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        processor: Any,
+        rollout_dtype: torch.dtype | None = None,
+        rollout_batch: int = 256,
+    ):
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        width = model.config.get_text_config().hidden_size
+        # At the paper's width of 4096 the value head's layers are 1024 and 512 wide. It starts at 0.
+        sizes = [width, max(64, width // 4), max(64, width // 8)]
+        layers = [(nn.Linear(m, n), nn.ReLU()) for m, n in zip(sizes, sizes[1:])]
+        self.value_head = nn.Sequential(
+            *(x for pair in layers for x in pair), nn.Linear(sizes[-1], 1)
+        ).float()
+        nn.init.zeros_(self.value_head[-1].weight)
+        nn.init.zeros_(self.value_head[-1].bias)
+        self.rollout_dtype = rollout_dtype or (torch.bfloat16 if fast_bfloat16(model.device) else model.dtype)
+        self.rollout_batch, self._rollout_copy = rollout_batch, None
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.parameter_count, self.flops = sum(p.numel() for p in model.parameters()), 0.0
+        self.family = family_of(model)
+        ids = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
+        self.image_id = next((i for i in ids if i is not None), None)
+        self._learn_template()
+        self.pad_id = self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self.max_length = longest_conversation(model.config.get_text_config())
+        self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
+
+    # ---- text and tokens
+
+    def render(self, messages: list[dict], reply_follows: bool = True) -> str:
+        """The conversation as text by the model's own chat template."""
+        if self._content_as_parts:  # templates of some vision-language models read nothing else
+            texts = [[{"type": "text", "text": m["content"]}] for m in messages]
+            messages = [
+                m | {"content": t} if isinstance(m["content"], str) else m for m, t in zip(messages, texts)
+            ]
+        template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+        try:
+            return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"its chat template cannot be used: {error}") from None
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, without the tokens that a tokenizer may put around a text."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """What a reply says, special tokens included: only its end of turn is cut off. Nothing counts that
+        stands behind a stop."""
+        stop = next((k for k, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        said = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
+        text = self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text.removesuffix(self.end_blank)
+
+    _MARK = "\u2063REPLY\u2063"
+
+    def _learn_template(self) -> None:
+        """Asks the chat template what it writes around a reply.
+
+        `opening` is the text before a reply, `reply_start` the blank that some put between. `end_id` ends a
+        reply: the first special or added token after it, for some templates the next role's, with the blank
+        or newline that may stand before (`end_blank`); eos where the template writes plain text. `end_ids`
+        are all tokens that end a turn. Sampling stops at the `stop_ids`: those, and the tokens with which a
+        turn of the user begins. `bos` is what the tokenizer puts before a text.
+        """
+        if not (getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template):
+            raise ValueError(
+                "its tokenizer has no chat template; take a chat model, or add chat_template.jinja to its folder"
+            )
+        start = self.tokenizer("x")["input_ids"][:1]
+        self.bos = start if start == [self.tokenizer.bos_token_id] else []
+        asked, replied = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
+        self._content_as_parts = False
+        try:
+            self._content_as_parts = self._MARK not in self.render([asked])
+        except ValueError:
+            self._content_as_parts = True
+        self.opening = self.render([asked]).split(self._MARK)[-1]
+        parts = self.render([asked, replied, asked]).split(self._MARK)
+        if len(parts) != 4:
+            raise ValueError("its chat template leaves out replies, or what is said after them")
+        blank = parts[1].removeprefix(self.opening)
+        self.reply_start = "" if blank.strip() else blank
+        (ids,), added = self._continue([parts[2]]), self.tokenizer.added_tokens_decoder
+        marks = [k for k, token in enumerate(ids) if token in added and added[token].content.strip()]
+        blank = self.tokenizer.decode(ids[: marks[0]]) if marks else "none"
+        closing, self.end_blank = ([ids[marks[0]]], blank) if not blank.strip() else ([], "")
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        ends = closing + [token for token in named if token is not None]
+        if not ends:
+            raise ValueError(
+                "its tokenizer has no eos token, and its chat template ends replies with no token of its own"
+            )
+        self.end_id, self.end_ids, self.stop_ids = ends[0], set(ends), {*ends, *(ids[k] for k in marks)}
+
+    def _continue(self, texts: list[str], before: str = "x") -> list[list[int]]:
+        """Tokens of texts that go on where the text `before` ended: some tokenizers put a blank before a
+        text, but not inside."""
+        start, *whole = self.tokenize([before, *(before + text for text in texts)])
+        n = len(start)
+        return [ids[n:] if ids[:n] == start else self.tokenize([t])[0] for ids, t in zip(whole, texts)]
+
+    def extend(self, stream: Stream, feedback: str) -> None:
+        """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized
+        again. If the reply closed its turn, the template's end token stands already; if it was cut off, the
+        end token joins as context."""
+        turns = (("user", "x"), ("assistant", self._MARK), ("user", feedback))
+        text = self.render([{"role": role, "content": content} for role, content in turns])
+        self._go_on(stream, *self._continue([text.split(self._MARK)[-1]]))
+
+    def _go_on(self, stream: Stream, ids: list[int]) -> None:
+        """Appends what the template writes after a reply: `ids`, less the end that the reply has already."""
+        closed = stream.ids[-1] == self.end_id and self.end_id in ids
+        stream.context(ids[ids.index(self.end_id) + 1 :] if closed else ids)
+
+    def open(
+        self,
+        conversations: Sequence[tuple[list[dict], Image.Image | None]],
+        replies: Sequence[Sequence[list[int]]] | None = None,
+    ) -> list[Stream]:
+        """Streams of conversations (messages, picture) that wait for their next reply; a picture belongs to
+        the last message.
+
+        `replies`: of each conversation the tokens of its last replies, which join as they are: no text that a
+        model wrote becomes a special token. Raises ValueError if a picture would be lost: the model reads
+        none, its chat template leaves out the picture's place, or only some conversations have one.
+        """
+        replies = replies or [[] for _ in conversations]
+        texts = [
+            self._around_replies(messages, len(own)) for (messages, _), own in zip(conversations, replies)
+        ]
+        follow = [len(parts) > 1 for parts in texts]
+        images = [image for _, image in conversations]
+        prompts, pictures = self._last_parts([parts[-1] for parts in texts], follow, images)
+        streams = [Stream(picture=picture) for picture in pictures]
+        for stream, (*before, _), own, prompt in zip(streams, texts, replies, prompts):
+            spoken = [*self.tokenize(before[:1]), *self._continue(before[1:]), prompt]
+            stream.context(spoken[0] if spoken[0][:1] == self.bos else self.bos + spoken[0])
+            for reply, ids in zip(own, spoken[1:], strict=True):
+                stream.context(reply)
+                self._go_on(stream, ids)
+        return streams
+
+    def _around_replies(self, messages: list[dict], n: int) -> list[str]:
+        """The template's text before the last n replies of a conversation, between them, and after the last."""
+        places = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+        marked = places[len(places) - n :]
+        messages = [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
+        return self.render(messages).split(self._MARK)
+
+    def _last_parts(
+        self, texts: list[str], follow: list[bool], images: list[Image.Image | None]
+    ) -> tuple[list[list[int]], list[dict[str, Tensor] | None]]:
+        """Tokens of the last parts of conversations, some of which follow a reply, and what the processor
+        makes of their pictures."""
+        shown = [image for image in images if image is not None]
+        if not shown:
+            alone, inside = self.tokenize(texts), self._continue(texts) if any(follow) else texts
+            return [ids[after] for *ids, after in zip(alone, inside, follow)], [None] * len(texts)
+        if len(shown) < len(texts):
+            lacking = f"{len(texts) - len(shown)} of {len(texts)} conversations"
+            raise ValueError(f"{lacking} of a batch have no picture: all must have one, or none")
+        name = type(self.model).__name__
+        if self.processor is self.tokenizer:
+            raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
+        # What follows a reply is tokenized as in `_continue`; BOS keeps Mllama's processor from writing one.
+        before = f"{self.tokenizer.bos_token or ''}x"
+        out = self.processor(
+            text=[before * after + text for text, after in zip(texts, follow)],
+            images=[[image] for image in shown],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        )
+        kept = out.pop("attention_mask").bool()
+        prompts = [row[mask].tolist() for row, mask in zip(out.pop("input_ids"), kept)]
+        prompts = [ids[after * len(self.tokenize([before])[0]) :] for ids, after in zip(prompts, follow)]
+        if any(self.image_id not in prompt for prompt in prompts):
+            raise ValueError("the chat template leaves out the picture's place")
+        for known in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length alone
+            out.pop(known, None)
+        if unknown := out.keys() - self.family.inputs:
+            raise ValueError(f"{name} takes {', '.join(sorted(unknown))}, which is not known here")
+        rows = self.family.split(dict(out))
+        return prompts, [{key: values[i] for key, values in rows.items()} for i in range(len(texts))]
+
+    def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
+        """Demonstrations in the released format as streams, built turn by turn exactly as `Player` builds
+        them; "image" holds a picture or its path. Replies before the message with the picture (its text has
+        "<image>") are context: they answered other pictures. `loss_on`: "all" other replies, or the "last",
+        whose forerunners then have mask 0. Raises ValueError for a picture's place without a picture, and for
+        a demonstration that is longer than the model's positions reach."""
+        opened, known = [], []  # conversations up to the message with the picture, and the replies before it
+        for record in records:
+            image, turns = record.get("image"), record["conversations"]
+            if isinstance(image, str):
+                try:
+                    image = Image.open(image).convert("RGB")
+                except OSError as error:
+                    raise ValueError(f"picture {image} cannot be read: {error}") from None
+            asked = range(0, len(turns), 2)
+            shown = next((k for k in asked if image and "<image>" in turns[k]["value"]), 0)
+            roles = {"human": "user", "gpt": "assistant"}
+            messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns[: shown + 1]]
+            if image:
+                messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
+            opened.append((messages, image))
+            known.append(shown // 2)
+        said = [turn["value"] for record in records for turn in record["conversations"][1::2]]
+        tokens = iter(
+            self._continue([self.reply_start + text + self.end_blank for text in said], self.opening)
+        )
+        replies = [[next(tokens) + [self.end_id] for _ in r["conversations"][1::2]] for r in records]
+        streams = self.open(opened, [own[:n] for own, n in zip(replies, known)])
+        for stream, record, own, n in zip(streams, records, replies, known):
+            for k in range(n, len(own)):
+                if k > n:
+                    self.extend(stream, record["conversations"][2 * k]["value"])
+                if loss_on == "last":
+                    stream.mask = [0] * len(stream)
+                stream.reply(own[k])
+            places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
+            if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
+                raise ValueError(
+                    "a demonstration has a picture's place without a picture, or after its first message"
+                )
+            self.require_room(len(stream), "a demonstration", least=0)
+        return streams
+
+    def require_room(self, length: int, what: str, least: int = 1) -> None:
+        """Raises ValueError if positions do not reach `least` tokens beyond a text of so many."""
+        if length + least > self.max_length:
+            name = type(self.model).__name__
+            reach = f"the positions of {name} reach no farther than {self.max_length}"
+            raise ValueError(f"{what} has {length} tokens, but {reach}")
+
+    def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
+        """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
+        lengths = torch.tensor([len(s) for s in streams])
+        ids = torch.full((len(streams), int(lengths.max())), self.pad_id)
+        mask = torch.zeros(ids.shape)
+        for i, s in enumerate(streams):
+            ids[i, : len(s)], mask[i, : len(s)] = torch.tensor(s.ids), torch.tensor(s.mask, dtype=torch.float)
+        device = self.model.device
+        batch = {"ids": ids.to(device), "mask": mask.to(device), "length": lengths.to(device)}
+        return batch | {"pictures": [s.picture for s in streams]} if streams[0].picture else batch
+
+    # ---- scores
+
+    def forward(
+        self,
+        batch: dict[str, Any],
+        temperature: float = 1.0,
+        values: str | None = None,
+        entropy: bool = False,
+    ) -> dict[str, Tensor]:
+        """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
+
+        logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t] = V(s_t), read
+        on the token before (`values`: "detached" trunk, "shared", or None). entropy[b, t]: of the distribution
+        that token t was drawn from.
+        """
+        ids, mask = batch["ids"], batch["mask"].bool()
+        # Padding stands on the right, where no real token can see it: causal attention needs no padding mask.
+        pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
+        inputs = pictures | (
+            self.family.forward_inputs(self, ids, batch["length"], pictures) if pictures else {}
+        )
+        mixed = ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
+            hidden = self.model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+        self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()), pictures)
+        hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
+        logps = self._log_probabilities(self.model, hidden, temperature)
+        chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
+
+        def place(flat: Tensor) -> Tensor:
+            return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, flat)
+
+        out = {"logp": place(chosen)}
+        if values:
+            out["value"] = place(
+                self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0]
+            )
+        if entropy:
+            out["entropy"] = place(-(logps.exp() * logps).sum(-1))
+        return out
+
+    sharded = False  # over several processes
+
+    def _log_probabilities(self, model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
+        """Of the next token after states [n, H]: [n, vocabulary], fp32. The image token is never said: it
+        would promise a picture."""
+        logits = model.get_output_embeddings()(hidden).float() / temperature
+        if self.image_id is not None and self.image_id < logits.shape[-1]:
+            logits[:, self.image_id] = -1e9
+        return logits.log_softmax(-1)
+
+    def _count(self, per_parameter: int, tokens: int, pictures: dict[str, Tensor]) -> None:
+        """Adds the work on so many tokens and on pictures that stand beside them."""
+        self.flops += per_parameter * self.parameter_count * tokens
+        if pictures:
+            self.flops += per_parameter * self.family.tower_work(self.model, pictures)
+
+    def _stack(self, pictures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Pictures as one batch on the model's device."""
+        return {name: torch.cat([p[name] for p in pictures]).to(self.model.device) for name in pictures[0]}
+
+    # ---- sampling
+
+    @contextmanager
+    def rollout_weights(self) -> Iterator[nn.Module]:
+        """The model to sample from, in the rollout's precision."""
+        if self.rollout_dtype == self.model.dtype:
+            yield self.model
+            return
+        if self._rollout_copy is None:  # kept out of the module tree: no part of the policy's state
+            object.__setattr__(self, "_rollout_copy", copy.deepcopy(self.model))
+            for p in self._rollout_copy.parameters():
+                p.data = p.data.to(self.rollout_dtype)  # buffers such as RoPE frequencies stay in fp32
+        for copied, p in zip(self._rollout_copy.parameters(), self.model.parameters()):
+            copied.data.copy_(p.data)
+        yield self._rollout_copy
+
+    @torch.no_grad()
+    def image_features(self, model: nn.Module, pictures: Sequence[dict], chunk: int = 16) -> list[dict]:
+        """What the vision tower makes of pictures: once per rollout, for all turns of an episode. `chunk` at a
+        time: the 11B model's tower needs half a gigabyte for each."""
+        features: list[dict] = []
+        for i in range(0, len(pictures), chunk):
+            inputs = self._stack(pictures[i : i + chunk])
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            self._count(2, 0, inputs)
+            features += self.family.features(model, inputs)
+        return features
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+        features: Sequence[dict[str, Tensor]] | None = None,
+        caches: Sequence["KVCache"] | None = None,
+    ) -> list[tuple[list[int], list[float]]]:
+        """Draws one reply per prompt: its tokens, end token included if it was drawn, and their
+        log-probabilities.
+
+        `model` comes from `rollout_weights()`, `features` (of the prompts' pictures) from `image_features`.
+        Temperature 0 is greedy. Nothing is filtered: what is drawn is what the log-probabilities say (no
+        top-k, no top-p, no generation config). What the `caches` hold of the prompts is not computed again;
+        afterwards they hold the prompts.
+        """
+        replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self.rollout_batch):
+            rows = order[start : start + self.rollout_batch]
+            given = [[x[i] for i in rows] if x else None for x in (prompts, features, caches)]
+            for i, reply in zip(rows, self._decode(model, *given, max_new_tokens, temperature, generator)):
+                replies[i] = reply
+        return replies
+
+    def _decode(self, model, prompts, features, caches, max_new_tokens, temperature, generator):
+        """The decoding loop for one batch; arguments and result as of `sample`."""
+        device, cached = model.device, sum(cache.length for cache in caches or ())
+        stops = torch.tensor(sorted(self.stop_ids), device=device)
+        drawn = torch.full((len(prompts), max_new_tokens), self.pad_id, device=device)
+        logps = torch.zeros(drawn.shape, device=device)
+        room = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
+        lengths = torch.tensor(room, device=device)
+        order, batch = self._prefill(model, prompts, features, caches, max_new_tokens)
+        rows = torch.tensor(order, device=device)  # which prompt each row of the batch is
+        writing = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            logp = self._log_probabilities(model, batch.hidden, temperature or 1.0)
+            ids = draw(logp, generator) if temperature else logp.argmax(-1, keepdim=True)
+            drawn[rows, t], logps[rows, t] = ids[:, 0], logp.gather(-1, ids)[:, 0]
+            ended = writing & (torch.isin(ids[:, 0], stops) | (lengths[rows] == t + 1))
+            lengths[rows[ended]] = t + 1
+            writing = writing & ~ended
+            still = int(writing.sum())
+            if not still or t + 1 == max_new_tokens:
+                break
+            if still <= 0.75 * len(
+                ids
+            ):  # finished rows leave; each time the cache is copied, so not one by one
+                keep = writing.nonzero()[:, 0]
+                batch.keep(keep)
+                ids, rows, writing = ids[keep], rows[keep], writing[keep]
+            batch.feed(ids)
+        self._count(2, sum(map(len, prompts)) - cached + int(lengths.sum()) - len(prompts), {})
+        return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
+
+    def _prefill(self, model, prompts, features, caches, room: int) -> tuple[list[int], "Decoder"]:
+        """Reads the prompts of one batch, but for what the caches hold of them, in parts of PREFILL tokens.
+        Returns which prompt each row is, and the batch with room for more tokens."""
+        cached = [cache.length for cache in caches] if caches else [0] * len(prompts)
+        unread = [len(prompt) - n for prompt, n in zip(prompts, cached)]
+        parts: list[list[int]] = []
+        for i in sorted(range(len(prompts)), key=lambda i: (cached[i] > 0, unread[i])):
+            fits = parts and (len(parts[-1]) + 1) * unread[i] <= PREFILL
+            if not fits or (cached[i] > 0) != (cached[parts[-1][0]] > 0):
+                parts.append([])
+            parts[-1].append(i)
+        layers = model.config.get_text_config().num_hidden_layers
+        rows: list[list] = [[] for _ in range(layers)]  # by layer, the keys and values of each row
+        states, lasts, tiles = [], [], []
+        for part in parts:
+            given = [[x[i] for i in part] if x else None for x in (prompts, features, caches)]
+            hidden, position, shown, keys_and_values = self._read(
+                model, *given, new=max(unread[i] for i in part)
+            )
+            states, lasts, tiles = [*states, hidden], [*lasts, position], [*tiles, shown]
+            for own, more in zip(rows, keys_and_values):
+                own += more
+        cache = transformers.Cache(layers=[GrowingLayer(room) for _ in range(layers)])
+        for own, layer in zip(rows, cache.layers):
+            if own:  # without pictures Mllama's cross-attention layers hold nothing
+                layer.fill(own)
+            own.clear()  # or memory would hold two caches
+        order = [i for part in parts for i in part]
+        lengths = torch.tensor([len(prompts[i]) for i in order], device=model.device)
+        shown = None if tiles[0] is None else torch.cat(tiles)
+        return order, Decoder(model, torch.cat(states), cache, lengths, torch.cat(lasts, -2), shown)
+
+    def _read(self, model, prompts, features, caches, new: int):
+        """Reads the last `new` tokens of prompts whose other tokens the caches hold, and notes all of them in
+        the caches.
+
+        Padding stands on the left of everything: sliding windows, and positions that count columns, allow no
+        masked column inside a row. So of every prompt as many tokens are read, some of them again. Returns
+        the state after the last token [B, H], its position [(3,) B, 1], the last row of Mllama's
+        cross-attention mask [B, 1, 1, tiles], and by layer the keys and values of each row.
+        """
+        device, config = model.device, model.config.get_text_config()
+        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: their keys are the picture's
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        columns = int(lengths.max())
+        ids = torch.tensor([[self.pad_id] * (columns - len(p)) + p for p in prompts], device=device)
+        attention = left_padded(lengths, columns)
+        positions = self.family.positions(self, model, ids, attention, features)[..., -new:]
+        room = new if columns > new else 0
+        cache = transformers.Cache(layers=[GrowingLayer(room) for _ in range(config.num_hidden_layers)])
+        if columns > new:
+            before = [kept.first(max(0, len(prompt) - new)) for kept, prompt in zip(caches, prompts)]
+            for k, layer in enumerate(cache.layers):
+                if k not in crossing:
+                    layer.fill([kept.layers[k] for kept in before])
+        inputs = self.family.read(self, model, ids, new, features)
+        out = model.base_model(
+            **inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        shown = inputs["cross_attention_mask"][:, -1:] if "cross_attention_mask" in inputs else None
+        rows: list[list] = []
+        for k, layer in enumerate(cache.layers):
+            pairs = zip(layer.keys, layer.values, lengths.tolist()) if layer.is_initialized else ()
+            rows.append([(a, b) if k in crossing else (a[:, -n:], b[:, -n:]) for a, b, n in pairs])
+        for i, kept in enumerate(caches or ()):
+            kept.length = len(prompts[i])
+            kept.layers = [None if k in crossing else own[i] for k, own in enumerate(rows)]
+        return out.last_hidden_state[:, -1], positions[..., -1:], shown, rows
+
+    def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Player":
+        """A player for `envs.play` that keeps the streams of its conversations."""
+        return Player(self, temperature, max_new_tokens, generator)
+
+    def generator(self, seed: str) -> torch.Generator:
+        """A random generator for sampling, a function of `seed` and the rank alone."""
+        return torch.Generator("cpu").manual_seed(random.Random(f"{seed}/rank{self.rank}").getrandbits(63))
+
+    # ---- training
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Adds the gradient of this rank's part of a loss that is a sum over ranks and microbatches; `last`
+        marks the last one."""
+        loss.backward()
+
+    def step(self, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, loss: float) -> float:
+        """Clips by the global norm, steps, clears the gradients; returns the norm before clipping.
+
+        Raises FloatingPointError if `loss` (already summed over ranks) or the norm is not finite: every rank
+        decides alike, and the weights are still those of the last step.
+        """
+        trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @staticmethod
+    def set_lr(optimizers: list[torch.optim.Optimizer], progress: float, warmup: float) -> float:
+        """Learning rates at `progress` in [0, 1): linear warm-up from a tenth, then cosine to 0. Returns the
+        factor."""
+        if progress < warmup:
+            factor = 0.1 + 0.9 * progress / warmup
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = factor * group["initial_lr"]
+        return factor
+
+    @torch.no_grad()
+    def shift_value(self, amount: float) -> None:
+        """Adds a constant to all values."""
+        self.reshard()
+        self.value_head[-1].bias.add_(amount)
+
+    def reshard(self) -> None:
+        """Before weights are changed by hand: lets go of those that were gathered from other ranks."""
+
+    def keep_initial_weights(self) -> None:
+        """Keeps a copy of the weights as they are now (of this rank's shards)."""
+        self._initial = self._weights()
+
+    @contextmanager
+    def initial_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights that `keep_initial_weights` kept."""
+        current = self._weights()
+        self._set_weights(self._initial)
+        try:
+            yield
+        finally:
+            self._set_weights(current)
+
+    def _weights(self) -> list[Tensor]:
+        self.reshard()
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    @torch.no_grad()
+    def _set_weights(self, weights: list[Tensor]) -> None:
+        self.reshard()
+        for p, w in zip(self.model.parameters(), weights):
+            p.copy_(w)
+
+    # ---- over all ranks
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Sums over all ranks."""
+        if self.world == 1:
+            return [float(n) for n in numbers]
+        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=self.model.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def largest(self, number: float) -> float:
+        """The largest over all ranks."""
+        if self.world == 1:
+            return number
+        value = torch.tensor(number, dtype=torch.float64, device=self.model.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value.item()
+
+    def gather(self, items: list) -> list:
+        """All ranks' items, in the order of ranks."""
+        if self.world == 1:
+            return items
+        lists: list[list] = [[] for _ in range(self.world)]
+        dist.all_gather_object(lists, items)
+        return [item for own in lists for item in own]
+
+
+def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row, [B, 1], of log-probabilities [B, vocabulary]: inverse transform sampling, one uniform
+    number per row, in double precision."""
+    mass = logp.double().exp().cumsum(-1)
+    point = torch.rand(len(logp), 1, generator=generator, device=generator.device, dtype=torch.double)
+    ids = torch.searchsorted(mass, point.to(logp.device) * mass[:, -1:], right=True)
+    return ids.clamp(max=logp.shape[-1] - 1)
+
+
+# Tokens of prompts read together: many more at once are too much for a CPU's cache and a GPU's memory.
+PREFILL = 4096
+
+
+class Player:
+    """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's
+    conversation: one stream, or on a walk with pictures one for each place, opened anew with the picture seen
+    there and the words of the walk so far."""
+
+    def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
+        self.policy, self.generator = policy, generator
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.streams: dict[int, list[Stream]] = {}
+        self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
+        self.images: dict[int, Image.Image | None] = {}
+        self.features: dict[int, dict[str, Tensor]] = {}  # of those images
+        self.caches: dict[int, "KVCache"] | None = None
+
+    def __enter__(self) -> "Player":
+        self._weights = self.policy.rollout_weights()
+        self._model = self._weights.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._weights.__exit__(*error)
+        self.features.clear()
+        self.caches = None
+
+    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
+        """One reply each; None where the conversation is as long as the model's positions reach. Raises
+        ValueError for a first prompt of that length."""
+        policy = self.policy
+        if not self.streams and len(indices) <= policy.rollout_batch:  # more caches might not find room
+            self.caches = {}
+        # Conversations that begin, or that go on with another picture, are opened; the others are extended.
+        seen = {
+            i: o for i, o in zip(indices, observations) if i in self.streams and self.images[i] is o.image
+        }
+        new = {i: o for i, o in zip(indices, observations) if i not in seen}
+        said = [self.said.get(i, []) for i in new]
+        opened = dict(zip(new, policy.open([(o.messages, o.image) for o in new.values()], said)))
+        if any(stream.picture for stream in opened.values()):
+            features = policy.image_features(self._model, [stream.picture for stream in opened.values()])
+            self.features |= dict(zip(opened, features))
+        ready = [i for i, o in zip(indices, observations) if self._listen(i, o, opened.get(i))]
+        now = [self.streams[i][-1] for i in ready]
+        drawn = policy.sample(
+            self._model,
+            [stream.ids for stream in now],
+            self.max_new_tokens,
+            self.temperature,
+            self.generator,
+            [self.features[i] for i in ready] if self.features else None,
+            [self.caches[i] for i in ready] if self.caches else None,
+        )
+        texts = {}
+        for i, stream, (ids, logp) in zip(ready, now, drawn):
+            stream.reply(ids, logp)
+            self.said.setdefault(i, []).append(ids)
+            texts[i] = policy.decode(ids)
+        return [texts.get(i) for i in indices]
+
+    def _listen(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
+        """Takes what environment i says into its conversation, `opened` anew or the last one; False if no
+        room is left for a reply."""
+        if opened is None:
+            stream = self.streams[i][-1]
+            before = len(stream)
+            self.policy.extend(stream, observation.messages[-1]["content"])
+            if len(stream) >= self.policy.max_length:
+                stream.cut(before)
+            return len(stream) > before
+        if i not in self.streams:
+            self.policy.require_room(len(opened), "a prompt")
+        if self.caches is not None:
+            self.caches[i] = self._kept(i, opened.ids)
+        self.images[i] = observation.image
+        if len(opened) >= self.policy.max_length:
+            return False
+        self.streams.setdefault(i, []).append(opened)
+        return True
+
+    def _kept(self, i: int, ids: list[int]) -> "KVCache":
+        """What the cache of environment i's last conversation holds of a new one: the words before either
+        one's picture. Mllama's keeps nothing, for there all words know the picture."""
+        if i not in self.streams or isinstance(self.policy.family, Mllama):
+            return KVCache()
+        pairs = zip(self.streams[i][-1].ids[: self.caches[i].length], ids[:-1])
+        same = takewhile(lambda pair: pair[0] == pair[1] != self.policy.image_id, pairs)
+        return self.caches[i].first(sum(1 for _ in same))
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bf16 natively; a CPU without it is slower in bf16 than in
+    fp32."""
+    if device.type == "cuda":
+        return True
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+
+
+def longest_conversation(config: transformers.PretrainedConfig) -> float:
+    """How many tokens a language model's positions reach: without end for rotary embeddings (RoPE), but for
+    those whose frequencies change beyond some length, for which keys that were kept would then be wrong."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
+    changing = [kind for kind in kinds if kind["rope_type"] in ("dynamic", "longrope")]
+    reach = getattr(config, "max_position_embeddings", None) or math.inf
+    if kinds and not changing:
+        return math.inf
+    return min([reach, *(kind.get("original_max_position_embeddings") or reach for kind in changing)])
 
 
 # --------------------------------------------------------------------------------------------------------------- mathematics
@@ -477,3 +1244,235 @@ def train(
             "seconds": updated - clock,
             "transcript": episodes[0].transcript(),
         }
+
+
+# ------------------------------------------------------------------- pictures, by model family
+
+
+class Llava:
+    """Pictures stand in the text: one image token for each of their features. Also what models without
+    pictures need."""
+
+    inputs = {"pixel_values"}  # what the processor makes of a picture
+
+    def split(self, out: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
+        """What the processor made of a batch of pictures, by picture."""
+        return {name: values.split(1) for name, values in out.items()}
+
+    def forward_inputs(
+        self, policy: "Policy", ids: Tensor, lengths: Tensor, pictures: dict
+    ) -> dict[str, Tensor]:
+        """What the model's forward pass over ids [B, T], padded on the right, takes beside the pictures."""
+        return {}
+
+    def plain_inputs(self, policy: "Policy", ids: Tensor, pictures: dict) -> dict[str, Tensor]:
+        """The same for a call of the whole model, without anything worked out for it."""
+        return {}
+
+    def features(self, model: nn.Module, pictures: dict) -> list[dict[str, Tensor]]:
+        """What the vision tower and its projection make of pictures: "features" [n, H] each."""
+        return [{"features": f} for f in model.get_image_features(**pictures).pooler_output]
+
+    def positions(
+        self, policy: "Policy", model: nn.Module, ids: Tensor, attention: Tensor, pictures
+    ) -> Tensor:
+        """The position of each token of ids [B, T], padded on the left: its place in the row, [B, T]."""
+        return (attention.cumsum(-1) - 1).clamp(min=0)
+
+    def read(self, policy: "Policy", model: nn.Module, ids: Tensor, new: int, pictures) -> dict[str, Tensor]:
+        """What the model reads of the last `new` tokens of ids [B, T] when it samples: tokens, or embeddings
+        where image tokens are among them. The features of a picture that was cut are its last ones."""
+        places = ids[:, -new:] == policy.image_id
+        if not pictures or not places.any():
+            return {"input_ids": ids[:, -new:]}
+        if int((ids == policy.image_id).sum()) != sum(len(p["features"]) for p in pictures):
+            raise ValueError("the prompts have places for more or fewer parts of pictures than there are")
+        counts = places.sum(1).tolist()
+        features = torch.cat([p["features"][len(p["features"]) - n :] for p, n in zip(pictures, counts)])
+        embeddings = model.get_input_embeddings()(ids[:, -new:])
+        return {"inputs_embeds": embeddings.masked_scatter(places[:, :, None], features)}
+
+    def tower_work(self, model: nn.Module, pictures: dict) -> int:
+        """Parameters times patches of a vision tower whose work the count of tokens does not tell."""
+        return 0
+
+
+class Qwen(Llava):
+    """Qwen2-VL and Qwen2.5-VL: a batch's patches lie in one row, and a token's position has three
+    coordinates: time, row and column in the picture."""
+
+    inputs = {"pixel_values", "image_grid_thw"}
+
+    def split(self, out: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
+        rows = super().split(out)
+        return rows | {"pixel_values": out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())}
+
+    def forward_inputs(self, policy, ids, lengths, pictures):
+        attention = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        return {"position_ids": self._rope(policy, policy.model, ids, attention, pictures["image_grid_thw"])}
+
+    def plain_inputs(self, policy, ids, pictures):
+        return {"mm_token_type_ids": (ids == policy.image_id).int()}
+
+    def features(self, model, pictures):
+        grids = pictures["image_grid_thw"]
+        return [f | {"grid": grid} for f, grid in zip(super().features(model, pictures), grids)]
+
+    def positions(self, policy, model, ids, attention, pictures):
+        if not pictures:
+            return super().positions(policy, model, ids, attention, pictures)
+        return self._rope(policy, model, ids, attention, torch.stack([p["grid"] for p in pictures]))
+
+    def _rope(self, policy, model, ids, attention, grids) -> Tensor:
+        """[3, B, T]"""
+        kinds = (ids == policy.image_id).int()
+        return model.base_model.get_rope_index(
+            ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=attention
+        )[0]
+
+
+class Mllama(Llava):
+    """Llama-3.2-Vision: pictures stand beside the text, which looks at them in cross-attention layers."""
+
+    inputs = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"}
+
+    def forward_inputs(self, policy, ids, lengths, pictures):
+        return {"cross_attention_mask": self._tiles(policy, ids, pictures["aspect_ratio_mask"])}
+
+    def plain_inputs(self, policy, ids, pictures):
+        return self.forward_inputs(policy, ids, None, pictures)
+
+    def features(self, model, pictures):
+        tower = model.base_model.vision_model(**pictures).last_hidden_state  # [B, 1, tiles, patches, D]
+        features = model.base_model.multi_modal_projector(tower).flatten(1, 3)
+        return [{"features": f, "tiles": t} for f, t in zip(features, pictures["aspect_ratio_mask"])]
+
+    def read(self, policy, model, ids, new, pictures):
+        if not pictures:
+            return {"input_ids": ids[:, -new:]}
+        return {
+            "input_ids": ids[:, -new:],
+            "cross_attention_mask": self._tiles(policy, ids, torch.stack([p["tiles"] for p in pictures])),
+            "cross_attention_states": torch.stack([p["features"] for p in pictures]),
+        }
+
+    def _tiles(self, policy, ids: Tensor, tiles: Tensor) -> Tensor:
+        """The cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token
+        sees the tiles in use. In bytes, for the library repeats it for every patch."""
+        shown = (ids == policy.image_id).cumsum(1)[:, :, None, None].clamp(max=1)
+        return (shown * tiles[:, None]).to(torch.uint8)
+
+    def tower_work(self, model, pictures):
+        tower = model.base_model.vision_model
+        patches = pictures["pixel_values"].numel() // (3 * tower.patch_size**2)
+        return sum(p.numel() for p in tower.parameters()) * patches
+
+
+def family_of(model: transformers.PreTrainedModel) -> Llava:
+    """How a model takes pictures."""
+    if hasattr(model.base_model, "get_rope_index"):
+        return Qwen()
+    return Mllama() if hasattr(model.config.get_text_config(), "cross_attention_layers") else Llava()
+
+
+# -------------------------------------------------------------------- key-value caches
+
+
+class GrowingLayer(transformers.cache_utils.DynamicLayer):
+    """One layer of a key-value cache with room for `room` more tokens from the start. The library's own layer
+    copies all keys and values for every token: in long conversations a third of the decoding time."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
+        if not self.is_initialized:
+            self._allocate(key_states, value_states, len(key_states), 0)
+        start, self.used = self.used, self.used + key_states.shape[2]
+        self.all_keys[:, :, start : self.used] = key_states
+        self.all_values[:, :, start : self.used] = value_states
+        self._view()
+        return self.keys, self.values
+
+    def fill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Starts from rows of keys and values [heads, n, d], padded on the left to the longest."""
+        self._allocate(*rows[0], len(rows), max(keys.shape[1] for keys, _ in rows))
+        for i, (keys, values) in enumerate(rows):
+            self.all_keys[i, :, self.used - keys.shape[1] : self.used] = keys
+            self.all_values[i, :, self.used - keys.shape[1] : self.used] = values
+        self._view()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows of the batch."""
+        if self.is_initialized:
+            self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
+            self._view()
+
+    def _allocate(self, keys: Tensor, values: Tensor, rows: int, used: int) -> None:
+        """Makes room for tensors like these, [..., heads, n, d], in so many rows, of which `used` tokens are
+        filled in next."""
+        self.dtype, self.device, self.is_initialized, self.used = keys.dtype, keys.device, True, used
+        length = (used or keys.shape[-2]) + self.room
+        self.all_keys, self.all_values = (
+            x.new_zeros(rows, x.shape[-3], length, x.shape[-1]) for x in (keys, values)
+        )
+
+    def _view(self) -> None:
+        self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
+
+
+@dataclass
+class KVCache:
+    """The key-value cache of one conversation, kept from one turn to the next: of its first `length` tokens,
+    by layer ([heads, n, d] twice). Mllama's cross-attention layers hold the picture, and have None here."""
+
+    length: int = 0
+    layers: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+    def first(self, length: int) -> "KVCache":
+        """The cache of the first `length` tokens alone."""
+        return KVCache(length, [kept and (kept[0][:, :length], kept[1][:, :length]) for kept in self.layers])
+
+
+@dataclass
+class Decoder:
+    """A batch of conversations that grow token by token, padded on the left: the state after the last token
+    [B, H], the cache, the number of tokens so far [B], the position of the last one [(3,) B, 1], and the last
+    row of Mllama's cross-attention mask [B, 1, 1, tiles]."""
+
+    model: nn.Module
+    hidden: Tensor
+    cache: transformers.Cache
+    lengths: Tensor
+    positions: Tensor
+    tiles: Tensor | None
+
+    def feed(self, ids: Tensor) -> None:
+        """Reads one more token of every row, ids [B, 1]."""
+        self.lengths, self.positions = self.lengths + 1, self.positions + 1
+        columns = self.cache.get_seq_length() + 1
+        crossing = (
+            {} if self.tiles is None else {"cross_attention_mask": self.tiles.expand(-1, columns, -1, -1)}
+        )
+        out = self.model.base_model(
+            input_ids=ids,
+            attention_mask=left_padded(self.lengths, columns),
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            **crossing,
+        )
+        self.hidden = out.last_hidden_state[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some rows of the batch."""
+        self.cache.batch_select_indices(rows)
+        self.lengths, self.positions = self.lengths[rows], self.positions[..., rows, :]
+        self.tiles = None if self.tiles is None else self.tiles[rows]
+
+
+def left_padded(lengths: Tensor, columns: int) -> Tensor:
+    """The attention mask [B, columns] of rows that are padded on the left: 1 on the last lengths[b] ones."""
+    return (torch.arange(columns, device=lengths.device) >= columns - lengths[:, None]).long()

@@ -30,11 +30,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import chain, repeat, takewhile
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import torch.distributed as dist
 import transformers
@@ -238,41 +237,7 @@ def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrain
     return model, processor
 
 
-# ----------------------------------------------------------------------------------------------------------------- the policy
-
-
-@dataclass
-class Stream:
-    """One conversation as the model sees it. `mask` is 1 on the tokens that are trained: those of replies, end tokens included (in
-    demonstrations perhaps of the last reply alone), never those of prompts and feedback; `replies` holds the [start, stop) of every
-    reply; `logp` the log-probabilities of a sampled conversation's tokens; `picture` what the processor made of its picture, each
-    tensor with a leading dimension of 1."""
-
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    replies: list[tuple[int, int]] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    picture: dict[str, Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def context(self, ids: Sequence[int]) -> None:
-        """Appends tokens that the policy did not choose."""
-        self.ids += ids
-        self.mask += [0] * len(ids)
-        self.logp += [0.0] * len(ids)
-
-    def cut(self, length: int) -> None:
-        """Drops what stands behind so many tokens."""
-        self.ids, self.mask, self.logp = self.ids[:length], self.mask[:length], self.logp[:length]
-
-    def reply(self, ids: Sequence[int], logp: Sequence[float] | None = None) -> None:
-        """Appends one reply of the policy."""
-        self.replies.append((len(self.ids), len(self.ids) + len(ids)))
-        self.ids += ids
-        self.mask += [1] * len(ids)
-        self.logp += logp or [0.0] * len(ids)
+# ------------------------------------------------------------------------ loading, sharding, saving
 
 
 def best_device() -> torch.device:
@@ -282,13 +247,6 @@ def best_device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bf16 natively; a CPU without it is slower in bf16 than in fp32."""
-    if device.type == "cuda":
-        return True
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -350,108 +308,6 @@ class RoundingAdamW(torch.optim.Optimizer):
                     stored.copy_(exact)
 
 
-class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """One layer of a key-value cache with room for `room` more tokens from the start. The library's own layer copies all keys and
-    values for every token; in long conversations that is a third of the decoding time."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room, self.used = room, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
-        if not self.is_initialized:
-            self._allocate(key_states, value_states, len(key_states), key_states.shape[2])
-            self.used = 0
-        start, self.used = self.used, self.used + key_states.shape[2]
-        self.all_keys[:, :, start : self.used] = key_states
-        self.all_values[:, :, start : self.used] = value_states
-        self._view()
-        return self.keys, self.values
-
-    def refill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Starts from rows of keys and values [heads, n, d], padded on the left to the longest."""
-        self._allocate(*rows[0], len(rows), max(keys.shape[1] for keys, _ in rows))
-        for i, (keys, values) in enumerate(rows):
-            self.all_keys[i, :, self.used - keys.shape[1] : self.used] = keys
-            self.all_values[i, :, self.used - keys.shape[1] : self.used] = values
-        self._view()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows of the batch."""
-        if self.is_initialized:
-            self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
-            self._view()
-
-    def _allocate(self, keys: Tensor, values: Tensor, rows: int, length: int) -> None:
-        """Makes room for tensors like these, [..., heads, n, d], but of so many rows and tokens."""
-        self.dtype, self.device, self.is_initialized, self.used = keys.dtype, keys.device, True, length
-        self.all_keys, self.all_values = (
-            x.new_zeros(rows, x.shape[-3], length + self.room, x.shape[-1]) for x in (keys, values)
-        )
-
-    def _view(self) -> None:
-        self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
-
-
-PREFILL = 4096  # tokens of prompts read together: what many more would need at once is too much for a CPU's cache, and much of a GPU's memory
-
-
-@dataclass
-class Past:
-    """The key-value cache of one conversation, kept from one turn to the next: of its first `length` tokens, by layer ([heads, n, d] twice).
-    Mllama's cross-attention layers hold the picture and no tokens: they have None here."""
-
-    length: int = 0
-    layers: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
-
-    def cut(self, length: int) -> "Past":
-        """The cache of the first `length` tokens alone."""
-        return Past(length, [kept and (kept[0][:, :length], kept[1][:, :length]) for kept in self.layers])
-
-
-@dataclass
-class Decoding:
-    """A batch of conversations that grow token by token, padded on the left: the state after the last token [B, H], the cache, the number
-    of tokens so far [B], the position of the last one [(3,) B, 1], and the tiles of Mllama's pictures [B, 1, 1, tiles]."""
-
-    model: nn.Module
-    hidden: Tensor
-    cache: transformers.Cache
-    lengths: Tensor
-    positions: Tensor
-    tiles: Tensor | None
-
-    def feed(self, ids: Tensor) -> None:
-        """Reads one more token of every row, ids [B, 1]."""
-        self.lengths, self.positions = self.lengths + 1, self.positions + 1
-        columns = self.cache.get_seq_length() + 1
-        attention = left_padded(self.lengths, columns)
-        crossing = (
-            {} if self.tiles is None else {"cross_attention_mask": self.tiles.expand(-1, columns, -1, -1)}
-        )
-        out = self.model.base_model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **crossing,
-        )
-        self.hidden = out.last_hidden_state[:, -1]
-
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with some rows of the batch."""
-        self.cache.batch_select_indices(rows)
-        self.lengths, self.positions = self.lengths[rows], self.positions[..., rows, :]
-        self.tiles = None if self.tiles is None else self.tiles[rows]
-
-
-def left_padded(lengths: Tensor, columns: int) -> Tensor:
-    """The attention mask [B, columns] of rows that are padded on the left: 1 on the last lengths[b] columns."""
-    return (torch.arange(columns, device=lengths.device) >= columns - lengths[:, None]).long()
-
-
 def map_file(path: Path, x: Tensor) -> Tensor:
     """A copy of a tensor that lies in a file and not in memory."""
     with open(path, "wb") as file:
@@ -459,150 +315,26 @@ def map_file(path: Path, x: Tensor) -> Tensor:
     return torch.from_file(str(path), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
 
 
-class Policy(nn.Module):
-    """A chat model with a value head: everything that sft.py, ppo.py and evaluate.py ask of a model.
+class Policy(ppo.Policy):
+    """The policy of ppo.py, loaded and saved in Hugging Face format, on one process or sharded over many: after
+    `shard()` the same methods run on FSDP's shards.
 
-    Args:
-        model: any Hugging Face causal language or vision-language model.
-        processor: its processor, or its tokenizer; must have a chat template.
-        rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else the weights' own.
-            Training log-probabilities are always computed by `forward`.
-        rollout_batch: conversations decoded together. If there are no more than these, their key-value caches are kept from turn to turn.
+    Args, beside those of ppo.Policy:
         pictures: whether the model shall read pictures.
 
     Raises ValueError in one line for a model that cannot be served.
-
-    One class serves one process and many: after `shard()` the same methods run on FSDP's shards. `flops` counts the work of this
-    process: 6 N per trained token, 2 N per generated or scored token, N the parameters of `model`, padding left out. Pictures count as the
-    tokens that stand for them in the text; Mllama's, which stand beside it, as 6 or 2 parameters of the vision tower per patch.
     """
 
     def __init__(
-        self,
-        model: transformers.PreTrainedModel,
-        processor: Any,
-        rollout_dtype: torch.dtype | None = None,
-        rollout_batch: int = 256,
-        pictures: bool = False,
+        self, model: transformers.PreTrainedModel, processor: Any, pictures: bool = False, **options
     ):
-        super().__init__()
-        self.model, self.processor = model, processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise ValueError(
-                "its tokenizer has no chat template; take a chat model, or add chat_template.jinja to its folder"
-            )
-        width = model.config.get_text_config().hidden_size
-        layers = [max(64, width // 4), max(64, width // 8)]  # at the paper's width of 4096: 1024 and 512
-        self.value_head = nn.Sequential(
-            nn.Linear(width, layers[0]),
-            nn.ReLU(),
-            nn.Linear(layers[0], layers[1]),
-            nn.ReLU(),
-            nn.Linear(layers[1], 1),
-        ).float()
-        nn.init.zeros_(self.value_head[-1].weight)
-        nn.init.zeros_(self.value_head[-1].bias)
-        self.rollout_dtype = rollout_dtype or (
-            torch.bfloat16 if _fast_bfloat16(model.device) else model.dtype
-        )
-        self.rollout_batch = rollout_batch
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.parameter_count = sum(p.numel() for p in model.parameters())
-        self.flops = 0.0
-        self._sampler: nn.Module | None = None
-        self._learn_template()
-        self.image_id = next(
-            (
-                i
-                for name in ("image_token_id", "image_token_index")
-                if (i := getattr(model.config, name, None)) is not None
-            ),
-            None,
-        )
-        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_id
-        self.max_length = longest_conversation(model.config.get_text_config())
-        self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
+        super().__init__(model, processor, **options)
         architecture = type(model), model.config.to_json_string(), model.dtype, pictures
         if model.device.type != "meta" and architecture not in self._checked:
-            self.check(pictures)
+            check(self, pictures)
             self._checked.add(architecture)
 
     _checked: set = set()  # architectures that `check` let pass in this process
-
-    @torch.no_grad()
-    def check(self, pictures: bool) -> None:
-        """Raises ValueError if sampling or `forward` disagree with the model's own logits, as for an architecture with a cache of another
-        kind, or that changes its logits after the output head.
-
-        Two conversations of two short turns are read with kept caches and go on token by token; they are compared with one plain call each.
-        """
-        spent, gaps = self.flops, []
-        try:
-            streams = self._two_turns(pictures)
-            sampled = [torch.tensor(stream.logp)[torch.tensor(stream.mask) > 0] for stream in streams]
-            scored = self(self.collate(streams))["logp"].cpu()
-            for b, (stream, own) in enumerate(zip(streams, sampled)):
-                mask = torch.tensor(stream.mask) > 0
-                truth = self._plain_logp(stream)[mask]
-                gaps += [own - truth, scored[b, : len(stream)][mask] - truth]
-        except Exception as error:  # foreign code can raise anything
-            if out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{type(self.model).__name__} cannot be served: {type(error).__name__}: {reason}"
-            ) from None
-        gap, self.flops = torch.cat(gaps).abs(), spent
-        exact = self.model.dtype == torch.float32 and self.model.device.type == "cpu"
-        if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
-            raise ValueError(
-                f"{type(self.model).__name__} cannot be served: log-probabilities differ from its own by up to {gap.max():.2g}: it "
-                "treats caches, positions or logits in a way that is not known here"
-            )
-
-    def _two_turns(self, pictures: bool) -> list[Stream]:
-        """Two conversations whose given replies went through cached decoding; `logp` holds what that says of them."""
-        image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
-        asked = [
-            [{"role": "user", "content": envs.parts_of(text) if pictures else text}]
-            for text in ("1?", "Make 24 from 1, 2, 3, 4.")
-        ]
-        streams = self.open([(messages, image) for messages in asked])
-        looks = self.look(self.model, [stream.picture for stream in streams]) if pictures else None
-        pasts = [Past() for _ in streams]
-        for turn in range(2):
-            order, batch = self._prefill(self.model, [stream.ids for stream in streams], looks, pasts, 5)
-            ids = torch.tensor([self.tokenize(["1 2 3 4 5 6 7 8 9 0"])[0][:5]] * 2, device=self.model.device)
-            logps = []
-            for t in range(5):
-                logps.append(
-                    self._log_probabilities(self.model, batch.hidden, 1.0).gather(-1, ids[:, t : t + 1])
-                )
-                batch.feed(ids[:, t : t + 1])
-            for i, logp in zip(order, torch.cat(logps, 1).tolist()):
-                streams[i].reply(ids[0].tolist(), logp)
-                if not turn:
-                    self.extend(streams[i], "Again." if i else "No, try again.")
-        return streams
-
-    def _plain_logp(self, stream: Stream) -> Tensor:
-        """The log-probability of every token of a conversation by one call of the model, the library's own way; [T], the first 0."""
-        ids = torch.tensor([stream.ids], device=self.model.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if stream.picture:
-            inputs |= self._stack([stream.picture])
-            if "aspect_ratio_mask" in inputs:
-                inputs["cross_attention_mask"] = self._tiles(ids, inputs["aspect_ratio_mask"])
-            if "image_grid_thw" in inputs:
-                inputs["mm_token_type_ids"] = (ids == self.image_id).int()
-        logits = self.model(**inputs, use_cache=False).logits[0, :-1].float()
-        if self.image_id is not None and self.image_id < logits.shape[-1]:
-            logits[:, self.image_id] = -1e9
-        known = ids[0, 1:].clamp(max=logits.shape[-1] - 1)  # Mllama's image token has no logit
-        return nn.functional.pad(logits.log_softmax(-1).gather(-1, known[:, None])[:, 0], (1, 0)).cpu()
-
-    # ---- loading, sharding, saving
 
     @classmethod
     def load(
@@ -718,7 +450,7 @@ class Policy(nn.Module):
         """FSDP sets itself up in its first forward pass, and a block when it is gathered first. Blocks that a task never uses (the vision tower's,
         for text) would otherwise break the accumulation of gradients."""
         spent = self.flops
-        self(self.collate([Stream([self.end_id] * 2, [0, 1])]), values="detached")
+        self(self.collate([ppo.Stream([self.end_id] * 2, [0, 1])]), values="detached")
         self.flops = spent
         for module in self.modules():
             if isinstance(module, FSDPModule):
@@ -811,7 +543,7 @@ class Policy(nn.Module):
         states: dict[str, dict[str, Tensor]],
     ) -> None:
         """Takes over what `state` returned, on any number of ranks; every rank is given all of it."""
-        self._reshard()
+        self.reshard()
         names = {p: name for name, p in self.named_parameters()}
 
         def own(x: Tensor, p: Tensor) -> Tensor:
@@ -834,373 +566,15 @@ class Policy(nn.Module):
             }
             optimizer.load_state_dict(state)
 
-    # ---- text and tokens
-
-    def render(self, messages: list[dict], reply_follows: bool = True) -> str:
-        """The conversation as text by the model's own chat template."""
-        if self._content_as_parts:  # templates of some vision-language models read nothing else
-            messages = [
-                m | {"content": [{"type": "text", "text": m["content"]}]}
-                if isinstance(m["content"], str)
-                else m
-                for m in messages
-            ]
-        template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-        try:
-            return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"its chat template cannot be used: {error}") from None
-
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """What a reply says, special tokens included; only its end of turn is cut off. Nothing counts that stands behind a stop."""
-        stop = next((k for k, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        said = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
-        text = self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text.removesuffix(self.end_blank)
-
-    _MARK = "\u2063REPLY\u2063"
-
-    def _learn_template(self) -> None:
-        """Asks the chat template what it writes around a reply.
-
-        `opening` is the text before a reply, `reply_start` the blank that some put between. `end_id` ends a reply: the first special or
-        added token after it, for some templates the next role's, with the blank or newline that may stand before (`end_blank`); eos where
-        the template writes plain text. `end_ids` are all tokens that end a turn. Sampling stops at the `stop_ids`: those, and the tokens with
-        which a turn of the user begins. `bos` is what the tokenizer puts before a text.
-        """
-        start = self.tokenizer("x")["input_ids"][:1]
-        self.bos = start if start == [self.tokenizer.bos_token_id] else []
-        asked, replied = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
-        self._content_as_parts = False
-        try:
-            self._content_as_parts = self._MARK not in self.render([asked])
-        except ValueError:
-            self._content_as_parts = True
-        self.opening, parts = (
-            self.render([asked]).split(self._MARK)[-1],
-            self.render([asked, replied, asked]).split(self._MARK),
-        )
-        if len(parts) != 4:
-            raise ValueError("its chat template leaves out replies, or what is said after them")
-        blank = parts[1].removeprefix(self.opening)
-        self.reply_start = "" if blank.strip() else blank
-        (ids,), added = self._continue([parts[2]]), self.tokenizer.added_tokens_decoder
-        marks = [k for k, token in enumerate(ids) if token in added and added[token].content.strip()]
-        blank = self.tokenizer.decode(ids[: marks[0]]) if marks else "none"
-        closing, self.end_blank = ([ids[marks[0]]], blank) if not blank.strip() else ([], "")
-        named = [
-            self.tokenizer.eos_token_id,
-            *_as_list(getattr(self.model.generation_config, "eos_token_id", None)),
-        ]
-        ends = closing + [token for token in named if token is not None]
-        if not ends:
-            raise ValueError(
-                "its tokenizer has no eos token, and its chat template ends replies with no token of its own"
-            )
-        self.end_id, self.end_ids, self.stop_ids = ends[0], set(ends), {*ends, *(ids[k] for k in marks)}
-
-    def _continue(self, texts: list[str], before: str = "x") -> list[list[int]]:
-        """Tokens of texts that go on where the text `before` ended: some tokenizers put a blank before a text, but not inside."""
-        (start, *whole), n = (
-            self.tokenize([before, *(before + text for text in texts)]),
-            len(self.tokenize([before])[0]),
-        )
-        return [ids[n:] if ids[:n] == start else self.tokenize([text])[0] for ids, text in zip(whole, texts)]
-
-    def extend(self, stream: Stream, feedback: str) -> None:
-        """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized again. If the reply
-        closed its turn, the template's end token stands already; if it was cut off, the end token joins as context."""
-        messages = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": self._MARK},
-            {"role": "user", "content": feedback},
-        ]
-        self._go_on(stream, *self._continue([self.render(messages).split(self._MARK)[-1]]))
-
-    def _go_on(self, stream: Stream, ids: list[int]) -> None:
-        """Appends what the template writes after a reply: `ids`, less the end that the reply has already."""
-        closed = stream.ids[-1] == self.end_id and self.end_id in ids
-        stream.context(ids[ids.index(self.end_id) + 1 :] if closed else ids)
-
-    _ROLES = {"human": "user", "gpt": "assistant"}  # of the released data's speakers
-    _PICTURE_INPUTS = {
-        "pixel_values",
-        "aspect_ratio_ids",
-        "aspect_ratio_mask",
-        "image_grid_thw",
-    }  # of Llava, Mllama and Qwen-VL
-
-    def open(
-        self,
-        conversations: Sequence[tuple[list[dict], Image.Image | None]],
-        replies: Sequence[Sequence[list[int]]] | None = None,
-    ) -> list[Stream]:
-        """Token streams of conversations (messages, picture) that wait for their next reply; a picture belongs to the last message.
-
-        `replies`: of each conversation the tokens of its last replies, which join as they are: no text that a model wrote becomes a
-        special token. Raises ValueError if a picture would be lost: the model reads none, its chat template leaves out the picture's
-        place, or only some of the conversations have one.
-        """
-        replies = replies or [[] for _ in conversations]
-        texts = [
-            self._around_replies(messages, len(said)) for (messages, _), said in zip(conversations, replies)
-        ]
-        prompts, pictures = self._last_parts(
-            [parts[-1] for parts in texts],
-            [len(parts) > 1 for parts in texts],
-            [image for _, image in conversations],
-        )
-        streams = [Stream(picture=picture) for picture in pictures]
-        for stream, (*before, _), said, prompt in zip(streams, texts, replies, prompts):
-            spoken = [*self.tokenize(before[:1]), *self._continue(before[1:]), prompt]
-            stream.context(spoken[0] if spoken[0][:1] == self.bos else self.bos + spoken[0])
-            for reply, ids in zip(said, spoken[1:], strict=True):
-                stream.context(reply)
-                self._go_on(stream, ids)
-        return streams
-
-    def _around_replies(self, messages: list[dict], n: int) -> list[str]:
-        """The template's text before the last n replies of a conversation, between them, and after the last."""
-        places = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-        marked = places[len(places) - n :]
-        return self.render(
-            [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
-        ).split(self._MARK)
-
-    def _last_parts(
-        self, texts: list[str], follow: list[bool], images: list[Image.Image | None]
-    ) -> tuple[list[list[int]], list[dict[str, Tensor] | None]]:
-        """Tokens of the last parts of conversations, some of which follow a reply, and what the processor makes of their pictures."""
-        shown = [image for image in images if image is not None]
-        if not shown:
-            alone, inside = self.tokenize(texts), self._continue(texts) if any(follow) else texts
-            return [ids[after] for *ids, after in zip(alone, inside, follow)], [None] * len(texts)
-        if len(shown) < len(texts):
-            raise ValueError(
-                f"{len(texts) - len(shown)} of {len(texts)} conversations of a batch have no picture: all must have one, or none"
-            )
-        if self.processor is self.tokenizer:
-            raise ValueError(
-                f"{type(self.model).__name__} reads no pictures: choose a vision-language model, or a text task"
-            )
-        # What follows a reply is tokenized as in `_continue`; the BOS keeps Mllama's processor from writing one.
-        before = f"{self.tokenizer.bos_token or ''}x"
-        out = self.processor(
-            text=[before * after + text for text, after in zip(texts, follow)],
-            images=[[image] for image in shown],
-            add_special_tokens=False,
-            padding=True,
-            return_tensors="pt",
-        )
-        prompts = [
-            row[kept.bool()].tolist() for row, kept in zip(out.pop("input_ids"), out.pop("attention_mask"))
-        ]
-        prompts = [ids[after * len(self.tokenize([before])[0]) :] for ids, after in zip(prompts, follow)]
-        for name in (
-            "cross_attention_mask",
-            "mm_token_type_ids",
-        ):  # of the prompt's length: `_tiles` and `_positions` make them for any
-            out.pop(name, None)
-        if any(prompt.count(self.image_id) == 0 for prompt in prompts):
-            raise ValueError("the chat template leaves out the picture's place")
-        rows = {name: values.split(1) for name, values in out.items()}
-        if "image_grid_thw" in out:  # Qwen-VL: the patches of all pictures in one row
-            rows["pixel_values"] = out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())
-        if unknown := rows.keys() - self._PICTURE_INPUTS:
-            raise ValueError(
-                f"{type(self.model).__name__} takes {', '.join(sorted(unknown))}, which is not known here"
-            )
-        return prompts, [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
-
-    def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
-        """Demonstrations in the released format as token streams, built turn by turn exactly as `Responder` builds them; "image" holds a
-        picture or its path. Replies before the message with the picture (its text has "<image>") are context: they answered other pictures.
-        `loss_on`: "all" other replies, or the "last", whose forerunners then have mask 0. Raises ValueError for a demonstration that is
-        longer than the model's positions reach."""
-        opened, read = (
-            [],
-            [],
-        )  # conversations up to the message with the picture, and how many turns those are
-        for record in records:
-            image, turns = record.get("image"), record["conversations"]
-            if isinstance(image, str):
-                try:
-                    image = Image.open(image).convert("RGB")
-                except OSError as error:
-                    raise ValueError(f"picture {image} cannot be read: {error}") from None
-            shown = next((k for k in range(0, len(turns), 2) if image and "<image>" in turns[k]["value"]), 0)
-            messages = [
-                {"role": self._ROLES[turn["from"]], "content": turn["value"]} for turn in turns[: shown + 1]
-            ]
-            if image:
-                messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
-            opened.append((messages, image))
-            read.append(shown + 1)
-        texts = [
-            self.reply_start + turn["value"] + self.end_blank
-            for r in records
-            for turn in r["conversations"][1::2]
-        ]
-        tokenized = iter(self._continue(texts, self.opening))
-        replies = [
-            [next(tokenized) + [self.end_id] for _ in record["conversations"][1::2]] for record in records
-        ]
-        streams = self.open(opened, [own[: n // 2] for own, n in zip(replies, read)])
-        for stream, record, own, n in zip(streams, records, replies, read):
-            for k in range(n // 2, len(own)):
-                if k > n // 2:
-                    self.extend(stream, record["conversations"][2 * k]["value"])
-                if loss_on == "last":
-                    stream.mask = [0] * len(stream)
-                stream.reply(own[k])
-            places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
-            if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
-                raise ValueError(
-                    "a demonstration has a picture's place without a picture, or after its first message"
-                )
-            if len(stream) > self.max_length:
-                raise ValueError(
-                    f"a demonstration has {len(stream)} tokens, but the positions of {type(self.model).__name__} reach no "
-                    f"farther than {self.max_length}"
-                )
-        return streams
-
-    def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
-        """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
-        lengths = torch.tensor([len(s) for s in streams])
-        ids, mask = (
-            torch.full((len(streams), int(lengths.max())), self.pad_id),
-            torch.zeros(len(streams), int(lengths.max())),
-        )
-        for i, s in enumerate(streams):
-            ids[i, : len(s)], mask[i, : len(s)] = torch.tensor(s.ids), torch.tensor(s.mask, dtype=torch.float)
-        device = self.model.device
-        batch = {"ids": ids.to(device), "mask": mask.to(device), "length": lengths.to(device)}
-        return batch | {"pictures": [s.picture for s in streams]} if streams[0].picture else batch
-
-    # ---- scoring
-
-    def forward(
-        self,
-        batch: dict[str, Any],
-        temperature: float = 1.0,
-        values: str | None = None,
-        entropy: bool = False,
-    ) -> dict[str, Tensor]:
-        """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
-
-        logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t] = V(s_t), read on the token before
-        (`values`: "detached" trunk, "shared", or None). entropy[b, t]: of the distribution that token t was drawn from.
-        """
-        ids, mask = batch["ids"], batch["mask"].bool()
-        # Padding stands on the right, where no real token can see it, so causal attention needs no padding mask.
-        pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
-        if "aspect_ratio_mask" in pictures:
-            pictures["cross_attention_mask"] = self._tiles(ids, pictures["aspect_ratio_mask"])
-        if "image_grid_thw" in pictures:
-            real = torch.arange(ids.shape[1], device=ids.device) < batch["length"][:, None]
-            pictures["position_ids"] = self._positions(
-                self.model, ids, real.long(), pictures["image_grid_thw"]
-            )
-        with torch.autocast(
-            ids.device.type,
-            torch.bfloat16,
-            enabled=ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded,
-        ):
-            hidden = self.model.base_model(input_ids=ids, use_cache=False, **pictures).last_hidden_state
-        self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()), pictures)
-        hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
-        logps = self._log_probabilities(self.model, hidden, temperature)
-        chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
-
-        def place(flat: Tensor) -> Tensor:
-            return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, flat)
-
-        out = {"logp": place(chosen)}
-        if values:
-            out["value"] = place(
-                self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0]
-            )
-        if entropy:
-            out["entropy"] = place(-(logps.exp() * logps).sum(-1))
-        return out
-
-    def _log_probabilities(self, model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
-        """Of the next token after states [n, H]: [n, vocabulary], fp32. The image token is never said: it would promise a picture."""
-        logits = model.get_output_embeddings()(hidden).float() / temperature
-        if self.image_id is not None and self.image_id < logits.shape[-1]:
-            logits[:, self.image_id] = -1e9
-        return logits.log_softmax(-1)
-
-    def _count(self, per_parameter: int, tokens: int, pictures: dict[str, Tensor]) -> None:
-        """Adds the work on so many tokens of text and, for Mllama, on the patches of `pictures`."""
-        self.flops += per_parameter * self.parameter_count * tokens
-        if "aspect_ratio_mask" in pictures:
-            tower = self.model.base_model.vision_model
-            patches = pictures["pixel_values"].numel() // (3 * tower.patch_size**2)
-            self.flops += per_parameter * sum(p.numel() for p in tower.parameters()) * patches
-
-    # ---- pictures
-
-    def _stack(self, pictures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pictures as one batch on the model's device."""
-        return {name: torch.cat([p[name] for p in pictures]).to(self.model.device) for name in pictures[0]}
-
-    def _tiles(self, ids: Tensor, tiles: Tensor) -> Tensor:
-        """Mllama's cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token sees the tiles in use.
-        In bytes, for the library repeats it for every patch."""
-        return ((ids == self.image_id).cumsum(1)[:, :, None, None].clamp(max=1) * tiles[:, None]).to(
-            torch.uint8
-        )
-
-    def _positions(self, model: nn.Module, ids: Tensor, attention: Tensor, grids: Tensor | None) -> Tensor:
-        """Position of each token of ids [B, T]: its place in the row [B, T], or for Qwen-VL time, row and column in the picture [3, B, T]."""
-        if grids is None:
-            return (attention.cumsum(-1) - 1).clamp(min=0)
-        return model.base_model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == self.image_id).int(),
-            image_grid_thw=grids,
-            attention_mask=attention,
-        )[0]
-
-    @torch.no_grad()
-    def look(
-        self, model: nn.Module, pictures: Sequence[dict[str, Tensor]], chunk: int = 16
-    ) -> list[dict[str, Tensor]]:
-        """What the vision tower and its projection make of pictures, "seen" [n, H] each: once per rollout, for all turns of an episode.
-        `chunk` at a time: the 11B model's tower needs half a gigabyte for each."""
-        looks: list[dict[str, Tensor]] = []
-        for i in range(0, len(pictures), chunk):
-            inputs = self._stack(pictures[i : i + chunk])
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            self._count(2, 0, inputs)
-            if "aspect_ratio_mask" in inputs:  # Mllama: text attends to it
-                tower = model.base_model.vision_model(**inputs).last_hidden_state  # [B, 1, tiles, patches, D]
-                seen = model.base_model.multi_modal_projector(tower).flatten(1, 3)
-                looks += [{"seen": s, "tiles": t} for s, t in zip(seen, inputs["aspect_ratio_mask"])]
-            else:  # Llava, Qwen-VL: it stands in the text
-                grids = inputs.get("image_grid_thw", [None] * len(pictures[i : i + chunk]))
-                looks += [
-                    {"seen": s, "grid": g}
-                    for s, g in zip(model.get_image_features(**inputs).pooler_output, grids)
-                ]
-        return looks
-
-    # ---- sampling
+    # ---- training on shards
 
     @contextlib.contextmanager
     def rollout_weights(self) -> Iterator[nn.Module]:
-        """The model to sample from: whole weights on every rank, in the rollout's precision.
-
-        One process keeps a copy in `rollout_dtype`. Under FSDP the shards are gathered once and let go at the end, so ranks may
-        stop at different lengths: decoding itself needs no communication.
-        """
+        """The model to sample from. Shards are gathered once, and let go at the end: decoding itself needs no
+        communication, so ranks may stop at different lengths."""
         if not self.sharded:
-            yield self._copy_for_rollout() if self.rollout_dtype != self.model.dtype else self.model
+            with super().rollout_weights() as model:
+                yield model
             return
         modules = [m for m in self.modules() if isinstance(m, FSDPModule)]
         for module in modules:
@@ -1213,202 +587,19 @@ class Policy(nn.Module):
                 module.reshard()
                 module.set_reshard_after_forward(module is not self, recurse=False)
 
-    def _copy_for_rollout(self) -> nn.Module:
-        if self._sampler is None:  # kept out of the module tree: the copy is no part of the policy's state
-            object.__setattr__(self, "_sampler", copy.deepcopy(self.model))
-            for p in self._sampler.parameters():
-                p.data = p.data.to(self.rollout_dtype)  # buffers such as RoPE frequencies stay in fp32
-        for copied, p in zip(self._sampler.parameters(), self.model.parameters()):
-            copied.data.copy_(p.data)
-        return self._sampler
+    def reshard(self) -> None:
+        """FSDP's root stays gathered after a forward pass; here its parameters become shards again."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: nn.Module,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator,
-        looks: Sequence[dict[str, Tensor]] | None = None,
-        pasts: Sequence[Past] | None = None,
-    ) -> list[tuple[list[int], list[float]]]:
-        """Draws one reply per prompt: its token ids, end token included if it was drawn, and their log-probabilities.
-
-        `model` comes from `rollout_weights()`, `looks` (the prompts' pictures) from `look`. Temperature 0 is greedy. Nothing is
-        filtered: what is drawn is what the log-probabilities say (no top-k, no top-p, no generation config). What the `pasts` hold of
-        the prompts is not computed again; afterwards they hold the prompts.
-        """
-        replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self.rollout_batch):
-            rows = order[start : start + self.rollout_batch]
-            batch = [[given[i] for i in rows] if given else None for given in (prompts, looks, pasts)]
-            for i, reply in zip(rows, self._decode(model, *batch, max_new_tokens, temperature, generator)):
-                replies[i] = reply
-        return replies
-
-    def _decode(
-        self, model, prompts, looks, pasts, max_new_tokens, temperature, generator
-    ) -> list[tuple[list[int], list[float]]]:
-        """The cached decode loop for one batch."""
-        device, held = model.device, sum(past.length for past in pasts or ())
-        stops = torch.tensor(sorted(self.stop_ids), device=device)
-        drawn = torch.full((len(prompts), max_new_tokens), self.pad_id, device=device)
-        logps = torch.zeros(len(prompts), max_new_tokens, device=device)
-        lengths = torch.tensor(
-            [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts], device=device
-        )
-        order, batch = self._prefill(model, prompts, looks, pasts, max_new_tokens)
-        rows = torch.tensor(order, device=device)
-        open_ = torch.ones(
-            len(prompts), dtype=torch.bool, device=device
-        )  # rows of the batch that still write
-        for t in range(max_new_tokens):
-            if t:
-                batch.feed(ids)
-            logp = self._log_probabilities(model, batch.hidden, temperature or 1.0)
-            if temperature:
-                # Inverse transform sampling: one uniform number per row, in double precision.
-                mass = logp.double().exp().cumsum(-1)
-                point = torch.rand(
-                    len(logp), 1, generator=generator, device=generator.device, dtype=torch.double
-                ).to(device)
-                ids = torch.searchsorted(mass, point * mass[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
-            else:
-                ids = logp.argmax(-1, keepdim=True)
-            drawn[rows, t], logps[rows, t] = ids[:, 0], logp.gather(-1, ids)[:, 0]
-            closed = open_ & (torch.isin(ids[:, 0], stops) | (lengths[rows] == t + 1))
-            lengths[rows[closed]] = t + 1
-            open_ = open_ & ~closed
-            still = int(open_.sum())
-            if not still:
-                break
-            if still <= 0.75 * len(
-                ids
-            ):  # finished rows leave the batch; each time the cache is copied, so not one by one
-                keep = open_.nonzero()[:, 0]
-                batch.keep(keep)
-                ids, rows, open_ = ids[keep], rows[keep], open_[keep]
-        self._count(2, sum(map(len, prompts)) - held + int(lengths.sum()) - len(prompts), {})
-        return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
-
-    def _prefill(self, model, prompts, looks, pasts, room: int) -> tuple[list[int], Decoding]:
-        """Reads the prompts of one batch, but for what the pasts hold of them, in parts of PREFILL tokens. Returns which prompt each row is,
-        and the batch with room for more tokens."""
-        held = [past.length for past in pasts] if pasts else [0] * len(prompts)
-        unread = [len(prompt) - h for prompt, h in zip(prompts, held)]
-        parts: list[list[int]] = []
-        for i in sorted(range(len(prompts)), key=lambda i: (held[i] > 0, unread[i])):
-            if (
-                not parts
-                or (held[i] > 0) != (held[parts[-1][0]] > 0)
-                or (len(parts[-1]) + 1) * unread[i] > PREFILL
-            ):
-                parts.append([])
-            parts[-1].append(i)
-        layers = model.config.get_text_config().num_hidden_layers
-        rows: list[list] = [[] for _ in range(layers)]  # by layer, the keys and values of each row
-        states, lasts, tiles = [], [], []
-        for part in parts:
-            chosen = [[x[i] for i in part] if x else None for x in (prompts, looks, pasts)]
-            hidden, positions, crossing, caches = self._read(model, *chosen, new=max(unread[i] for i in part))
-            states, lasts, tiles = [*states, hidden], [*lasts, positions], [*tiles, crossing]
-            for k, own in enumerate(caches):
-                rows[k] += own
-        cache = transformers.Cache(layers=[RoomyLayer(room) for _ in range(layers)])
-        for k, layer in enumerate(cache.layers):
-            if rows[k]:  # without pictures Mllama's cross-attention layers hold nothing
-                layer.refill(rows[k])
-            rows[k] = []  # or memory would hold two caches
-        order = [i for part in parts for i in part]
-        lengths = torch.tensor([len(prompts[i]) for i in order], device=model.device)
-        crossing = None if tiles[0] is None else torch.cat(tiles)
-        return order, Decoding(model, torch.cat(states), cache, lengths, torch.cat(lasts, -2), crossing)
-
-    def _read(self, model, prompts, looks, pasts, new: int):
-        """Reads the last `new` tokens of prompts whose other tokens the pasts hold, and notes all of them in the pasts.
-
-        Padding stands on the left of everything: sliding windows, and positions that count columns, allow no masked column inside a row. So
-        of every prompt as many tokens are read, some of them again. Returns the state after the last token [B, H], its position
-        [(3,) B, 1], Mllama's tiles [B, 1, 1, tiles], and by layer the keys and values of each row.
-        """
-        device, config = model.device, model.config.get_text_config()
-        pictured = getattr(
-            config, "cross_attention_layers", ()
-        )  # Mllama's layers whose keys are the picture's and not the text's
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        columns = int(lengths.max())
-        ids = torch.tensor(
-            [[self.pad_id] * (columns - len(prompt)) + prompt for prompt in prompts], device=device
-        )
-        attention = left_padded(lengths, columns)
-        grids = (
-            torch.stack([look["grid"] for look in looks])
-            if looks and looks[0].get("grid") is not None
-            else None
-        )
-        positions = self._positions(model, ids, attention, grids)[..., -new:]
-        cache = transformers.Cache(
-            layers=[RoomyLayer(new if columns > new else 0) for _ in range(config.num_hidden_layers)]
-        )
-        if columns > new:
-            before = [past.cut(max(0, len(prompt) - new)) for past, prompt in zip(pasts, prompts)]
-            for k, layer in enumerate(cache.layers):
-                if k not in pictured:
-                    layer.refill([past.layers[k] for past in before])
-        inputs, tiles = self._inputs(model, ids, new, looks)
-        out = model.base_model(
-            **inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        rows = [
-            [
-                (keys, values) if k in pictured else (keys[:, -n:], values[:, -n:])
-                for keys, values, n in zip(layer.keys, layer.values, lengths.tolist())
-            ]
-            if layer.is_initialized
-            else []
-            for k, layer in enumerate(cache.layers)
-        ]
-        for b, past in enumerate(pasts or ()):
-            past.length = len(prompts[b])
-            past.layers = [None if k in pictured else own[b] for k, own in enumerate(rows)]
-        return out.last_hidden_state[:, -1], positions[..., -1:], tiles, rows
-
-    def _inputs(self, model, ids: Tensor, new: int, looks) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the model reads of the last `new` of ids [B, T]: tokens, or where a picture stands among them embeddings, for Mllama with the
-        pictures beside them; and Mllama's tiles [B, 1, 1, tiles]."""
-        if looks and "tiles" in looks[0]:
-            mask = self._tiles(ids, torch.stack([look["tiles"] for look in looks]))
-            pictures = torch.stack([look["seen"] for look in looks])
-            return {
-                "input_ids": ids[:, -new:],
-                "cross_attention_mask": mask,
-                "cross_attention_states": pictures,
-            }, mask[:, -1:]
-        places = ids[:, -new:] == self.image_id
-        if not looks or not places.any():
-            return {"input_ids": ids[:, -new:]}, None
-        seen = torch.cat(
-            [look["seen"][len(look["seen"]) - n :] for look, n in zip(looks, places.sum(1).tolist())]
-        )
-        if int((ids == self.image_id).sum()) != sum(len(look["seen"]) for look in looks):
-            raise ValueError("the prompts have places for more or fewer parts of pictures than there are")
-        return {
-            "inputs_embeds": model.get_input_embeddings()(ids[:, -new:]).masked_scatter(
-                places[:, :, None], seen
-            )
-        }, None
-
-    def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Responder":
-        """A player for `envs.play` that keeps the token streams of its conversations."""
-        return Responder(self, temperature, max_new_tokens, generator)
-
-    def generator(self, seed: str) -> torch.Generator:
-        """A random generator for sampling, a function of `seed` and the rank alone."""
-        return torch.Generator("cpu").manual_seed(random.Random(f"{seed}/rank{self.rank}").getrandbits(63))
-
-    # ---- training
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """As in ppo.Policy; FSDP averages gradients over ranks, where a sum is wanted."""
+        if self.sharded:
+            self.set_requires_gradient_sync(last)
+            self.set_is_last_backward(last)
+            loss = loss * self.world
+        loss.backward()
 
     def optimizers(
         self,
@@ -1451,106 +642,6 @@ class Policy(nn.Module):
             group["initial_lr"] = group["lr"]
         return optimizers
 
-    @staticmethod
-    def set_lr(optimizers: list[torch.optim.Optimizer], progress: float, warmup: float) -> float:
-        """Learning rates at `progress` in [0, 1): linear warm-up from a tenth, then cosine to 0. Returns the factor."""
-        if progress < warmup:
-            factor = 0.1 + 0.9 * progress / warmup
-        else:
-            factor = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = factor * group["initial_lr"]
-        return factor
-
-    def sum(self, *numbers: float) -> list[float]:
-        """Sums over all ranks."""
-        if self.world == 1:
-            return [float(n) for n in numbers]
-        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=self.model.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def largest(self, number: float) -> float:
-        """The largest over all ranks."""
-        if self.world == 1:
-            return number
-        value = torch.tensor(number, dtype=torch.float64, device=self.model.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
-
-    def gather(self, items: list) -> list:
-        """All ranks' items, in the order of ranks."""
-        if self.world == 1:
-            return items
-        lists: list[list] = [[] for _ in range(self.world)]
-        dist.all_gather_object(lists, items)
-        return [item for own in lists for item in own]
-
-    @contextlib.contextmanager
-    def initial_weights(self) -> Iterator[None]:
-        """Inside, the model has the weights that `keep_initial_weights` kept (this rank's shards of them)."""
-        current = self._weights()
-        self._set_weights(self._initial)
-        try:
-            yield
-        finally:
-            self._set_weights(current)
-
-    def keep_initial_weights(self) -> None:
-        """Keeps a copy of the weights as they are now (under FSDP, each rank of its own shards)."""
-        self._initial = self._weights()
-
-    def _weights(self) -> list[Tensor]:
-        self._reshard()
-        return [p.detach().clone() for p in self.model.parameters()]
-
-    @torch.no_grad()
-    def _set_weights(self, weights: list[Tensor]) -> None:
-        self._reshard()
-        for p, w in zip(self.model.parameters(), weights):
-            p.copy_(w)
-
-    def _reshard(self) -> None:
-        """FSDP's root stays gathered after a forward pass; here its parameters become shards again."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Adds the gradient of this rank's part of a loss that is a sum over ranks and microbatches; `last` marks the last one."""
-        if self.sharded:
-            self.set_requires_gradient_sync(last)
-            self.set_is_last_backward(last)
-            loss = loss * self.world  # FSDP averages gradients over ranks
-        loss.backward()
-
-    @torch.no_grad()
-    def shift_value(self, amount: float) -> None:
-        """Adds a constant to all values."""
-        self._reshard()
-        self.value_head[-1].bias.add_(amount)
-
-    def step(self, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, loss: float) -> float:
-        """Clips by the global norm, steps, clears the gradients; returns the norm before clipping.
-
-        Raises FloatingPointError if `loss` (already summed over ranks) or the norm is not finite: every rank decides alike, and the
-        weights are still those of the last step.
-        """
-        norm = nn.utils.clip_grad_norm_(
-            [p for o in optimizers for g in o.param_groups for p in g["params"]], max_grad_norm
-        )
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return norm
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
 
 def repair_generation_config(config: transformers.GenerationConfig) -> None:
     """The library refuses to save one that names a temperature but says that it does not sample: then it shall say that it samples. Raises
@@ -1562,113 +653,75 @@ def repair_generation_config(config: transformers.GenerationConfig) -> None:
         config.validate(strict=True)
 
 
-def longest_conversation(config: transformers.PretrainedConfig) -> float:
-    """How many tokens a language model's positions reach: without end for rotary embeddings (RoPE), but for those whose frequencies change
-    beyond some length, for which keys that were kept would then be wrong."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
-    changing = [kind for kind in kinds if kind["rope_type"] in ("dynamic", "longrope")]
-    reach = getattr(config, "max_position_embeddings", None) or math.inf
-    if kinds and not changing:
-        return math.inf
-    return min([reach, *(kind.get("original_max_position_embeddings") or reach for kind in changing)])
+# --------------------------------------------------------------- is a model sampled as it should be?
 
 
-class Responder:
-    """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's conversation in tokens: one stream,
-    or on a walk with pictures one for each waypoint, opened anew with the picture seen there and the words of the walk so far."""
+@torch.no_grad()
+def check(policy: Policy, pictures: bool) -> None:
+    """Raises ValueError if sampling or `forward` disagree with the model's own logits, as for an architecture
+    with a cache of another kind, or that changes its logits after the output head.
 
-    def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
-        self.policy, self.temperature, self.max_new_tokens, self.generator = (
-            policy,
-            temperature,
-            max_new_tokens,
-            generator,
+    Two conversations of two short turns are read with kept caches and go on token by token; they are compared
+    with one plain call each. Limits: 1e-3 in fp32, .1 in the mean in bf16.
+    """
+    name, spent, gaps = type(policy.model).__name__, policy.flops, []
+    try:
+        streams = _two_turns(policy, pictures)
+        scored = policy(policy.collate(streams))["logp"].cpu()
+        for row, stream in zip(scored, streams):
+            mask, truth = torch.tensor(stream.mask) > 0, _plain_logp(policy, stream)
+            gaps += [(x - truth)[mask] for x in (torch.tensor(stream.logp), row[: len(stream)])]
+    except Exception as error:  # foreign code can raise anything
+        if out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} cannot be served: {type(error).__name__}: {reason}") from None
+    gap, policy.flops = torch.cat(gaps).abs(), spent
+    exact = policy.model.dtype == torch.float32 and policy.model.device.type == "cpu"
+    if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
+        raise ValueError(
+            f"{name} cannot be served: log-probabilities differ from its own by up to {gap.max():.2g}: "
+            "it treats caches, positions or logits in a way that is not known here"
         )
-        self.streams: dict[int, list[Stream]] = {}
-        self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
-        self.images: dict[int, Image.Image | None] = {}
-        self.looks: dict[int, dict[str, Tensor]] = {}
-        self.pasts: dict[int, Past] | None = None
 
-    def __enter__(self) -> "Responder":
-        self._weights = self.policy.rollout_weights()
-        self._model = self._weights.__enter__()
-        return self
 
-    def __exit__(self, *error) -> None:
-        self._weights.__exit__(*error)
-        self.looks.clear()
-        self.pasts = None
-
-    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
-        """One reply each; None where the conversation is as long as the model's positions reach. Raises ValueError for a first prompt of
-        that length."""
-        policy = self.policy
-        if (
-            not self.streams and len(indices) <= policy.rollout_batch
-        ):  # more caches than those of one batch might not find room
-            self.pasts = {}
-        new = {
-            i: o
-            for i, o in zip(indices, observations)
-            if i not in self.streams or self.images[i] is not o.image
-        }
-        conversations = [(o.messages, o.image) for o in new.values()]
-        opened = dict(zip(new, policy.open(conversations, [self.said.get(i, []) for i in new])))
-        if any(stream.picture for stream in opened.values()):
-            looks = policy.look(self._model, [stream.picture for stream in opened.values()])
-            self.looks |= dict(zip(opened, looks))
-        ready = [i for i, o in zip(indices, observations) if self._listen(i, o, opened.get(i))]
-        now = [self.streams[i][-1] for i in ready]
-        drawn = policy.sample(
-            self._model,
-            [stream.ids for stream in now],
-            self.max_new_tokens,
-            self.temperature,
-            self.generator,
-            [self.looks[i] for i in ready] if self.looks else None,
-            [self.pasts[i] for i in ready] if self.pasts else None,
+def _two_turns(policy: Policy, pictures: bool) -> list[ppo.Stream]:
+    """Two conversations whose given replies went through cached decoding; `logp` has what that says of them."""
+    image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
+    asked = [envs.parts_of(text) if pictures else text for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
+    streams = policy.open([([{"role": "user", "content": content}], image) for content in asked])
+    model = policy.model
+    features = policy.image_features(model, [stream.picture for stream in streams]) if pictures else None
+    caches = [ppo.KVCache() for _ in streams]
+    reply = policy.tokenize(["1 2 3 4 5 6 7 8 9 0"])[0][:5]
+    for feedback in (("No, try again.", "Again."), None):
+        order, batch = policy._prefill(
+            model, [stream.ids for stream in streams], features, caches, len(reply)
         )
-        texts = {}
-        for i, stream, (ids, logp) in zip(ready, now, drawn):
-            stream.reply(ids, logp)
-            self.said.setdefault(i, []).append(ids)
-            texts[i] = policy.decode(ids)
-        return [texts.get(i) for i in indices]
+        logps = []
+        for token in reply:
+            ids = torch.full((2, 1), token, device=model.device)
+            logps.append(policy._log_probabilities(model, batch.hidden, 1.0).gather(-1, ids))
+            batch.feed(ids)
+        for i, logp in zip(order, torch.cat(logps, 1).tolist()):
+            streams[i].reply(reply, logp)
+            if feedback:
+                policy.extend(streams[i], feedback[i])
+    return streams
 
-    def _listen(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
-        """Takes what environment i says into its conversation, `opened` anew or the last one; False if no room is left for a reply."""
-        reach = self.policy.max_length
-        if opened is None:
-            stream = self.streams[i][-1]
-            before = len(stream)
-            self.policy.extend(stream, observation.messages[-1]["content"])
-            if len(stream) >= reach:
-                stream.cut(before)
-            return len(stream) > before
-        self.images[i] = observation.image
-        if self.pasts is not None:
-            self.pasts[i] = self._kept(i, opened.ids)
-        if len(opened) < reach:
-            self.streams.setdefault(i, []).append(opened)
-        elif i not in self.streams:
-            raise ValueError(
-                f"a prompt has {len(opened)} tokens, but the positions of {type(self.policy.model).__name__} reach no "
-                f"farther than {reach}"
-            )
-        return len(opened) < reach
 
-    def _kept(self, i: int, ids: list[int]) -> Past:
-        """What the cache of environment i's last conversation holds of a new one: the words before either one's picture. Mllama's keeps
-        nothing, for there all words know the picture."""
-        if i not in self.streams or getattr(
-            self.policy.model.config.get_text_config(), "cross_attention_layers", ()
-        ):
-            return Past()
-        pairs = zip(self.streams[i][-1].ids[: self.pasts[i].length], ids[:-1])
-        same = takewhile(lambda pair: pair[0] == pair[1] != self.policy.image_id, pairs)
-        return self.pasts[i].cut(sum(1 for _ in same))
+def _plain_logp(policy: Policy, stream: ppo.Stream) -> Tensor:
+    """The log-probability of every token of a conversation by one call of the model, the library's own way;
+    [T], the first 0."""
+    ids = torch.tensor([stream.ids], device=policy.model.device)
+    pictures = policy._stack([stream.picture]) if stream.picture else {}
+    inputs = pictures | (policy.family.plain_inputs(policy, ids, pictures) if pictures else {})
+    out = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs)
+    logits = out.logits[0, :-1].float()
+    if policy.image_id is not None and policy.image_id < logits.shape[-1]:
+        logits[:, policy.image_id] = -1e9
+    known = ids[0, 1:].clamp(max=logits.shape[-1] - 1)  # Mllama's image token has no logit
+    return nn.functional.pad(logits.log_softmax(-1).gather(-1, known[:, None])[:, 0], (1, 0)).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------- run folders
@@ -2154,7 +1207,10 @@ def load_policy(args: argparse.Namespace, model: str, pictures: bool | None = No
     if torch.cuda.is_available():
         gc.collect()  # a policy that is no longer used may hold the GPU's memory in reference cycles (FSDP's hooks, recomputed blocks)
     if dist.is_initialized():
-        refuse_bfloat16_shards(args, dist.get_world_size())
+        if args.weights != "float32":
+            raise ValueError(
+                "--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16"
+            )
         return Policy.load_shards(
             model,
             torch.bfloat16 if torch.cuda.is_available() else torch.float32,
@@ -2165,134 +1221,6 @@ def load_policy(args: argparse.Namespace, model: str, pictures: bool | None = No
     return Policy.load(model, dtype=getattr(torch, args.weights), **options).choose(
         args.train, args.recompute
     )
-
-
-def refuse_bfloat16_shards(args: argparse.Namespace, world: int) -> None:
-    """Raises ValueError for bf16 weights on several processes, which RoundingAdamW does not serve."""
-    if args.weights != "float32" and world > 1:
-        raise ValueError(
-            "--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16"
-        )
-
-
-def memory_plan(
-    policy: Policy, stream: Stream, gpus: int, config: sft.SFTConfig | ppo.PPOConfig, recompute: bool = False
-) -> dict[str, float]:
-    """What a run needs on each of so many GPUs, in bytes, by part. `policy` may be an outline, `stream` is a long conversation.
-
-    Weights, gradients, optimizer states and cache are counted; activations are estimated with bf16 matrices and attention that keeps no scores:
-    34 bytes per token, unit of width and block (Korthikanti et al. 2022, equation 2), or 2 of a block that is computed again, and of the
-    output head three fp32 vectors of the vocabulary per reply token, six where the entropy is asked for. On one GPU the copy to sample from
-    stays; shards are gathered for the rollout alone, and for training block by block, but for the root (embedding and head). Where a rank
-    accumulates over microbatches, it keeps whole fp32 gradients until they are reduced: a minibatch of one microbatch per rank needs none.
-    """
-    text, trained = (
-        policy.model.config.get_text_config(),
-        sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
-    )
-    word, samples = policy.model.dtype.itemsize, isinstance(config, ppo.PPOConfig)
-    sizes = [sum(p.numel() for p in block.parameters()) for block in policy._blocks()]
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    entry = (
-        2 * 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
-    )  # bf16 key and value of a token in a layer
-    crossing = len(getattr(text, "cross_attention_layers", ()))
-    patches, tower = 0, 0.0  # of a picture, and what the vision tower keeps of it
-    if stream.picture:
-        vision = policy.model.config.vision_config
-        width, blocks = (
-            vision.hidden_size,
-            (getattr(vision, "num_hidden_layers", None) or vision.depth)
-            + getattr(vision, "num_global_layers", 0),
-        )
-        patches = stream.picture["pixel_values"].numel() // (3 * vision.patch_size**2)
-        tower = patches * width * (2 * blocks + 34 if recompute else 34 * blocks)
-    blocks = text.num_hidden_layers
-    per_token = text.hidden_size * (2 * blocks + 34 if recompute else 34 * blocks)
-    plan = {
-        "weights": word * policy.parameter_count / gpus,
-        "gradients": word * trained / gpus,
-        "optimizer states": 2 * word * trained / gpus,
-    }
-    if samples and config.kl_coef:
-        plan["initial weights"] = plan["weights"]
-    copied = 2 * policy.parameter_count if samples and (gpus > 1 or word > 2) else 0
-    if copied and gpus == 1:
-        plan["copy to sample from"] = copied
-    standing = sum(plan.values())
-    rows = max(
-        1,
-        min(
-            config.microbatch_size,
-            (per_step := (config.minibatch_size if samples else config.batch_size) // gpus),
-        ),
-    )
-    if samples:
-        batch, pictures = (
-            min(policy.rollout_batch, config.episodes // gpus),
-            config.episodes // gpus if stream.picture else 0,
-        )
-        if gpus > 1:
-            plan["rollout: gathered weights"] = copied
-        plan["rollout: key-value cache"] = (
-            batch * entry * ((text.num_hidden_layers - crossing) * len(stream) + crossing * patches)
-        )
-        if batch == config.episodes // gpus:
-            plan["rollout: caches kept for the next turn"] = plan["rollout: key-value cache"]
-        plan["rollout: pictures as seen"] = (
-            (pictures + batch * bool(pictures))
-            * (patches if crossing else stream.ids.count(policy.image_id))
-            * text.hidden_size
-            * 2
-        )
-    if gpus > 1:
-        root = policy.parameter_count - sum(sizes)
-        plan["update: gathered blocks"] = (2 + 2 + 4) * root + 2 * (2 + 2 + 4) * max(
-            sizes, default=0
-        )  # weights, gradients, and what is reduced
-        plan["update: whole gradients"] = 4 * trained if per_step > rows else 0
-    elif word > 2:
-        plan["update: weights in bf16"] = (
-            2 * policy.parameter_count
-        )  # autocast keeps them from forward to backward
-    else:
-        plan["step: largest parameter"] = 24 * max(
-            p.numel() for p in policy.model.parameters()
-        )  # RoundingAdamW's fp32 copies
-    plan["update: activations"] = rows * (per_token * len(stream) + tower)
-    plan["update: output head"] = rows * (6 if samples else 3) * 4 * sum(stream.mask) * text.vocab_size
-    peaks = {
-        stage: standing + sum(size for name, size in plan.items() if name.startswith(stage))
-        for stage in ("rollout", "update", "step")
-    }
-    return plan | {"peak in the " + stage: size for stage, size in peaks.items() if size > standing}
-
-
-def print_plan(args: argparse.Namespace, config: sft.SFTConfig | ppo.PPOConfig) -> None:
-    """The memory plan of `sftrl sft` or `sftrl ppo` for `--plan GPUS GB`."""
-    gpus, room = args.plan
-    if gpus % 1 or gpus < 1:
-        raise ValueError(f"--plan {gpus:g}: the number of GPUs must be a whole one")
-    refuse_bfloat16_shards(args, int(gpus))
-    policy = Policy.load(
-        args.model, torch.device("meta"), getattr(torch, args.weights), rollout_batch=args.rollout_batch
-    ).choose(args.train)
-    env = environment_of(args)
-    (stream,) = policy.streams(
-        [
-            envs.demonstration(
-                env, env.verify_iter - 1 if isinstance(config, ppo.PPOConfig) else args.wrong_turns
-            )
-        ]
-    )
-    plan = memory_plan(policy, stream, int(gpus), config, args.recompute)
-    print(
-        f"memory on each of {gpus:g} GPUs, GB: {policy.parameter_count / 1e9:.2f}e9 parameters, conversations of {len(stream)} tokens"
-    )
-    print("\n".join(f"{name:38} {size / 1e9:8.2f}" for name, size in plan.items()))
-    needed = max(size for name, size in plan.items() if name.startswith("peak")) / 1e9
-    fits = needed <= 0.9 * room  # the rest is CUDA's own, and fragmentation
-    print(f"{'fits' if fits else 'does NOT fit'}: {needed:.1f} of {room:g} GB, of which a tenth is left free")
 
 
 def run_study(args: argparse.Namespace) -> None:
@@ -2865,13 +1793,6 @@ def build_parser() -> argparse.ArgumentParser:
             "--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on"
         )
         sub.add_argument(
-            "--plan",
-            type=positive,
-            nargs=2,
-            metavar=("GPUS", "GB"),
-            help="print what the run needs of so many GPUs of so many GB, and end",
-        )
-        sub.add_argument(
             "--checkpoints",
             type=size,
             default=4,
@@ -3058,8 +1979,6 @@ def logs_of(args: argparse.Namespace) -> dict:
 def command_sft(args: argparse.Namespace) -> None:
     """`sftrl sft`."""
     config = config_from(args, sft.SFTConfig)
-    if args.plan:
-        return print_plan(args, config)
     pictures = None
     if args.demos:
         records = sft.read_records(args.demos, args.images)
@@ -3092,8 +2011,6 @@ def command_ppo(args: argparse.Namespace) -> None:
     """`sftrl ppo`."""
     config = config_from(args, ppo.PPOConfig)
     environment_of(args)  # wrong options end here, before the model is loaded
-    if args.plan:
-        return print_plan(args, config)
     torch.manual_seed(args.seed)
     run_ppo(
         lambda: load_policy(args, args.model),

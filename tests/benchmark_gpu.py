@@ -5,7 +5,7 @@ computed again; it is read from no disk and no network. For GeneralPoints in wor
 
     update     processed tokens per second of an SFT step and of a PPO update, and their 6 N FLOPs as a share of the measured matmul rate
     decode     tokens per second at several batch sizes, as a share of what memory bandwidth allows: weights and cache are read once per token
-    memory     the peak, and what `memory_plan` says
+    memory     the peak
 """
 
 import argparse
@@ -149,12 +149,8 @@ def main() -> None:
         speed(
             f"{task}: PPO update", policy, device, rate, lambda: ppo.update(policy, optimizers, batch, rl, 0)
         )
-        longest = max(streams, key=len)
-        plan = sftrl.memory_plan(policy, longest, 1, rl, recompute=True)
         if device.type == "cuda":
-            print(
-                f"    peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned {plan['peak in the update'] / 1e9:.1f} GB"
-            )
+            print(f"    peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
             torch.cuda.reset_peak_memory_stats()
         for size in args.batches:
             decode(f"{task}: decoding at batch {size}", policy, device, bandwidth, env, size, args.tokens)
@@ -180,20 +176,19 @@ def decode(
     policy.rollout_batch = size
     took = []
     with torch.no_grad(), policy.rollout_weights() as model:
-        looks = policy.look(model, [s.picture for s in streams]) if observation.image else None
+        features = policy.image_features(model, [s.picture for s in streams]) if observation.image else None
         for length in (1, tokens + 1):
             took.append(
                 seconds(
                     device,
                     lambda n=length: policy.sample(
-                        model, [s.ids for s in streams], n, 1.0, policy.generator("gpu"), looks
+                        model, [s.ids for s in streams], n, 1.0, policy.generator("gpu"), features
                     ),
                 )
             )
-    plan = sftrl.memory_plan(policy, streams[0], 1, ppo.PPOConfig(episodes=size))
-    read = (
-        2 * policy.parameter_count + plan["rollout: key-value cache"]
-    )  # per step: all weights, and the cache of the prompt and its picture
+        _, batch = policy._prefill(model, [s.ids for s in streams], features, None, 0)
+    # Read per step: all weights, and the cache of the prompt and its picture.
+    read = 2 * policy.parameter_count + sum(x.keys.nbytes + x.values.nbytes for x in batch.cache.layers)
     speed_of_light, got = bandwidth / read * size, size * tokens / (took[1] - took[0])
     print(
         f"{what}: {got:.0f} tokens/s, {got / speed_of_light:.0%} of the bandwidth's bound, {torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else 0:.1f} GB"

@@ -102,7 +102,7 @@ def test_sft_learns_what_only_the_picture_shows(kind):
     for shift in (0, 1):  # shown the next picture, the model gives the next picture's reply
         shown = streams[shift:] + streams[:shift]
         with policy.rollout_weights() as model:
-            looks = policy.look(model, [s.picture for s in shown])
+            looks = policy.image_features(model, [s.picture for s in shown])
             drawn = policy.sample(
                 model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, torch.Generator(), looks
             )

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
 import envs
+import ppo
 import sftrl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,12 +194,12 @@ def test_conversations_that_go_on_at_different_lengths_do_not_see_each_others_co
     policy = make_policy(kind)
     observation, _ = envs.make("gp-vl", prompt="$cards", **SMALL).reset()
     streams = policy.open([(observation.messages, observation.image)] * 4)
-    prompts, pasts = [s.ids for s in streams], [sftrl.Past() for _ in streams]
+    prompts, pasts = [s.ids for s in streams], [ppo.KVCache() for _ in streams]
     longer = [
         prompt + [5] * n for prompt, n in zip(prompts, (1, 4, len(prompts[0]) - 3, len(prompts[0]) + 9))
     ]  # the third's columns cut the others' pictures
     with policy.rollout_weights() as model:
-        looks = policy.look(model, [s.picture for s in streams])
+        looks = policy.image_features(model, [s.picture for s in streams])
         policy.sample(model, prompts, 1, 0.0, torch.Generator(), looks, pasts)
         kept = policy.sample(model, longer, 5, 0.0, torch.Generator(), looks, pasts)
         anew = policy.sample(model, longer, 5, 0.0, torch.Generator(), looks)
@@ -284,7 +285,7 @@ def test_rows_that_finish_leave_the_batch_and_no_end_token_is_forged(policy):
 @pytest.mark.parametrize("kind", MODELS)
 def test_streams_grow_without_being_tokenized_again(kind):
     policy = make_policy(kind)
-    stream = sftrl.Stream([], [])
+    stream = ppo.Stream([], [])
     stream.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
     odd = (
         policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0]
@@ -302,7 +303,7 @@ def test_streams_grow_without_being_tokenized_again(kind):
             {"role": "user", "content": "Again."},
         ]
     )
-    cut = sftrl.Stream([], [])
+    cut = ppo.Stream([], [])
     cut.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
     cut.reply(odd)
     policy.extend(cut, "Again.")
@@ -608,7 +609,7 @@ def test_a_model_that_feeds_pictures_to_several_layers_is_served_in_words_alone(
 
 def test_an_architecture_is_checked_once_in_a_process_and_not_without_weights(monkeypatch):
     checked = []
-    monkeypatch.setattr(sftrl.Policy, "check", lambda self, pictures: checked.append(pictures))
+    monkeypatch.setattr(sftrl, "check", lambda policy, pictures: checked.append(pictures))
     monkeypatch.setattr(sftrl.Policy, "_checked", set())
     for _ in range(2):
         sftrl.Policy.load("tiny", torch.device("meta"))
@@ -621,14 +622,14 @@ def test_an_architecture_is_checked_once_in_a_process_and_not_without_weights(mo
 def test_a_check_in_bf16_passes_what_is_right_and_finds_what_is_not(monkeypatch):
     model, processor = MODELS["llava"]()
     policy = sftrl.Policy(model.bfloat16(), processor)
-    policy.check(True)
+    sftrl.check(policy, True)
     monkeypatch.setattr(
         policy,
         "_log_probabilities",
         lambda model, hidden, t: (2 * model.get_output_embeddings()(hidden).float()).log_softmax(-1),
     )
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration cannot be served"):
-        policy.check(False)
+        sftrl.check(policy, False)
 
 
 # ---- what the model said is what the verifier sees
@@ -699,7 +700,7 @@ def test_on_a_walk_in_pictures_earlier_replies_keep_their_tokens(kind, monkeypat
 
 def test_how_far_positions_reach():
     def reach(architecture, **settings):
-        return sftrl.longest_conversation(transformers.AutoConfig.for_model(architecture, **settings))
+        return ppo.longest_conversation(transformers.AutoConfig.for_model(architecture, **settings))
 
     assert reach("gpt2", n_positions=150) == 150 and reach("opt", max_position_embeddings=99) == 99
     assert reach("llama", max_position_embeddings=64) == reach("gemma3_text") == math.inf
@@ -1010,82 +1011,6 @@ def test_a_run_with_frozen_parts_in_bf16_resumes_to_the_same_weights(tmp_path):
         sftrl.Policy.load(str(tmp_path / "whole/checkpoint-4"), dtype=torch.bfloat16).model.dtype
         == torch.bfloat16
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_plan_counts_what_training_and_sampling_really_hold(dtype):
-    policy, env = sftrl.Policy.load("tiny", dtype=dtype, rollout_batch=4), envs.make("gp-l")
-    config = sftrl.ppo.PPOConfig(episodes=4, minibatch_size=4, microbatch_size=4)
-    (stream,) = policy.streams([envs.demonstration(env)])
-    plan = sftrl.memory_plan(policy, stream, 1, config)
-    optimizers = policy.optimizers(1e-3)
-    policy.backward(policy(policy.collate([stream] * 4))["logp"].sum())
-    gradients = sum(p.grad.nbytes for p in policy.model.parameters() if p.grad is not None)
-    unused = sum(
-        p.nbytes for p in policy.model.parameters() if p.grad is None
-    )  # the vision tower, in a task of words
-    for optimizer in optimizers:
-        optimizer.step()
-    states = sum(x.nbytes for s in optimizers[0].state.values() for x in s.values())
-    assert plan["weights"] == sum(p.nbytes for p in policy.model.parameters())
-    assert plan["gradients"] == gradients + unused and plan["optimizer states"] == pytest.approx(
-        states + 2 * unused, rel=1e-3
-    )
-    layers = []
-
-    class Noted(sftrl.RoomyLayer):
-        def __init__(self, room):
-            super().__init__(room)
-            layers.append(self)
-
-    original, sftrl.RoomyLayer = sftrl.RoomyLayer, Noted
-    try:
-        room, pasts = len(stream) - (asked := stream.replies[0][0]), [sftrl.Past() for _ in range(4)]
-        policy.sample(
-            policy.model.bfloat16(),
-            [stream.ids[:asked]] * 4,
-            room,
-            1.0,
-            policy.generator("plan"),
-            pasts=pasts,
-        )
-    finally:
-        sftrl.RoomyLayer = original
-    assert plan["rollout: key-value cache"] == sum(
-        4 * (layer.all_keys[0].nbytes + layer.all_values[0].nbytes) for layer in layers if layer.room == room
-    )
-    kept = sum(x.nbytes for past in pasts for layer in past.layers for x in layer)
-    assert kept == pytest.approx(plan["rollout: caches kept for the next turn"] * asked / len(stream))
-
-
-def test_the_plan_of_the_11b_model_needs_no_weights_and_knows_which_gpus_hold_it(tmp_path, capsys):
-    processor = make_policy("mllama").processor
-    transformers.MllamaConfig(
-        vision_config={"image_size": 560},
-        image_token_index=processor.tokenizer.convert_tokens_to_ids("<|image|>"),
-        architectures=["MllamaForConditionalGeneration"],
-    ).save_pretrained(tmp_path)
-    processor.image_processor.size = {"height": 560, "width": 560}
-    processor.image_processor.max_image_tiles = 4
-    processor.save_pretrained(tmp_path)
-
-    def planned(*args):
-        assert inside("ppo", "--task", "gp-vl", "--model", tmp_path, "--out", tmp_path / "run", *args) == 0
-        return capsys.readouterr().out
-
-    small = ("--rollout-batch", 16, "--microbatch-size", 4, "--minibatch-size", 32, "--episodes", 128)
-    node = planned("--plan", 8, 80, "--recompute", *small)
-    assert "10.67e9 parameters" in node and "\nfits" in node
-    assert float(re.search("gathered weights +([0-9.]+)", node)[1]) == pytest.approx(21.3, abs=0.1)
-    assert float(re.search("key-value cache +([0-9.]+)", node)[1]) / 16 > 0.2  # 210 MB of a picture each
-    assert "does NOT fit" in planned("--plan", 1, 141, "--recompute", *small)
-    assert "\nfits" in planned("--plan", 1, 141, "--recompute", "--weights", "bfloat16", *small)
-    assert "whole gradients      " in node and "does NOT fit" in planned(
-        "--plan", 8, 80, "--recompute", *small, "--minibatch-size", 128
-    )  # accumulates
-    for wrong in (("--plan", 1.5, 80), ("--plan", 8, 80, "--weights", "bfloat16")):
-        assert inside("ppo", "--model", tmp_path, "--out", tmp_path / "run", *wrong) == 2
-    assert not (tmp_path / "run").exists()
 
 
 # ---- the command line
