@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,66 +13,62 @@ import ppo
 import sft
 
 
-def naive_gae(rewards, values, mask, gamma, lam):
-    """By the definition, episode by episode: A_k = sum over later actions j of (product of discounts and lambdas) delta_j."""
-    advantages = [[0.0] * len(row) for row in rewards]
-    for b, row in enumerate(mask):
-        steps = [t for t, m in enumerate(row) if m]
-        reward = {t: sum(rewards[b][t : (steps + [len(row)])[k + 1]]) for k, t in enumerate(steps)}
-        discount = {
-            t: 1.0 if k + 1 < len(steps) and steps[k + 1] == t + 1 else gamma for k, t in enumerate(steps)
-        }
-        delta = {}
-        for k, t in enumerate(steps):
-            following = values[b][steps[k + 1]] if k + 1 < len(steps) else 0.0
-            delta[t] = reward[t] + discount[t] * following - values[b][t]
-        for k, t in enumerate(steps):
-            factor = 1.0
-            for j in steps[k:]:
-                advantages[b][t] += factor * delta[j]
-                factor *= discount[j] * lam
+def naive_gae(rewards, values, gamma, lam):
+    """By the definition, over one line of all tokens: A_t = sum over later tokens j of (product of discounts
+    and lambdas) delta_j."""
+    line = [(k, t) for k, own in enumerate(values) for t in range(len(own))]
+    value = [values[k][t] for k, t in line] + [0.0]
+    reward = [rewards[k] if t + 1 == len(values[k]) else 0.0 for k, t in line]
+    discount = [gamma if t + 1 == len(values[k]) else 1.0 for k, t in line]
+    delta = [reward[i] + discount[i] * value[i + 1] - value[i] for i in range(len(line))]
+    advantages = [[0.0] * len(own) for own in values]
+    for i, (k, t) in enumerate(line):
+        factor = 1.0
+        for j in range(i, len(line)):
+            advantages[k][t] += factor * delta[j]
+            factor *= discount[j] * lam
     return advantages
-
-
-def random_case(seed):
-    g = torch.Generator().manual_seed(seed)
-    rewards, values = (torch.randn(5, 23, generator=g, dtype=torch.double) for _ in range(2))
-    mask = (torch.rand(5, 23, generator=g) < 0.7).double()
-    mask[0] = 0
-    mask[1] = 1
-    return rewards, values, mask
 
 
 @pytest.mark.parametrize("gamma, lam", [(0.9, 0.95), (1.0, 1.0), (0.5, 0.0), (0.0, 0.7)])
 def test_gae_against_the_definition(gamma, lam):
-    for seed in range(5):
-        rewards, values, mask = random_case(seed)
-        advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
-        expected = torch.tensor(
-            naive_gae(rewards.tolist(), values.tolist(), mask.tolist(), gamma, lam), dtype=torch.double
-        )
-        torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(returns, (expected + values) * mask, rtol=1e-12, atol=1e-12)
+    rng = random.Random(0)
+    for _ in range(20):
+        values = [[rng.gauss(0, 1) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 6))]
+        rewards = [rng.gauss(0, 1) for _ in values]
+        advantages, returns = ppo.gae(rewards, values, gamma, lam)
+        for own, expected, returned, value in zip(
+            advantages, naive_gae(rewards, values, gamma, lam), returns, values
+        ):
+            assert own == pytest.approx(expected, rel=1e-12, abs=1e-12)
+            assert returned == pytest.approx([a + v for a, v in zip(expected, value)], rel=1e-12, abs=1e-12)
 
 
 def test_gae_by_hand_discounts_once_per_turn_and_not_per_token():
-    # prompt, reply of two tokens, feedback of two, reply of one; reward -1 after the first reply, 5 after the second
-    mask = torch.tensor([[0.0, 1, 1, 0, 0, 1, 0]])
-    rewards = torch.tensor([[0.0, 0, -1, 0, 0, 5, 0]])
-    advantages, _ = ppo.gae(rewards, torch.zeros(1, 7), mask, gamma=0.9, lam=1.0)
-    torch.testing.assert_close(advantages, torch.tensor([[0, -1 + 0.9 * 5, -1 + 0.9 * 5, 0, 0, 5.0, 0]]))
+    # A reply of two tokens, reward -1; a reply of one, reward 5.
+    advantages, returns = ppo.gae([-1.0, 5.0], [[0.0, 0.0], [0.0]], gamma=0.9, lam=1.0)
+    assert advantages == returns == [[-1 + 0.9 * 5, -1 + 0.9 * 5], [5.0]]
+    assert ppo.gae([], [], 0.9, 1.0) == ([], [])
+    with pytest.raises(ValueError):
+        ppo.gae([1.0], [[0.0], [0.0]], 0.9, 1.0)
 
 
-def test_gae_does_not_leak_between_episodes_or_past_the_end():
-    rewards, values, mask = random_case(3)
-    together = ppo.gae(rewards, values, mask, 0.9, 0.95)[0]
-    for b in range(5):
-        alone = ppo.gae(rewards[b : b + 1], values[b : b + 1], mask[b : b + 1], 0.9, 0.95)[0]
-        torch.testing.assert_close(together[b : b + 1], alone)
-    padded = [torch.cat([x, 9 * torch.ones(5, 4, dtype=torch.double)], 1) for x in (values, mask)]
-    padded[1][:, 23:] = 0
-    longer = ppo.gae(torch.cat([rewards, torch.zeros(5, 4)], 1), padded[0], padded[1], 0.9, 0.95)[0]
-    torch.testing.assert_close(longer[:, :23], together)
+def test_advantages_of_stand_where_the_replies_do_and_leak_into_no_other_episode():
+    values = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    places = [[(2, 1, 4), (2, 6, 7)], [(0, 3, 5), (3, 0, 2), (0, 8, 12)]]  # the second over several rows
+    rewards = [[1.0, -2.0], [0.5, 3.0, -1.0]]
+    advantages, returns = ppo.advantages_of(rewards, values, places, 0.9, 0.8)
+    seen = torch.zeros(4, 12)
+    for reward, own in zip(rewards, places):
+        lines = naive_gae(reward, [values[b, start:stop].tolist() for b, start, stop in own], 0.9, 0.8)
+        for (b, start, stop), line in zip(own, lines):
+            expected = torch.tensor(line)
+            torch.testing.assert_close(advantages[b, start:stop], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                returns[b, start:stop], expected + values[b, start:stop], rtol=0, atol=1e-5
+            )
+            seen[b, start:stop] = 1
+    assert not advantages[seen == 0].any() and not returns[seen == 0].any() and seen.sum() == 12
 
 
 def test_policy_loss_against_a_loop_and_its_gradient_against_finite_differences():
@@ -201,12 +198,9 @@ def test_batch_masks_rewards_and_old_logp_say_what_the_sampler_did(policy):
         assert batch["ids"][b, :n].tolist() == stream.ids and batch["mask"][b, :n].tolist() == stream.mask
         assert not batch["mask"][b, n:].any()
         torch.testing.assert_close(batch["old_logp"][b, :n], torch.tensor(stream.logp), rtol=0, atol=1e-5)
-        assert batch["rewards"].sum(1)[b].item() == sum(t.reward for t in episodes[i].turns)
         last = stream.replies[-1][1] - 1
-        assert (
-            batch["rewards"][b, last] == episodes[i].turns[-1].reward
-            and batch["advantages"][b][batch["mask"][b] == 0].abs().sum() == 0
-        )
+        assert batch["returns"][b, last].item() == pytest.approx(episodes[i].turns[-1].reward, abs=1e-5)
+        assert not batch["advantages"][b][batch["mask"][b] == 0].any()
 
 
 def test_advantages_run_across_the_waypoints_of_a_route(policy):
@@ -216,7 +210,7 @@ def test_advantages_run_across_the_waypoints_of_a_route(policy):
     episode = envs.Episode("", [], [envs.Turn("", float(k), "correct", "", True, k) for k in range(n)], True)
     stream.logp = [0.0] * len(stream)
     batch = ppo.collect(policy, [[stream]], [episode], config, "action")
-    assert n == env.decisions > 2 and batch["rewards"].sum() == n * (n - 1) / 2
+    assert n == env.decisions > 2
     for k, (start, stop) in enumerate(stream.replies):
         expected = sum(j * config.gamma ** (j - k) for j in range(k, n))
         torch.testing.assert_close(
@@ -445,3 +439,21 @@ def test_ppo_learns_a_trivial_task(policy, ratio):
         for m in ppo.train(policy, policy.optimizers(config.lr, config.value_lr), environments, config)
     ]
     assert success[0] < 0.75 and max(success[-5:]) > 0.95
+
+
+def test_minibatches_are_drawn_anew_for_every_epoch_and_every_update(policy, monkeypatch):
+    config = small_config(epochs=2, minibatch_size=2)
+    batch = ppo.collect(policy, *played(policy, config), config, "formula")
+    drawn = []
+    monkeypatch.setattr(policy, "sum", lambda *x: [float(n) for n in x])
+    rows_of = ppo.rows_of
+    monkeypatch.setattr(
+        ppo, "rows_of", lambda batch, rows: drawn.append(rows.tolist()) or rows_of(batch, rows)
+    )
+    for step, seed in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        ppo.update(policy, policy.optimizers(0.0, 0.0), batch, replace(config, seed=seed), step)
+    updates = [drawn[k : k + 6] for k in range(0, 24, 6)]
+    for update in updates:
+        epochs = update[:3], update[3:]
+        assert all(sorted(sum(epoch, [])) == list(range(6)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert updates[0] == updates[3] and len({str(update) for update in updates}) == 3
