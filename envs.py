@@ -15,6 +15,7 @@ import copy
 import inspect
 import json
 import math
+import os
 import pickle
 import pickletools
 import random
@@ -266,26 +267,28 @@ _REPLY_TOKEN = re.compile(
     rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
 )
 _OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
-_INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]{0,5}))(?:\.0+)?")
-_decode = json.JSONDecoder(strict=False).decode
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
+_NAMES = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+_decoder = json.JSONDecoder(strict=False)
 
 
 def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] | None:
     """The object in `reply` that has all `required` keys and ends last, alone or inside others, or None.
 
     Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
-    commas, quotes inside strings. Values are strings, integers, None, lists and objects.
+    commas, quotes inside strings. 1.0 is the integer 1.
 
-    First the reply's first object is read: if the reply is one object, its strings may hold anything. Then
-    all are, from the last to the first: what stands before the answer, however long, cannot hide it. An
-    object inside another is read once, and both rounds' effort is bounded by the reply's length: time is
-    linear for any text. Once the effort is spent, what was found by then decides.
+    Strict JSON is read by the standard library, from the first object on. Then our own reader reads the
+    first object, for if the reply is one object its strings may hold anything, and then all objects, from the
+    last to the first: what stands before the answer, however long, cannot hide it. Time is linear for any
+    text, for the effort of each round is bounded by the reply's length; once it is spent, what was found by
+    then decides.
     """
     stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
     starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
-    reader, found, last = _Reader(reply), None, -1
+    found, last = _last_strict(reply, starts, required)
     for order in (starts[:1], reversed(starts)):
-        reader.effort = 1_500 + len(reply) / 50  # one a token and 50 characters; a reply in form takes 40
+        reader = _Reader(reply, 1_500 + len(reply) / 100)  # one a token and 50 characters; a reply takes 40
         for start in order:
             try:
                 value, end = reader.value(start)
@@ -298,13 +301,46 @@ def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] 
     return found
 
 
+def _last_strict(reply: str, starts: Sequence[int], required: Sequence[str]) -> tuple[dict | None, int]:
+    """Of the objects in strict JSON that begin at some of `starts`, and of those inside them, the one that ends
+    last and has all keys, and where the outermost one around it ends."""
+    found, last, end, effort = None, -1, 0, 2 * len(reply) + 20_000  # characters
+    for start in starts:
+        if start < end:  # inside the last one
+            continue
+        if effort < 0:
+            break
+        try:
+            value, end = _decoder.raw_decode(reply, start)
+        except (ValueError, RecursionError) as error:  # a fault costs time up to its place in the text
+            effort -= 50 + getattr(error, "pos", len(reply)) - start + start // 10
+            continue
+        effort -= 50 + end - start
+        inside = [value]
+        while inside:  # an object ends behind those in it, and the last of these comes next
+            item = inside.pop()
+            if isinstance(item, dict) and all(key in item for key in required):
+                found, last = {key: _plain_numbers(x) for key, x in item.items()}, end
+                break
+            inner = item.values() if isinstance(item, dict) else item
+            inside += [x for x in inner if isinstance(x, (dict, list))]
+    return found, last
+
+
+def _plain_numbers(value: Any) -> Any:
+    """1.0 as 1, also in a list."""
+    if isinstance(value, list):
+        return [_plain_numbers(item) if isinstance(item, float) else item for item in value]
+    return int(value) if isinstance(value, float) and abs(value) < 1e6 and value.is_integer() else value
+
+
 class _Reader:
     """A recursive-descent reader of JSON-like text that remembers what it has read."""
 
     MAX_DEPTH = 100
 
-    def __init__(self, text: str):
-        self.text, self.effort = text, 0.0
+    def __init__(self, text: str, effort: float):
+        self.text, self.effort = text, effort
         self.known: dict[int, tuple[Any, int] | None] = {}  # lists and objects and their ends
 
     def token(self, at: int) -> tuple[str, Any, int]:
@@ -318,9 +354,8 @@ class _Reader:
             return mark, mark, match.end()
         if quoted:
             return "value", self._unquoted(quoted[1:-1]), match.end()
-        integer = _INTEGER.fullmatch(word)
-        value = int(integer[1]) if integer else None if word in ("null", "None") else word
-        return "value", value, match.end()
+        value = float(word) if _NUMBER.fullmatch(word) else _NAMES.get(word, word)
+        return "value", _plain_numbers(value), match.end()
 
     def _spend(self, effort: float) -> None:
         self.effort -= effort
@@ -333,12 +368,12 @@ class _Reader:
             return text
         self._spend(2)
         with suppress(ValueError):
-            return _decode(f'"{text}"')
+            return _decoder.decode(f'"{text}"')
         if len(text) < 2_000:  # a longer one is no answer
             self._spend(len(text) / 10)
             with suppress(ValueError):  # between single quotes, or with quotes of its own
                 as_json = {'"': r"\"", r"\'": "'"}
-                text = _decode('"' + re.sub(r'\\.|"', lambda m: as_json.get(m[0], m[0]), text) + '"')
+                text = _decoder.decode('"' + re.sub(r'\\.|"', lambda m: as_json.get(m[0], m[0]), text) + '"')
         return text
 
     def value(self, at: int) -> tuple[Any, int]:
@@ -424,6 +459,8 @@ def judge(
         return verdict("misread")
     try:
         value, right, used = evaluate_formula(formula)
+        if any(re.match(r"\s*-?0[0-9]", str(n)) for n in stated[: len(numbers) + 1]):
+            raise Illegal("a number begins with a zero")
     except Illegal as reason:
         return verdict("illegal", reason=str(reason))
     if value == target and right not in (None, target):
@@ -707,6 +744,8 @@ class GeneralPoints:
         self.operators = "".join(op for op in OPERATORS if op in operators)
         self.faces = dict(faces or self.rules[variant])
         self.replacement, self.fields = replacement, tuple(fields)
+        if not isinstance(prompt, (str, type(None))) or not isinstance(feedback, (dict, type(None))):
+            raise ValueError("prompt must be text, and feedback a dict of texts by verdict")
         self.template = PROMPT if prompt is None else string.Template(prompt)
         self.feedback = self.said | (feedback or {})
         self.random = random.Random(seed)
@@ -1110,7 +1149,7 @@ def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
 
 def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
     """The places of the panoramas that are not, or not wholly, in street_views/."""
-    there = {file.name for file in views.iterdir()}
+    there = {entry.name for entry in os.scandir(views) if entry.is_file()}
     return [
         place
         for place, name in ids.items()
@@ -1233,7 +1272,7 @@ def _read_route(route: Any) -> Route:
             place = route.get("dest_place")
             name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
-        landmark = " ".join(landmark.split())
+        landmark = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", landmark).split())
         if (
             len(landmark) > 300
             or not _landmark(landmark)
@@ -2409,11 +2448,10 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     if the report claims an intersection, in any of the usual words, that is not there or leaves out one that
     is. Whether it names the landmark and its side is measured, not judged."""
     parsed = parse_reply(reply, fields)
-    report, sentence, action = [parsed[f] for f in fields] if parsed else (None, None, None)
-    if not all(
-        isinstance(part, str) and len(part) <= 1000 for part in (report, sentence, action)
-    ):  # a landmark has up to 300 characters
+    report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
+    if not isinstance(action, str):
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
+    report = report[:1000] if isinstance(report, str) else ""  # a landmark has up to 300 characters
     landmark = _landmark(waypoint.landmark)
     claims, rest = (False, report) if _landmark(report) == landmark else _intersection(report)
     recognized = _landmark(rest) == landmark
@@ -2430,8 +2468,8 @@ _JOIN = re.compile(r"((?:\s{0,3}(?:[;.,:!?\n]|\b(?:and|but|with|where)\b))+)", r
 # What leads to the word, and what may follow it: "Intersection Cafe is on your left" is a name.
 _INTERSECTION = re.compile(
     r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}"
-    r"|^(?:\W*[\w-]{1,20}[ -]way)?)"
-    r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
+    r"|^(?:\W*(?:[\w-]{1,20}[ -]way|T))?)"
+    r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
     re.IGNORECASE,
 )
 _NEGATION = re.compile(

@@ -203,8 +203,8 @@ class Policy(nn.Module):
     def _learn_template(self) -> None:
         """Asks the chat template what it writes around a reply.
 
-        `opening` is the text before a reply, `reply_start` the blank that some put between. `end_id` ends a
-        reply: the first special or added token after it, for some templates the next role's, with the blank
+        `opening` is the text before a reply, `reply_start` what some put between: a blank, or the channel
+        that the reply goes to. `end_id` ends a reply: the first special or added token after it, for some templates the next role's, with the blank
         or newline that may stand before (`end_blank`); eos where the template writes plain text. `end_ids`
         are all tokens that end a turn. Sampling stops at the `stop_ids`: those, and the tokens with which a
         turn of the user begins. `bos` is what the tokenizer puts before a text.
@@ -225,12 +225,13 @@ class Policy(nn.Module):
         parts = self.render([asked, replied, asked]).split(self._MARK)
         if len(parts) != 4:
             raise ValueError("its chat template leaves out replies, or what is said after them")
-        blank = parts[1].removeprefix(self.opening)
-        self.reply_start = "" if blank.strip() else blank
-        (ids,), added = self._continue([parts[2]]), self.tokenizer.added_tokens_decoder
-        marks = [k for k, token in enumerate(ids) if token in added and added[token].content.strip()]
-        blank = self.tokenizer.decode(ids[: marks[0]]) if marks else "none"
-        closing, self.end_blank = ([ids[marks[0]]], blank) if not blank.strip() else ([], "")
+        whole = parts[1].startswith(self.opening)  # a template may open a thought that it drops later
+        self.reply_start = parts[1].removeprefix(self.opening) if whole else ""
+        added = {k: t.content for k, t in self.tokenizer.added_tokens_decoder.items() if t.content.strip()}
+        (inside, after) = self._continue([self.reply_start, parts[2]])
+        marks = [token for token in after if token in added]
+        blank = parts[2].partition(added[marks[0]])[0] if marks else "none"
+        closing, self.end_blank = (marks[:1], blank) if not blank.strip() else ([], "")
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = closing + [token for token in named if token is not None]
@@ -238,7 +239,8 @@ class Policy(nn.Module):
             raise ValueError(
                 "its tokenizer has no eos token, and its chat template ends replies with no token of its own"
             )
-        self.end_id, self.end_ids, self.stop_ids = ends[0], set(ends), {*ends, *(ids[k] for k in marks)}
+        self.end_id, self.end_ids = ends[0], set(ends)
+        self.stop_ids = self.end_ids | (set(marks) - set(inside))
 
     def _continue(self, texts: list[str], before: str = "x") -> list[list[int]]:
         """Tokens of texts that go on where the text `before` ended: some tokenizers put a blank before a

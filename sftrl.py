@@ -386,7 +386,7 @@ class Policy(ppo.Policy):
             if model.generation_config:
                 repair_generation_config(model.generation_config)
             policy = cls(model.to(device), processor, **options).to(device)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
         if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
             raise ValueError(
@@ -751,6 +751,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def discard(folder: Path) -> None:
     """Deletes a folder: it is gone whole or not at all."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise OSError(f"{folder} is no folder of a run")
     aside = folder.with_name("discarded.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -933,10 +935,8 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first. Other folders beside them are not the run's."""
-    return sorted(
-        (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)),
-        key=step_of,
-    )
+    named = (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name))
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def run_stage(
@@ -2107,8 +2107,10 @@ def command_play(args: argparse.Namespace) -> None:
         with policy.responder(
             args.temperature, args.max_new_tokens, policy.generator(f"play/{args.seed}")
         ) as respond:
-            while judge(respond([0], [observation])[0]):
+            while (reply := respond([0], [observation])[0]) is not None and judge(reply):
                 pass
+        if reply is None:
+            print(f"cut off: the model's positions reach no farther than {policy.max_length} tokens")
     else:
         print(f"expert: {env.expert_reply()}")
         all(judge(reply) for reply in args.reply)

@@ -27,7 +27,7 @@ import transformers
 from conftest import CHATML, MODELS, SIGHTED, SMALL, QwenProcessor, chat_tokenizer, make_policy, random_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import normalizers
+from tokenizers import decoders, normalizers
 
 import envs
 import ppo
@@ -324,6 +324,16 @@ THINK = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
 )
+HARMONY = (  # gpt-oss: the reply goes to a channel
+    "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] == 'assistant' %}{{ '<|channel|>final' }}"
+    "{% endif %}{{ '<|message|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+CHANNELS = ("<|eos|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+LLAMA = (  # a blank before and behind the reply
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<s>[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' </s>' }}{% endif %}{% endfor %}"
+)
 NEWLINE = CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '\n<|im_end|>")
 ENDED = {"eos_token": "<|eos|>", "pad_token": "<|eos|>"}
 WORDS, ROLES = ("<|eos|>", "<|im_start|>", "<|im_end|>"), ("<|eos|>", "<|end|>", "<|user|>", "<|assistant|>")
@@ -370,6 +380,19 @@ TEMPLATES = {
         "<|eos|>",
         {"<|eos|>"},
     ),
+    "gpt-oss": (
+        dict(template=HARMONY, special=CHANNELS, **ENDED),
+        "<|start|>user<|message|>{q}<|end|><|start|>assistant<|channel|>final<|message|>{a}<|end|>"
+        "<|start|>user<|message|>{f}<|end|><|start|>assistant<|channel|>final<|message|>{b}<|end|>",
+        "<|end|>",
+        {"<|eos|>", "<|end|>", "<|start|>"},
+    ),
+    "llama-2": (
+        dict(template=LLAMA, special=("<s>", "</s>"), eos_token="</s>"),
+        "<s>[INST] {q} [/INST] {a} </s><s>[INST] {f} [/INST] {b} </s>",
+        " </s>",
+        {"<s>", "</s>"},
+    ),
     "thoughts": (
         dict(template=THINK, special=("<|eos|>", "<|user|>", "<|assistant|>", "<think>"), **ENDED),
         "<|user|>{q}<|assistant|><think>{a}<|eos|><|user|>{f}<|assistant|><think>{b}<|eos|>",
@@ -393,7 +416,7 @@ def test_between_turns_stand_the_templates_own_tokens(kind):
     )
     whole = text.format(q=q, a=a, f=f, b=b)
     assert stream.ids == policy.tokenize([whole])[0]
-    blank = " " * (kind == "plain text")
+    blank = {"plain text": " ", "llama-2": " ", "gpt-oss": "<|channel|>final<|message|>"}.get(kind, "")
     for (start, stop), reply in zip(stream.replies, (a, b)):
         assert policy.tokenizer.decode(stream.ids[start:stop]) == blank + reply + end
         assert (
@@ -425,6 +448,19 @@ def test_a_model_whose_replies_end_with_nothing_is_refused():
         sftrl.Policy(model, chat_tokenizer("{{ messages[-1]['content'] }}", eos_token="<|end|>"))
     with pytest.raises(ValueError, match="its chat template cannot be used: no user"):
         sftrl.Policy(model, chat_tokenizer("{{ raise_exception('no user') }}", eos_token="<|end|>"))
+
+
+def test_a_blank_before_the_end_of_a_turn_stays_where_the_tokenizers_decoder_would_drop_it():
+    """SentencePiece's kind: the decoder drops the first blank of a text."""
+    tokenizer = chat_tokenizer(LLAMA, special=("<s>", "</s>"), eos_token="</s>")
+    strip = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer.backend_tokenizer.decoder = strip
+    assert tokenizer.decode(tokenizer(" ")["input_ids"]) == ""
+    policy = sftrl.Policy(random_model("llama", tokenizer), tokenizer)
+    turns = [("human", "q"), ("gpt", "a"), ("human", "f"), ("gpt", "b")]
+    (stream,) = policy.streams([{"conversations": [{"from": who, "value": text} for who, text in turns]}])
+    text = "<s>[INST] q [/INST] a </s><s>[INST] f [/INST] b </s>"
+    assert stream.ids == policy.tokenize([text])[0]
 
 
 def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_between_turns():
@@ -742,6 +778,8 @@ def test_a_conversation_that_is_longer_than_positions_reach_ends_and_an_experts_
             and "but the positions of GPT2LMHeadModel reach no farther than 150" in error
         )
     assert not (tmp_path / "a").exists()
+    assert sftrl.main(["play", *model[:2], "--max-new-tokens", "40"]) == 0
+    assert "cut off: the model's positions reach no farther than 150 tokens" in capsys.readouterr().out
 
 
 def test_a_generation_config_that_the_library_would_not_save_is_repaired(tmp_path):
@@ -1296,6 +1334,25 @@ def test_only_folders_named_checkpoint_and_digits_belong_to_a_run(tmp_path, monk
     assert inside(*command) == 0
     assert [path.name for path in sftrl.checkpoints(tmp_path)] == ["checkpoint-4"]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", *foreign}
+
+
+def test_a_file_or_a_link_with_a_checkpoints_name_stays(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoint-7").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoint-9").write_text("mine")
+    command = ("sft", "--out", tmp_path / "run", "--batch-size", 2, "--checkpoints", 1, "--keep", 1)
+    assert inside(*command, "--steps", 2) == 0
+    assert [path.name for path in sftrl.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert (tmp_path / "run" / "checkpoint-7").is_symlink()
+    for path in (tmp_path / "run").iterdir():  # the run begins anew
+        if path.name.split("-")[-1] not in ("7", "9"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tmp_path / "run" / "checkpoint-2").write_text("mine")
+    assert inside(*command, "--steps", 2) == 1
+    assert "no folder of a run" in capsys.readouterr().err
+    for name in ("checkpoint-2", "checkpoint-9"):
+        assert (tmp_path / "run" / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["sft", "evaluate"])
