@@ -279,7 +279,11 @@ class Results:
     def of(self, seeds: Sequence[int], episodes: int) -> "Results":
         """The points of some seeds (and of the base, whose seed is -1) that were measured on so many hands."""
         chosen = Results(self.path)
-        chosen.points = [p for p in self.points if p["episodes"] == episodes and p["seed"] in (-1, *seeds)]
+        chosen.points = [
+            p
+            for p in self.points
+            if p["episodes"] == episodes and p["seed"] in (-1, *seeds) and p.get("pictures", "own") == "own"
+        ]
         return chosen
 
     def find(self, **wanted) -> list[dict]:
@@ -408,6 +412,11 @@ def _percent(x: float) -> str:
 
 def _interval(pair: tuple[float, float] | None) -> str:
     return "-" if pair is None else f"[{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def write_report(results: Results, folder: Path, settings: dict) -> list[str]:

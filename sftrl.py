@@ -9,7 +9,6 @@ The top floor: loads (and shards) a model, keeps run folders, parses the command
 
 import argparse
 import contextlib
-import copy
 import gc
 import importlib.util
 import inspect
@@ -731,7 +730,7 @@ class NotSaved(Exception):
     """A run could not write its files; what stood there still stands."""
 
 
-def settle(path: Path) -> None:
+def sync(path: Path) -> None:
     """Brings a file, or a folder with all that is in it, from the system's memory onto the disk."""
     for part in (*path.rglob("*"), path):
         descriptor = os.open(part, os.O_RDONLY)
@@ -745,7 +744,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file aside and moves it into place: it appears whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
-    settle(aside)
+    sync(aside)
     os.replace(aside, path)
 
 
@@ -799,7 +798,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: dict):
-        self.folder, self.settings, self.config = folder, plain(settings), folder / "config.json"
+        self.folder, self.settings, self.config = folder, as_json(settings), folder / "config.json"
         if self.config.exists() and (old := json.loads(self.config.read_text())["settings"]) != self.settings:
             changed = sorted(
                 k for k in old.keys() | self.settings.keys() if old.get(k) != self.settings.get(k)
@@ -876,7 +875,7 @@ class Run:
                 aside.mkdir()
             policy.save(aside)
             if policy.rank == 0:
-                settle(aside)
+                sync(aside)
                 if (final := self.folder / f"checkpoint-{step}").exists():
                     discard(final)
                 aside.rename(final)
@@ -895,7 +894,7 @@ class Run:
         if policy.rank == 0:
             with self._writing("resume.tmp") as aside:
                 torch.save({"model": model, "optimizer": optimizer, "step": step, "flops": flops}, aside)
-                settle(aside)
+                sync(aside)
                 os.replace(aside, self.folder / "resume.pt")
                 for old in checkpoints(self.folder)[:-keep] if keep else ():
                     discard(old)
@@ -917,7 +916,7 @@ class Run:
             ) from None
 
 
-def plain(settings: dict) -> dict:
+def as_json(settings: dict) -> dict:
     """Settings as strict JSON holds them: tuples as lists, no limit as null."""
     return json.loads(json.dumps(settings), parse_constant=lambda _: None)
 
@@ -1095,70 +1094,117 @@ def foundation_batches(task: str, batch_size: int, options: dict):
     return batch
 
 
-# ------------------------------------------------------------------------------------------------------------------ the study
+# ------------------------------------------------------------------------------------ the study
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded: what changes speed and memory, and the parts that are trained."""
+
+    rollout_batch: int = 256
+    weights: str = "float32"
+    train: str = "all"
+    recompute: bool = False
+
+
+def load_policy(loading: Loading, model: str, pictures: bool = False) -> Policy:
+    """The policy on this process's device, sharded if there are several processes."""
+    options = {"rollout_batch": loading.rollout_batch, "pictures": pictures}
+    if torch.cuda.is_available():
+        gc.collect()  # reference cycles (FSDP's hooks, recomputed blocks) may hold an old policy's memory
+    if not dist.is_initialized():
+        policy = Policy.load(model, dtype=getattr(torch, loading.weights), **options)
+        return policy.choose(loading.train, loading.recompute)
+    if loading.weights != "float32":
+        raise ValueError(
+            "--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16"
+        )
+    precision = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return Policy.load_shards(model, precision, loading.train, loading.recompute, **options)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the checkpoints of an arm are evaluated. Temperature 0 is greedy."""
+
+    curve: tuple[float, ...] = (1.0,)  # temperatures at every checkpoint
+    end: tuple[float, ...] = (1.0, 0.0)  # and at the last one
+    variants: tuple[str, ...] | None = None  # None: all of the task
+    series: str = "test"  # of deals or routes
+    validate: bool = False  # also ID success on validation deals, to choose the best checkpoint
+    verify_iter: int | None = None  # replies judged; None: as many as in training
+    pictures: str = "own"  # or a control, see `evaluate.PICTURES`
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run of a study. An experiment is a list of arms; arms of one name are one run, which all
+    experiments share."""
+
+    name: str  # of its folder, and in results.jsonl
+    algorithm: str = "sft"  # or "ppo"
+    start: str = (
+        "init"  # the arm whose last checkpoint it starts from; "NAME@STEP": the one next to that step
+    )
+    training: dict = field(default_factory=dict)  # over the study's settings for the algorithm
+    environment: dict = field(default_factory=dict)  # over the study's options, in training
+    records: str = "expert"  # what SFT learns from: "expert" or "imperfect" demonstrations
+    parts: str | None = None  # of the model that are trained; None: those of the command line
+    checkpoints: int | None = None  # None: as many as the study says
+    measure: Measure = Measure()
 
 
 @dataclass
 class Study:
-    """The settings of `sftrl study` for one task and the tiny model. How the rates were chosen: README, "The learning rates"."""
+    """The settings of `sftrl study` for one task and the tiny model. How the rates were chosen: docs/rates.md."""
 
     base: sft.SFTConfig
-    init: sft.SFTConfig
     sft: sft.SFTConfig
     rl: ppo.PPOConfig
+    init: dict  # the init's settings, over those of `sft`
     flops: float  # of each arm, after init
     count: int = 6  # checkpoints of each arm
     hands: int = 1024  # or routes, in the evaluation of a checkpoint
     verify_iter: int = 3  # of training and evaluation; the paper's 5 would double the time of a seed
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
-    options: dict = field(
-        default_factory=dict
-    )  # of the environments: what makes them small enough for the tiny model
-    grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that `--search` tries for both arms
+    options: dict = field(default_factory=dict)  # of the environments: small enough for the tiny model
+    grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that the search tries for both arms
 
     def scaled(self, scale: float) -> "Study":
         """Every stage shortened to `scale` of its length, for a quick look."""
-        new = copy.deepcopy(self)
-        new.flops *= scale
-        for config in (new.base, new.init):
-            config.steps = max(1, round(config.steps * scale))
-        for config in (new.sft, new.rl):
-            config.flops = new.flops
-        return new
+        base = replace(self.base, steps=max(1, round(self.base.steps * scale)))
+        init = self.init | {"steps": max(1, round(self.init["steps"] * scale))}
+        return replace(self, base=base, init=init, flops=self.flops * scale)
+
+    def config(self, arm: Arm) -> sft.SFTConfig | ppo.PPOConfig:
+        """The training settings of an arm."""
+        usual = self.sft if arm.algorithm == "sft" else self.rl
+        return replace(usual, **{"flops": self.flops} | arm.training)
 
 
-STUDIES = {
-    "gp-l": Study(
-        base=sft.SFTConfig(
-            lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True
-        ),
-        init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60, loss_on="last"),
-        sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=16, steps=10**9),
-        rl=ppo.PPOConfig(
-            lr=2e-4,
-            value_lr=3e-3,
-            episodes=512,
-            minibatch_size=64,
-            microbatch_size=16,
-            epochs=1,
-            steps=10**9,
-            warmup=0.1,
-            max_new_tokens=48,
-        ),
-        flops=1.6e13,
-    )
-}
-STUDIES["gp-vl"] = replace(
-    STUDIES["gp-l"],
-    base=replace(STUDIES["gp-l"].base, steps=1200),
-    init=replace(STUDIES["gp-l"].init, steps=120),
-    rl=replace(STUDIES["gp-l"].rl, minibatch_size=128),
-    options=TINY_PICTURES,
+_CARDS = Study(
+    base=sft.SFTConfig(
+        lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True
+    ),
+    init={"lr": 3e-4, "microbatch_size": 8, "steps": 60, "loss_on": "last"},
+    sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=16, steps=10**9),
+    rl=ppo.PPOConfig(
+        lr=2e-4,
+        value_lr=3e-3,
+        episodes=512,
+        minibatch_size=64,
+        microbatch_size=16,
+        epochs=1,
+        steps=10**9,
+        warmup=0.1,
+        max_new_tokens=48,
+    ),
+    flops=1.6e13,
 )
-STUDIES["virl-l"] = Study(
+_WALKS = Study(
     base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=220, warmup=0.05, muon=True),
-    init=sft.SFTConfig(lr=3e-4, batch_size=64, microbatch_size=8, steps=60),
+    init={"lr": 3e-4, "microbatch_size": 8, "steps": 60},
     sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=8, steps=10**9),
     rl=ppo.PPOConfig(
         lr=2e-4,
@@ -1178,328 +1224,319 @@ STUDIES["virl-l"] = Study(
     tiny="tiny-streets",
     options=TINY_WALKS,
 )
-STUDIES["virl-vl"] = replace(
-    STUDIES["virl-l"],
-    base=replace(STUDIES["virl-l"].base, steps=800),
-    sft=replace(STUDIES["virl-l"].sft, lr=5e-4),
-    rl=replace(STUDIES["virl-l"].rl, lr=1e-4, episodes=128, minibatch_size=16, max_new_tokens=80),
-    flops=1e13,
-    count=3,
-    hands=128,
-    max_new_tokens=80,
-    options=TINY_WALKS
-    | {"turns": 2}
-    | TINY_VIEWS,  # a walk has a row of tokens for each waypoint: shorter ones, or a seed would take hours
-    grid=(1e-4, 2e-4, 5e-4, 1e-3),
-)
-SEARCH_SEEDS = (
-    1000,
-    1001,
-)  # the rates are chosen on these, which no study reports; one alone has chosen a rate at which other seeds broke down
+STUDIES = {
+    "gp-l": _CARDS,
+    "gp-vl": replace(
+        _CARDS,
+        base=replace(_CARDS.base, steps=1200),
+        init=_CARDS.init | {"steps": 120},
+        rl=replace(_CARDS.rl, minibatch_size=128),
+        options=TINY_PICTURES,
+    ),
+    "virl-l": _WALKS,
+    # A walk has a row of tokens for each waypoint: shorter ones, or a seed would take hours.
+    "virl-vl": replace(
+        _WALKS,
+        base=replace(_WALKS.base, steps=800),
+        sft=replace(_WALKS.sft, lr=5e-4),
+        rl=replace(_WALKS.rl, lr=1e-4, episodes=128, minibatch_size=16, max_new_tokens=80),
+        flops=1e13,
+        count=3,
+        hands=128,
+        max_new_tokens=80,
+        options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,
+        grid=(1e-4, 2e-4, 5e-4, 1e-3),
+    ),
+}
+SEARCH_SEEDS = (1000, 1001)  # the rates are chosen on these, which no report shows; one alone is not enough
 
 
-def load_policy(args: argparse.Namespace, model: str, pictures: bool | None = None) -> Policy:
-    """The policy on this process's device, sharded if there are several processes; `pictures` None: those of the task, if it has some."""
-    options = {
-        "rollout_batch": args.rollout_batch,
-        "pictures": args.task.endswith("-vl") if pictures is None else pictures,
-    }
-    if torch.cuda.is_available():
-        gc.collect()  # a policy that is no longer used may hold the GPU's memory in reference cycles (FSDP's hooks, recomputed blocks)
-    if dist.is_initialized():
-        if args.weights != "float32":
-            raise ValueError(
-                "--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16"
-            )
-        return Policy.load_shards(
-            model,
-            torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-            args.train,
-            args.recompute,
-            **options,
-        )
-    return Policy.load(model, dtype=getattr(torch, args.weights), **options).choose(
-        args.train, args.recompute
+def main_arms(study: Study) -> list[Arm]:
+    """The study's main comparison: SFT and RL from one init at equal compute. The init is a short SFT on
+    demonstrations as imperfect as the base's corpus; it teaches the reply's form."""
+    init = Arm(
+        "init", start="base", training=study.init | {"flops": math.inf}, records="imperfect", checkpoints=1
     )
+    return [init, Arm("sft", measure=Measure(validate=True)), Arm("rl", "ppo")]
 
 
-def run_study(args: argparse.Namespace) -> None:
-    """All stages for all seeds, each from where it stands; then the report."""
-    if args.task not in STUDIES:
-        raise ValueError(f"there is no study of task {args.task!r}: choose from {', '.join(STUDIES)}")
-    study, out = STUDIES[args.task].scaled(args.scale), Path(args.out)
-    args.hands = args.hands or study.hands
-    if args.hands < 2:
-        raise ValueError("--hands must be at least 2, for an interval")
-    given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
-    for stage, lr in given.items():
-        getattr(study, stage).lr = lr
-    if not (
-        tiny := args.model in ("tiny", study.tiny)
-    ):  # pictures and routes of full size, and replies in a tokenizer that was not made for them
-        study.options, study.max_new_tokens, study.rl.max_new_tokens = {}, 256, 256
-    out.mkdir(parents=True, exist_ok=True)
-    results = evaluate.Results(out / "results.jsonl")
-    base = args.model
-    if tiny:
-        torch.manual_seed(0)
-        corpus = foundation_batches(args.task, study.base.batch_size, study.options)
-        run_sft(
-            lambda: load_policy(args, study.tiny),
-            out / "base",
-            corpus,
-            study.base,
-            {"stage": "base", "options": study.options},
+def search_arms(study: Study) -> list[Arm]:
+    """Both arms at every rate of the grid, measured on validation deals alone."""
+    init, *arms = main_arms(study)
+    only_end = Measure(curve=(), end=(1.0,), series="valid")
+    rates = [
+        replace(arm, name=f"{arm.name}-{lr:g}", training={"lr": lr}) for arm in arms for lr in study.grid
+    ]
+    return [replace(arm, measure=only_end) for arm in (init, *rates)]
+
+
+EXPERIMENTS = {"main": main_arms, "search": search_arms}
+
+
+class StudyRun:
+    """A study in its folder: trains and measures arms, each from where it stands.
+
+    Args:
+        task: one of STUDIES, or another task with a `study` of the caller's own.
+        model: "tiny", whose base is trained here, or a folder or Hub id, which is its own base.
+        hands: evaluation hands, or routes, per point; None takes the study's.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        study: Study,
+        out: Path,
+        loading: Loading = Loading(),
+        model: str = "tiny",
+        hands: int | None = None,
+        tensorboard: bool = False,
+    ):
+        self.task, self.out, self.loading, self.model, self.tensorboard = (
+            task,
+            out,
+            loading,
+            model,
+            tensorboard,
         )
-        base = str(checkpoints(out / "base")[-1])
-    if args.search:
-        return search_rates(args, study, base, out)
-    if tiny and args.task == "gp-vl":
-        measure_reading(args, study, results, base)
-    chosen = 'How the learning rates were chosen: README, "The learning rates".'
-    note = f"Learning rates given on the command line: {given}." if given or not tiny else chosen
-    if study.options:
-        usual = {
-            name: p.default
-            for kind in reversed(envs.TASKS[args.task].__mro__)
-            for name, p in inspect.signature(kind.__init__).parameters.items()
+        self.tiny = model in ("tiny", study.tiny)
+        if not self.tiny:  # full size, and replies in a tokenizer that was not made for them
+            study = replace(study, options={}, max_new_tokens=256, rl=replace(study.rl, max_new_tokens=256))
+        self.study, self.hands = study, hands or study.hands
+        if self.hands < 2:
+            raise ValueError("--hands must be at least 2, for an interval")
+        out.mkdir(parents=True, exist_ok=True)
+        self.results = evaluate.Results(out / "results.jsonl")
+        self._initial: tuple[int | None, Policy | None] = None, None
+        self.variants = tuple(envs.TASKS[task].rules)
+        self.headline = evaluate.HEADLINES[task]
+
+    def load(self, model: str, parts: str | None = None) -> Policy:
+        """A policy for this study's task."""
+        loading = replace(self.loading, train=parts) if parts else self.loading
+        return load_policy(loading, model, pictures=self.task.endswith("-vl"))
+
+    def environment(self, variant: str = "id", series: str = "train", **options):
+        """One of the study's environments. `series` "valid" and "test": routes that training does not walk."""
+        split = {"split": series} if issubclass(envs.TASKS[self.task], envs.VIRL) else {}
+        options = {"verify_iter": self.study.verify_iter} | self.study.options | split | options
+        return envs.make(self.task, variant, **options)
+
+    # ---- training
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where an arm's run stands; all seeds share the base."""
+        return self.out / name if name == "base" else self.out / f"seed-{seed}" / name
+
+    def checkpoint(self, start: str, seed: int) -> str:
+        """The model that "NAME" or "NAME@STEP" means."""
+        name, _, step = start.partition("@")
+        if name == "base" and not self.tiny:
+            return self.model
+        found = checkpoints(self.folder(name, seed))
+        return str(min(found, key=lambda path: abs(step_of(path) - int(step))) if step else found[-1])
+
+    def place(self, model: str) -> str:
+        """A checkpoint by its place in the study's folder, which may move; any other model by its name."""
+        path = Path(model)
+        return str(path.relative_to(self.out)) if path.is_relative_to(self.out) else model
+
+    def train_base(self) -> None:
+        """The tiny foundation model, from random weights on a mixed corpus. A given model is its own base."""
+        if self.tiny:
+            torch.manual_seed(0)
+            study = self.study
+            corpus = foundation_batches(self.task, study.base.batch_size, study.options)
+            settings = {"stage": "base", "options": study.options}
+            run_sft(lambda: self.load(study.tiny), self.out / "base", corpus, study.base, settings)
+
+    def train(self, arm: Arm, seed: int) -> None:
+        """One arm, unless it is finished."""
+        config, model = self.study.config(arm), self.checkpoint(arm.start, seed)
+        settings = {
+            "task": self.task,
+            "arm": arm.name,
+            "model": self.place(model),
+            "seed": seed,
+            "options": {"verify_iter": self.study.verify_iter} | self.study.options | arm.environment,
+            "records": arm.records,
+            **asdict(self.loading),
+            "train": arm.parts or self.loading.train,
         }
-        note += " For the tiny model the task is made smaller; its options, the defaults in brackets: "
-        note += ", ".join(f"{name} {value} ({usual[name]})" for name, value in study.options.items()) + "."
-    settings = {
-        "task": args.task,
-        "model": args.model,
-        "verify_iter": study.verify_iter,
-        "hands": args.hands,
-        "study": plain(asdict(study)),
-        "note": note,
-    }
-    for seed in range(args.seeds):
-        folder = out / f"seed-{seed}"
-        init = train_init(args, study, base, folder, seed)
-        for arm in ("sft", "rl"):
-            train_arm(args, study, arm, init, folder / arm, seed)
-        measure(args, study, results, folder, base, init, seed)
+        count = arm.checkpoints or self.study.count
+        given = (lambda: self.load(model, arm.parts)), self.folder(arm.name, seed)
+        logs = {"count": count, "tensorboard": self.tensorboard}
+        if arm.algorithm == "sft":
+            demonstrate = {"expert": envs.demonstration, "imperfect": envs.imperfect_demonstration}[
+                arm.records
+            ]
+            env = self.environment(**arm.environment)
+            batches = fresh_batches(env, demonstrate, config.batch_size, f"{arm.records}/{seed}")
+            run_sft(*given, batches, config, settings, **logs)
+        else:
+            config = replace(config, seed=seed)
+            run_ppo(*given, lambda: self.environment(**arm.environment), config, settings, **logs)
+
+    # ---- evaluation
+
+    def measure(self, arm: Arm, seed: int, experiment: str = "main") -> None:
+        """Evaluates what results.jsonl does not hold yet of an arm's checkpoints."""
+        measure, variants = arm.measure, arm.measure.variants or self.variants
+        paths = (
+            [self.model] if arm.name == "base" and not self.tiny else checkpoints(self.folder(arm.name, seed))
+        )
+        wanted = [(path, measure.series, variants, t) for path in paths for t in measure.curve]
+        wanted += [(path, "valid", ("id",), 1.0) for path in paths if measure.validate]
+        wanted += [(paths[-1], measure.series, variants, t) for t in measure.end]
+        with Progress(f"seed-{seed}/{arm.name} evaluation", len(wanted) + measure.validate) as bar:
+            for path, series, chosen, temperature in wanted:
+                self.point(arm, seed, experiment, path, series, chosen, temperature)
+                bar.update()
+            if measure.validate:  # the best checkpoint greedily too
+                valid = self.results.find(arm=arm.name, seed=seed, series="valid", episodes=self.hands)
+                best = max(valid, key=lambda p: p[self.headline])["checkpoint"]
+                self.point(arm, seed, experiment, self.out / best, measure.series, variants, 0.0)
+                bar.update()
+
+    def initial(self, seed: int) -> Policy:
+        """The seed's init, from which KL is measured; the last one that was asked for is kept."""
+        if self._initial[0] != seed:
+            self._initial = seed, self.load(self.checkpoint("init", seed))
+        return self._initial[1]
+
+    def point(
+        self, arm: Arm, seed: int, experiment: str, path, series: str, variants, temperature: float
+    ) -> None:
+        """Evaluates one checkpoint under some variants, unless that was done."""
+        measure = arm.measure
+        lines = read_lines(Path(path).parent / "metrics.jsonl") if isinstance(path, Path) else []
+        line = next((x for x in lines if f"checkpoint-{x['step']}" == path.name), {"step": 0, "flops": 0.0})
+        budget = measure.verify_iter or self.study.verify_iter
+        place = {
+            "arm": arm.name,
+            "seed": -1 if arm.name == "base" else seed,
+            "step": line["step"],
+            "series": series,
+            "temperature": temperature,
+            "verify_iter": budget,
+            "pictures": measure.pictures,
+        }
+        missing = [v for v in variants if not self.results.find(**place, variant=v, episodes=self.hands)]
+        policy = self.load(str(path)) if missing else None
+        initial = self.initial(seed) if missing and temperature else None
+        for variant in missing:
+            environments = [self.environment(variant, series, verify_iter=budget) for _ in range(self.hands)]
+            result, episodes = evaluate.evaluate(
+                policy,
+                environments,
+                temperature,
+                self.study.max_new_tokens,
+                series,
+                initial,
+                measure.pictures,
+            )
+            new = {
+                "task": self.task,
+                "experiment": experiment,
+                **place,
+                "flops": line["flops"],
+                "variant": variant,
+            }
+            self.results.add(new | result | {"checkpoint": self.place(str(path))}, write=policy.rank == 0)
+            if policy.rank == 0:
+                self.save_transcripts(new, environments, episodes[:2])
+
+    def save_transcripts(self, point: dict, environments: Sequence, episodes: Sequence[envs.Episode]) -> None:
+        """Appends a point's first episodes to transcripts.jsonl, and of greedy ones the pictures."""
+        names = ("arm", "seed", "step", "series", "temperature", "variant")
+        place = {name: point[name] for name in names}
+        with open(self.out / "transcripts.jsonl", "a") as file:
+            for i, (env, episode) in enumerate(zip(environments, episodes)):
+                if env.image and not place["temperature"]:
+                    folder = f"pictures/{place['seed']}-{place['arm']}-{place['step']}-{place['variant']}/{i}"
+                    save_pictures(env, episode, evaluate.start(env, place["series"], i), self.out / folder)
+                    place["pictures"] = folder
+                file.write(json.dumps(place | episode.transcript()) + "\n")
+
+    def measure_reading(self) -> None:
+        """How much better the tiny base reads black cards than red ones, on pictures of its reading corpus."""
+        for variant, color in (("id", "black"), ("visual", "red")):
+            place = {"task": self.task, "arm": "base", "seed": -1, "step": 0, "series": "reading"}
+            place |= {"temperature": 0.0, "variant": variant}
+            if not self.results.find(**place, episodes=self.hands):
+                rng = random.Random(f"reading/{color}")
+                records = [
+                    envs.reading_record(rng, **self.study.options, color=color) for _ in range(self.hands)
+                ]
+                base = self.checkpoint("base", -1)
+                result = evaluate.reading(self.load(base), records)
+                new = place | {"flops": 0.0} | result | {"checkpoint": self.place(base)}
+                self.results.add(new, write=policy_rank() == 0)
+
+    # ---- experiments
+
+    def compare(self, seeds: int, note: str) -> None:
+        """The main experiment: after every seed the report is written and its table of claims printed."""
+        arms = main_arms(self.study)
+        if self.tiny and self.task == "gp-vl":
+            self.measure_reading()
+        settings = {
+            "task": self.task,
+            "model": self.model,
+            "verify_iter": self.study.verify_iter,
+            "hands": self.hands,
+            "study": as_json(asdict(self.study)),
+            "note": note,
+        }
+        for seed in range(seeds):
+            for arm in arms:
+                self.train(arm, seed)
+            for arm in (Arm("base", measure=Measure(curve=())), *arms):
+                self.measure(arm, seed)
+            if policy_rank() == 0:
+                claims = evaluate.write_report(
+                    self.results.of(range(seed + 1), self.hands), self.out, settings
+                )
+                print("\n".join(["", *claims, "", f"report: {self.out / 'report.md'}"]), flush=True)
+
+    def search(self) -> None:
+        """Chooses the rates: the one with the highest ID success on validation deals, in the mean over the
+        search's seeds, wins for each arm. What the same weights do out of distribution stands beside it and
+        chooses nothing. Prints and writes search.md."""
+        arms = search_arms(self.study)
+        for arm in arms:
+            for seed in SEARCH_SEEDS:
+                self.train(arm, seed)
+                self.measure(arm, seed, "search")
+        rows, success = [], {}
+        for arm in arms:
+            cells = []
+            for variant in self.variants:
+                points = self.results.find(arm=arm.name, variant=variant, series="valid", episodes=self.hands)
+                points = [p for p in points if p["seed"] in SEARCH_SEEDS]
+                error = self.headline + "_se"
+                cells.append(
+                    ", ".join(f"{100 * p[self.headline]:.1f} ± {100 * p[error]:.1f}" for p in points)
+                )
+                if variant == "id":
+                    success[arm.name] = sum(p[self.headline] for p in points)
+            rows.append([arm.name.partition("-")[0], f"{self.study.config(arm).lr:g}", *cells])
+        for name in ("sft", "rl"):
+            tried = [arm for arm in arms if arm.name.startswith(name + "-")]
+            best = max(tried, key=lambda arm: (success[arm.name], -arm.training["lr"]))
+            rows.append([name, f"**chosen by id: {best.training['lr']:g}**", *[""] * len(self.variants)])
         if policy_rank() == 0:
-            claims = evaluate.write_report(results.of(range(seed + 1), args.hands), out, settings)
-    if policy_rank() == 0:
-        print("\n".join(["", *claims, "", f"report: {out / 'report.md'}"]))
+            measure = self.headline.replace("_", " ")
+            title = f"{measure} on validation hands or routes, temperature 1, in percent, of seeds "
+            table = evaluate.table(["arm", "learning rate", *self.variants], rows)
+            lines = [title + ", ".join(map(str, SEARCH_SEEDS)), "", *table]
+            write_whole(self.out / "search.md", "\n".join(lines) + "\n")
+            print("\n".join(lines))
 
 
 def policy_rank() -> int:
     """This process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def place_in(args: argparse.Namespace, model: str) -> str:
-    """A checkpoint of the study by its place in the study's folder, which may move; any other model by its name."""
-    path = Path(model)
-    return str(path.relative_to(args.out)) if path.is_relative_to(args.out) else model
-
-
-def maker(args: argparse.Namespace, study: Study, variant: str = "id", series: str = "train"):
-    """A maker of the study's environments; training takes variant "id". `series` "valid" and "test": routes that training does not walk."""
-    split = {"split": series} if issubclass(envs.TASKS[args.task], envs.VIRL) else {}
-    return lambda: envs.make(args.task, variant, verify_iter=study.verify_iter, **study.options, **split)
-
-
-def stage_settings(args: argparse.Namespace, study: Study, stage: str, model: str, seed: int) -> dict:
-    """What config.json says of a stage, beside its own config."""
-    return {
-        "task": args.task,
-        "stage": stage,
-        "model": place_in(args, model),
-        "seed": seed,
-        "verify_iter": study.verify_iter,
-        "options": study.options,
-        "rollout_batch": args.rollout_batch,
-        "train": args.train,
-        "weights": args.weights,
-    }
-
-
-def train_init(args, study: Study, base: str, folder: Path, seed: int) -> str:
-    """The shared start of both arms: a short SFT on imperfect ID demonstrations in the target form. Returns its checkpoint."""
-    batches = fresh_batches(
-        maker(args, study)(), envs.imperfect_demonstration, study.init.batch_size, f"init/{seed}"
-    )
-    settings = stage_settings(args, study, "init", base, seed)
-    run_sft(lambda: load_policy(args, base), folder / "init", batches, study.init, settings)
-    return str(checkpoints(folder / "init")[-1])
-
-
-def train_arm(
-    args, study: Study, arm: str, init: str, folder: Path, seed: int, lr: float | None = None
-) -> None:
-    """One arm from the init, at the study's compute."""
-    config = copy.deepcopy(getattr(study, arm))
-    config.lr = lr or config.lr
-    settings = stage_settings(args, study, arm, init, seed)
-    if arm == "sft":
-        batches = fresh_batches(maker(args, study)(), envs.demonstration, config.batch_size, f"sft/{seed}")
-        run_sft(
-            lambda: load_policy(args, init),
-            folder,
-            batches,
-            config,
-            settings,
-            count=study.count,
-            tensorboard=args.tensorboard,
-        )
-    else:
-        config.seed = seed
-        run_ppo(
-            lambda: load_policy(args, init),
-            folder,
-            maker(args, study),
-            config,
-            settings,
-            count=study.count,
-            tensorboard=args.tensorboard,
-        )
-
-
-def measure(
-    args, study: Study, results: evaluate.Results, folder: Path, base: str, init: str, seed: int
-) -> None:
-    """Evaluates what results.jsonl does not hold yet: the curves at temperature 1, their ends also greedily, and for the choice of
-    SFT's best checkpoint its ID success on hands of its own."""
-    reference, variants, headline = (
-        load_policy(args, init),
-        list(envs.TASKS[args.task].rules),
-        evaluate.HEADLINES[args.task],
-    )
-    arms = [("base", Path(base)), ("init", Path(init))] + [
-        (arm, path) for arm in ("sft", "rl") for path in checkpoints(folder / arm)
-    ]
-
-    def point(arm: str, path: Path, series: str, variants: Sequence[str], temperature: float) -> None:
-        owner = -1 if arm == "base" else seed
-        line = next(
-            (x for x in read_lines(path.parent / "metrics.jsonl") if f"checkpoint-{x['step']}" == path.name),
-            {"step": 0, "flops": 0.0},
-        )
-        place = {
-            "arm": arm,
-            "seed": owner,
-            "step": line["step"],
-            "series": series,
-            "temperature": temperature,
-        }
-        missing = [v for v in variants if not results.find(**place, variant=v, episodes=args.hands)]
-        policy = load_policy(args, str(path)) if missing else None
-        for variant in missing:
-            environments = [maker(args, study, variant, series)() for _ in range(args.hands)]
-            result, episodes = evaluate.evaluate(
-                policy,
-                environments,
-                temperature,
-                study.max_new_tokens,
-                series,
-                initial=reference if temperature else None,
-            )
-            results.add(
-                {
-                    "task": args.task,
-                    **place,
-                    "flops": line["flops"],
-                    "variant": variant,
-                    **result,
-                    "checkpoint": place_in(args, str(path)),
-                },
-                write=policy.rank == 0,
-            )
-            if policy.rank == 0:
-                with open(Path(args.out) / "transcripts.jsonl", "a") as file:
-                    for i, (env, episode) in enumerate(zip(environments, episodes[:2])):
-                        pictures = {}
-                        if env.image and not temperature:  # the ends of the curves, to be looked at
-                            pictures = {"pictures": f"pictures/{owner}-{arm}-{line['step']}-{variant}/{i}"}
-                            save_pictures(
-                                env,
-                                episode,
-                                evaluate.start(env, series, i),
-                                Path(args.out) / pictures["pictures"],
-                            )
-                        file.write(
-                            json.dumps(place | {"variant": variant} | pictures | episode.transcript()) + "\n"
-                        )
-
-    with Progress(f"{folder.name}/evaluation", len(arms)) as bar:
-        for arm, path in arms:
-            point(arm, path, "test", variants, 1.0)
-            if arm == "sft":
-                point(arm, path, "valid", ("id",), 1.0)
-            bar.update()
-    for arm in ("base", "init", "sft", "rl"):
-        point(arm, [path for name, path in arms if name == arm][-1], "test", variants, 0.0)
-    valid = results.find(arm="sft", seed=seed, series="valid", episodes=args.hands)
-    point("sft", Path(args.out) / max(valid, key=lambda p: p[headline])["checkpoint"], "test", variants, 0.0)
-
-
-def measure_reading(args, study: Study, results: evaluate.Results, base: str) -> None:
-    """How much better the tiny base reads black cards than red ones, on pictures of its reading corpus."""
-    for variant, color in (("id", "black"), ("visual", "red")):
-        place = {
-            "task": args.task,
-            "arm": "base",
-            "seed": -1,
-            "step": 0,
-            "series": "reading",
-            "temperature": 0.0,
-            "variant": variant,
-        }
-        if not results.find(**place, episodes=args.hands):
-            rng = random.Random(f"reading/{color}")
-            records = [envs.reading_record(rng, **study.options, color=color) for _ in range(args.hands)]
-            result = evaluate.reading(load_policy(args, base), records)
-            results.add(
-                {**place, "flops": 0.0, **result, "checkpoint": place_in(args, base)},
-                write=policy_rank() == 0,
-            )
-
-
-def search_rates(args, study: Study, base: str, out: Path) -> None:
-    """Tries `study.grid` for both arms on seeds of their own; the rate with the highest ID success on validation deals, in the mean over the
-    seeds, wins. What the same weights do out of distribution, on validation deals too, stands beside it and chooses nothing. Prints and
-    writes search.md."""
-    headline, variants = evaluate.HEADLINES[args.task], list(envs.TASKS[args.task].rules)
-    folders = {seed: out / "search" / f"seed-{seed}" for seed in SEARCH_SEEDS}
-    inits = {seed: train_init(args, study, base, folder, seed) for seed, folder in folders.items()}
-
-    def measured(path: Path | str) -> list[dict]:
-        policy, results = load_policy(args, str(path)), []
-        for variant in variants:
-            environments = [maker(args, study, variant, "valid")() for _ in range(args.hands)]
-            results.append(evaluate.evaluate(policy, environments, 1.0, study.max_new_tokens, "valid")[0])
-        return results
-
-    def line(arm: str, lr: float, of_seeds: list[list[dict]]) -> str:
-        cells = (
-            ", ".join(f"{100 * r[headline]:.1f} ± {100 * r[headline + '_se']:.1f}" for r in results)
-            for results in zip(*of_seeds)
-        )
-        return f"| {arm} | {lr:g} | {' | '.join(cells)} |"
-
-    lines = [
-        f"{headline.replace('_', ' ')} on validation hands or routes, temperature 1, in percent, of seeds {', '.join(map(str, SEARCH_SEEDS))}",
-        "",
-        f"| arm | learning rate | {' | '.join(variants)} |",
-        "|---" * (2 + len(variants)) + "|",
-        line("init", study.init.lr, [measured(init) for init in inits.values()]),
-    ]
-    for arm in ("sft", "rl"):
-        tried = []
-        for lr in study.grid:
-            for seed, folder in folders.items():
-                train_arm(args, study, arm, inits[seed], folder / f"{arm}-{lr:g}", seed, lr)
-            results = [measured(checkpoints(folder / f"{arm}-{lr:g}")[-1]) for folder in folders.values()]
-            tried.append((sum(of_id[headline] for of_id, *_ in results), -lr))
-            lines.append(line(arm, lr, results))
-        lines.append(f"| {arm} | **chosen by id: {-max(tried)[1]:g}** |{' |' * len(variants)}")
-    if policy_rank() == 0:
-        write_whole(out / "search.md", "\n".join(lines) + "\n")
-        print("\n".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------------- the command line
@@ -1743,7 +1780,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(
         "study",
-        run_study,
+        command_study,
         "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.",
     )
     sub.add_argument(
@@ -1976,10 +2013,48 @@ def logs_of(args: argparse.Namespace) -> dict:
     return {"count": args.checkpoints, "keep": args.keep, "tensorboard": args.tensorboard}
 
 
+def command_study(args: argparse.Namespace) -> None:
+    """`sftrl study`."""
+    if args.task not in STUDIES:
+        raise ValueError(f"there is no study of task {args.task!r}: choose from {', '.join(STUDIES)}")
+    study = STUDIES[args.task].scaled(args.scale)
+    given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
+    for stage, lr in given.items():
+        old = getattr(study, stage)
+        new = old | {"lr": lr} if stage == "init" else replace(old, lr=lr)
+        study = replace(study, **{stage: new})
+    loading = loading_of(args)
+    run = StudyRun(args.task, study, Path(args.out), loading, args.model, args.hands, args.tensorboard)
+    note = "How the learning rates were chosen: docs/rates.md."
+    if given or not run.tiny:
+        note = f"Learning rates given on the command line: {given}."
+    if study.options and run.tiny:
+        note += " For the tiny model the task is made smaller; its options, the defaults in brackets: "
+        usual = environment_defaults(args.task)
+        note += ", ".join(f"{name} {value} ({usual[name]})" for name, value in study.options.items()) + "."
+    run.train_base()
+    if args.search:
+        run.search()
+    else:
+        run.compare(args.seeds, note)
+
+
+def loading_of(args: argparse.Namespace) -> Loading:
+    """How the command line says that models are loaded."""
+    return Loading(args.rollout_batch, args.weights, args.train, args.recompute)
+
+
+def environment_defaults(task: str) -> dict[str, Any]:
+    """The defaults of a task's options."""
+    classes = reversed(envs.TASKS[task].__mro__)
+    signatures = [inspect.signature(cls.__init__).parameters.items() for cls in classes]
+    return {name: p.default for parameters in signatures for name, p in parameters}
+
+
 def command_sft(args: argparse.Namespace) -> None:
     """`sftrl sft`."""
     config = config_from(args, sft.SFTConfig)
-    pictures = None
+    pictures = args.task.endswith("-vl")
     if args.demos:
         records = sft.read_records(args.demos, args.images)
         batches, pictures = sft.epochs(records, config.batch_size, args.seed), bool(records[0].get("image"))
@@ -1998,7 +2073,7 @@ def command_sft(args: argparse.Namespace) -> None:
         "seed": args.seed,
     }
     run_sft(
-        lambda: load_policy(args, args.model, pictures),
+        lambda: load_policy(loading_of(args), args.model, pictures),
         Path(args.out),
         batches,
         config,
@@ -2013,7 +2088,7 @@ def command_ppo(args: argparse.Namespace) -> None:
     environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
     run_ppo(
-        lambda: load_policy(args, args.model),
+        lambda: load_policy(loading_of(args), args.model, args.task.endswith("-vl")),
         Path(args.out),
         lambda: environment_of(args),
         config,
@@ -2029,7 +2104,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     environments = [env, *(environment_of(args) for _ in range(n - 1))]
     if args.save and not isinstance(env, (envs.GeneralPointsVL, envs.VIRLVL)):
         raise ValueError(f"task {args.task!r} has no pictures to --save")
-    policy = load_policy(args, args.model)
+    policy = load_policy(loading_of(args), args.model, args.task.endswith("-vl"))
     policy.streams([envs.demonstration(env)])  # what the model cannot read ends here
     with Progress("evaluation", n // policy.world) as bar:
         result, episodes = evaluate.evaluate(
@@ -2103,7 +2178,7 @@ def command_play(args: argparse.Namespace) -> None:
         return goes_on
 
     if args.model:
-        policy = load_policy(args, args.model)
+        policy = load_policy(loading_of(args), args.model, args.task.endswith("-vl"))
         with policy.responder(
             args.temperature, args.max_new_tokens, policy.generator(f"play/{args.seed}")
         ) as respond:

@@ -1402,7 +1402,7 @@ def shorten(monkeypatch, task, **settings):
         replace(
             study,
             base=replace(study.base, batch_size=8),
-            init=replace(study.init, batch_size=8),
+            init=study.init | {"batch_size": 8},
             max_new_tokens=4,
             rl=replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4),
             **settings,
@@ -1466,9 +1466,13 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
         [0.3, 0.2, 0.3, 0.2, 0.7, 0.9, 0.5, 0.9, 0.6, 0.1, 0.7, 0.1, 0.6, 0.2, 0.5, 0.2, 0.5, 0.3, 0.6, 0.3]
     )
     monkeypatch.setattr(
-        sftrl.evaluate, "evaluate", lambda *args: ({"success": next(shown), "success_se": 0.0}, [])
+        sftrl.evaluate,
+        "evaluate",
+        lambda *args: ({"success": next(shown), "success_se": 0.0, "episodes": 4}, []),
     )
-    assert inside(*args) == 0  # trains nothing again
+    (tmp_path / "results.jsonl").unlink()
+    monkeypatch.setattr(sftrl, "run_stage", None)  # trains nothing again
+    assert inside(*args) == 0
     assert next(shown, None) is None
     assert re.findall(
         r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search.md").read_text()
@@ -1486,6 +1490,7 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
     }
     keys = {
         "task",
+        "experiment",
         "arm",
         "seed",
         "step",
