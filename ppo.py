@@ -42,7 +42,8 @@ import envs
 
 @dataclass
 class PPOConfig:
-    """Settings of one run. Sizes count episodes over all ranks; training ends at `steps` or `flops`, whichever is first."""
+    """Settings of one run. Sizes count episodes over all ranks; training ends at `steps` or `flops`,
+    whichever is first."""
 
     lr: float = 1e-6
     value_lr: float = 1e-4
@@ -204,14 +205,15 @@ class Policy(nn.Module):
         """Asks the chat template what it writes around a reply.
 
         `opening` is the text before a reply, `reply_start` what some put between: a blank, or the channel
-        that the reply goes to. `end_id` ends a reply: the first special or added token after it, for some templates the next role's, with the blank
-        or newline that may stand before (`end_blank`); eos where the template writes plain text. `end_ids`
-        are all tokens that end a turn. Sampling stops at the `stop_ids`: those, and the tokens with which a
-        turn of the user begins. `bos` is what the tokenizer puts before a text.
-        """
+        that the reply goes to. `end_id` ends a reply: the first special or added token after it, for some
+        templates the next role's, with the blank or newline that may stand before (`end_blank`); eos where
+        the template writes plain text. `end_ids` are all tokens that end a turn. Sampling stops at the
+        `stop_ids`: those, and the tokens with which a turn of the user begins. `bos` is what the tokenizer
+        puts before a text."""
         if not (getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template):
             raise ValueError(
-                "its tokenizer has no chat template; take a chat model, or add chat_template.jinja to its folder"
+                "its tokenizer has no chat template; take a chat model, or add chat_template.jinja "
+                "to its folder"
             )
         start = self.tokenizer("x")["input_ids"][:1]
         self.bos = start if start == [self.tokenizer.bos_token_id] else []
@@ -291,7 +293,8 @@ class Policy(nn.Module):
         return streams
 
     def _around_replies(self, messages: list[dict], n: int) -> list[str]:
-        """The template's text before the last n replies of a conversation, between them, and after the last."""
+        """The template's text before the last n replies of a conversation, between them, and after the
+        last."""
         places = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
         marked = places[len(places) - n :]
         messages = [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
@@ -405,10 +408,9 @@ class Policy(nn.Module):
     ) -> dict[str, Tensor]:
         """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
 
-        logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t] = V(s_t), read
-        on the token before (`values`: "detached" trunk, "shared", or None). entropy[b, t]: of the distribution
-        that token t was drawn from.
-        """
+        logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t] = V(s_t),
+        read on the token before (`values`: "detached" trunk, "shared", or None). entropy[b, t]: of the
+        distribution that token t was drawn from."""
         ids, mask = batch["ids"], batch["mask"].bool()
         # Padding stands on the right, where no real token can see it: causal attention needs no padding mask.
         pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
@@ -473,8 +475,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def image_features(self, model: nn.Module, pictures: Sequence[dict], chunk: int = 16) -> list[dict]:
-        """What the vision tower makes of pictures: once per rollout, for all turns of an episode. `chunk` at a
-        time: the 11B model's tower needs half a gigabyte for each."""
+        """What the vision tower makes of pictures: once per rollout, for all turns of an episode. So many
+        at a time: the 11B model's tower needs half a gigabyte for each."""
         features: list[dict] = []
         for i in range(0, len(pictures), chunk):
             inputs = self._stack(pictures[i : i + chunk])
@@ -715,8 +717,8 @@ class Policy(nn.Module):
 
 
 def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row, [B, 1], of log-probabilities [B, vocabulary]: inverse transform sampling, one uniform
-    number per row, in double precision."""
+    """One token per row, [B, 1], of log-probabilities [B, vocabulary]: inverse transform sampling, one
+    uniform number per row, in double precision."""
     mass = logp.double().exp().cumsum(-1)
     point = torch.rand(len(logp), 1, generator=generator, device=generator.device, dtype=torch.double)
     ids = torch.searchsorted(mass, point.to(logp.device) * mass[:, -1:], right=True)
@@ -865,12 +867,11 @@ def collect(
 ) -> dict[str, Any]:
     """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
 
-    `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio: the
-    policy's tokens, or the first token of each reply. In the `first` update the value head is shifted by a
-    constant, so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an error
-    that all tokens share does not cancel. Along a solved reply the advantage would grow towards its end (lam^k
-    R, k tokens before it), and its early tokens could fall below the mean and be unlearned.
-    """
+    `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio:
+    the policy's tokens, or the first token of each reply. In the `first` update the value head is shifted
+    by a constant, so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an
+    error that all tokens share does not cancel. Along a solved reply the advantage would grow towards its
+    end (lam^k R, k tokens before it), and its early tokens could fall below the mean and be unlearned."""
     # 1. The rows, and where in them the replies of each episode stand.
     rows, places = arrange(policy, streams)
     batch = policy.collate(rows)
@@ -908,9 +909,9 @@ def arrange(
     """The rows of a batch, and for each episode the places of its replies in the order of time, as
     (row, start, stop).
 
-    Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as many:
-    where episodes have several rows, a rank with fewer adds copies of its shortest one that train nothing.
-    """
+    Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as
+    many: where episodes have several rows, a rank with fewer adds copies of its shortest one that train
+    nothing."""
     rows = sorted((stream for own in streams for stream in own), key=len)
     spare = replace(rows[0], mask=[0] * len(rows[0]), logp=[0.0] * len(rows[0]), replies=[])
     rows = [spare] * int(policy.largest(len(rows)) - len(rows)) + rows
@@ -946,7 +947,8 @@ def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
 def score(
     policy: Policy, batch: dict[str, Any], config: PPOConfig, values: bool = False
 ) -> dict[str, Tensor]:
-    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both [B, T]."""
+    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both
+    [B, T]."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         part = rows_of(batch, rows)

@@ -51,13 +51,14 @@ import evaluate
 import ppo
 import sft
 
-# ------------------------------------------------------------------------------------------------------------ the tiny model
+# ------------------------------------------------------------------------------------------- the tiny model
 
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -131,7 +132,8 @@ TINY_MODELS = {
     "tiny": (card_texts, r'(?<![0-9])1[0-3](?![0-9])|[0-9]|[-+*/()=]|\b[AJQK]\b|(?<=")[a-z]+(?=")'),
     "tiny-streets": (
         street_texts,
-        r'[0-9]+|(?:slightly )?(?:left|right)|(?:north|south)(?:east|west)?|east|west|\b[A-Z][a-z]+\b|(?<=")[a-z ]+(?=": )',
+        r"[0-9]+|(?:slightly )?(?:left|right)|(?:north|south)(?:east|west)?|east|west|\b[A-Z][a-z]+\b"
+        r'|(?<=")[a-z ]+(?=": )',
     ),
 }
 
@@ -139,9 +141,9 @@ TINY_MODELS = {
 def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on our own prompts and replies.
 
-    For cards, numbers up to 13, digits, operators, ranks and field names stand alone; for streets, the words of a turn and of names. The
-    fixed text between them merges into single tokens, because every token costs study time.
-    """
+    For cards, numbers up to 13, digits, operators, ranks and field names stand alone; for streets, the
+    words of a turn and of names. The fixed text between them merges into single tokens, because every token
+    costs study time."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts_of, alone = TINY_MODELS[name]
@@ -173,8 +175,8 @@ def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.
 
 
 def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
-    """A built-in model, one of TINY_MODELS: a Hugging Face Llava of about 1M parameters with random weights, and its processor. Needs no
-    network."""
+    """A built-in model, one of TINY_MODELS: a Hugging Face Llava of about 1M parameters with random
+    weights, and its processor. Needs no network."""
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -248,6 +250,11 @@ def best_device() -> torch.device:
     )
 
 
+def one_line(error: BaseException) -> str:
+    """What a library says of a fault, as one short line."""
+    return " ".join(str(error).split())[:200]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the GPU's or the machine's memory is used up."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
@@ -261,16 +268,18 @@ TRAINED = (
 
 
 def _recomputed(forward, *args, **kwargs):
-    """Runs a block so that the backward pass computes its activations again. There is no dropout, so no random state to keep."""
+    """Runs a block so that the backward pass computes its activations again. There is no dropout, so no
+    random state to keep."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW for bf16 parameters, with bf16 moments: 8 bytes per parameter with the gradient, where fp32 needs 16, so that 11B fit on one
-    GPU of 141 GB. New values are rounded up or down at random, in proportion to how near they are: on average nothing is lost, whereas
-    rounding to the nearest loses every update below 2^-9 of the parameter. What is drawn is a function of step and parameter alone."""
+    """AdamW for bf16 parameters, with bf16 moments: 8 bytes per parameter with the gradient, where fp32
+    needs 16, so that 11B fit on one GPU of 141 GB. New values are rounded up or down at random, in
+    proportion to how near they are: on average nothing is lost, whereas rounding to the nearest loses every
+    update below 2^-9 of the parameter. What is drawn is a function of step and parameter alone."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -298,7 +307,8 @@ class RoundingAdamW(torch.optim.Optimizer):
                 new = p.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"])
                 dice = torch.Generator(p.device).manual_seed(int(t) * 1_000_003 + k)
                 for stored, exact in ((state["exp_avg"], first), (state["exp_avg_sq"], second), (p, new)):
-                    # bf16 is the upper half of fp32: a random lower half is added, and what it does not carry over is cut off
+                    # bf16 is the upper half of fp32: a random lower half is added, and what it does not
+                    # carry over is cut off
                     bits = exact.view(torch.int32)
                     bits += torch.randint(
                         0, 2**16, bits.shape, generator=dice, device=p.device, dtype=torch.int32
@@ -315,8 +325,8 @@ def map_file(path: Path, x: Tensor) -> Tensor:
 
 
 class Policy(ppo.Policy):
-    """The policy of ppo.py, loaded and saved in Hugging Face format, on one process or sharded over many: after
-    `shard()` the same methods run on FSDP's shards.
+    """The policy of ppo.py, loaded and saved in Hugging Face format, on one process or sharded over many:
+    after `shard()` the same methods run on FSDP's shards.
 
     Args, beside those of ppo.Policy:
         pictures: whether the model shall read pictures.
@@ -339,9 +349,10 @@ class Policy(ppo.Policy):
     def load(
         cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options
     ) -> "Policy":
-        """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is loaded too. The model's weights are
-        of `dtype`, the value head's fp32; `options` are the constructor's. On the device "meta" it is an outline without weights. Raises
-        ValueError in one line for what cannot be loaded or served."""
+        """One of TINY_MODELS (random weights), a folder, or a Hub id; a value head beside the weights is
+        loaded too. The model's weights are of `dtype`, the value head's fp32; `options` are the
+        constructor's. On the device "meta" it is an outline without weights. Raises ValueError in one line
+        for what cannot be loaded or served."""
         device = device or best_device()
         outline = device.type == "meta"
         if name in TINY_MODELS:
@@ -351,7 +362,8 @@ class Policy(ppo.Policy):
         else:
             if not (folder := Path(name).is_dir()) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
                 raise ValueError(
-                    f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, nor a Hub id (owner/name)"
+                    f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, "
+                    "nor a Hub id (owner/name)"
                 )
             try:
                 config = transformers.AutoConfig.from_pretrained(name)
@@ -372,21 +384,20 @@ class Policy(ppo.Policy):
                         map(str, {*found["missing_keys"], *found["mismatched_keys"]})
                     ):  # the library would draw these at random
                         raise ValueError(
-                            f"{len(faults)} of its weights are missing or of another shape than its config.json says, first {faults[0]}"
+                            f"{len(faults)} of its weights are missing or of another shape "
+                            f"than its config.json says, first {faults[0]}"
                         )
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
                 if out_of_memory(error):
                     raise
                 place = "" if folder else "there is no such folder, and as a Hub id it "
-                raise ValueError(
-                    f"model {name!r}: {place}cannot be loaded: {' '.join(str(error).split())[:200]}"
-                ) from None
+                raise ValueError(f"model {name!r}: {place}cannot be loaded: {one_line(error)}") from None
         try:
             if model.generation_config:
                 repair_generation_config(model.generation_config)
             policy = cls(model.to(device), processor, **options).to(device)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"model {name!r}: {' '.join(str(error).split())[:300]}") from None
+            raise ValueError(f"model {name!r}: {one_line(error)}") from None
         if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
             raise ValueError(
                 f"model {name!r}: its tokenizer has {len(policy.tokenizer)} tokens, its vocabulary {rows}"
@@ -396,17 +407,15 @@ class Policy(ppo.Policy):
             try:
                 policy.value_head.load_state_dict(load_file(head))
             except (RuntimeError, SafetensorError) as error:
-                raise ValueError(
-                    f"{head} does not fit this model: {' '.join(str(error).split())[:200]}"
-                ) from None
+                raise ValueError(f"{head} does not fit this model: {one_line(error)}") from None
         return policy
 
     @classmethod
     def load_shards(
         cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options
     ) -> "Policy":
-        """`load`, `choose` and `shard` for many processes: rank 0 alone reads the weights, into host memory, and sends each rank its parts,
-        tensor by tensor. A collective call."""
+        """`load`, `choose` and `shard` for many processes: rank 0 alone reads the weights, into host
+        memory, and sends each rank its parts, tensor by tensor. A collective call."""
         rank, device = dist.get_rank(), best_device()
         read: list[Any] = [None, None]
         if rank == 0:
@@ -446,8 +455,9 @@ class Policy(ppo.Policy):
 
     @torch.no_grad()
     def _set_up_shards(self) -> None:
-        """FSDP sets itself up in its first forward pass, and a block when it is gathered first. Blocks that a task never uses (the vision tower's,
-        for text) would otherwise break the accumulation of gradients."""
+        """FSDP sets itself up in its first forward pass, and a block when it is gathered first. Blocks that
+        a task never uses (the vision tower's, for text) would otherwise break the accumulation of
+        gradients."""
         spent = self.flops
         self(self.collate([ppo.Stream([self.end_id] * 2, [0, 1])]), values="detached")
         self.flops = spent
@@ -457,8 +467,9 @@ class Policy(ppo.Policy):
                 module.reshard()
 
     def choose(self, train: str = "all", recompute: bool = False) -> "Policy":
-        """Which part of the model is trained (`train`, one of TRAINED), and whether the blocks' activations are computed again in the
-        backward pass in place of being kept, the vision tower's too: a third more work for a fraction of the memory. Before `shard`."""
+        """Which part of the model is trained (`train`, one of TRAINED), and whether the blocks' activations
+        are computed again in the backward pass in place of being kept, the vision tower's too: a third more
+        work for a fraction of the memory. Before `shard`."""
         for name, p in self.model.named_parameters():
             parts = set(name.split("."))
             part = (
@@ -489,8 +500,9 @@ class Policy(ppo.Policy):
         return isinstance(self, FSDPModule)
 
     def save(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format and the value head beside it. A collective call; rank 0 writes. Shards are gathered tensor by
-        tensor into files that rank 0 maps and deletes in the end, so that no process holds the whole model in memory."""
+        """Writes the model in Hugging Face format and the value head beside it. A collective call; rank 0
+        writes. Shards are gathered tensor by tensor into files that rank 0 maps and deletes in the end, so
+        that no process holds the whole model in memory."""
         state: dict[str, Tensor] = {}
         shared: dict[Tensor, Tensor] = {}  # tied weights are one tensor with two names
         mapped = folder / "gathered.tmp"
@@ -517,8 +529,9 @@ class Policy(ppo.Policy):
     def state(
         self, optimizers: list[torch.optim.Optimizer]
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """Whole parameters and optimizer states by the parameter's name, in host memory, on rank 0 alone. A collective call, one tensor after
-        the other. (torch's own functions for it make up states for parameters that had no gradient yet, and hold them twice.)"""
+        """Whole parameters and optimizer states by the parameter's name, in host memory, on rank 0 alone. A
+        collective call, one tensor after the other. (torch's own functions for it make up states for
+        parameters that had no gradient yet, and hold them twice.)"""
 
         def whole(x: Tensor) -> Tensor | None:
             x = x.detach()
@@ -609,9 +622,9 @@ class Policy(ppo.Policy):
         weight_decay: float = 0.0,
         muon: bool = False,
     ) -> list[torch.optim.Optimizer]:
-        """AdamW on what is trained of the model (RoundingAdamW if it is in bf16) and, if `value_lr` is given, on the value head at its own
-        rate. With `muon`, the language model's fp32 matrices are trained by Muon at the same rate: pre-training from random weights takes
-        about half the steps."""
+        """AdamW on what is trained of the model (RoundingAdamW if it is in bf16) and, if `value_lr` is
+        given, on the value head at its own rate. With `muon`, the language model's fp32 matrices are
+        trained by Muon at the same rate: pre-training from random weights takes about half the steps."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         matrices = {
             p
@@ -643,8 +656,8 @@ class Policy(ppo.Policy):
 
 
 def repair_generation_config(config: transformers.GenerationConfig) -> None:
-    """The library refuses to save one that names a temperature but says that it does not sample: then it shall say that it samples. Raises
-    ValueError if it cannot be saved all the same."""
+    """The library refuses to save one that names a temperature but says that it does not sample: then it
+    shall say that it samples. Raises ValueError if it cannot be saved all the same."""
     try:
         config.validate(strict=True)
     except ValueError:
@@ -673,8 +686,7 @@ def check(policy: Policy, pictures: bool) -> None:
     except Exception as error:  # foreign code can raise anything
         if out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} cannot be served: {type(error).__name__}: {reason}") from None
+        raise ValueError(f"{name} cannot be served: {type(error).__name__}: {one_line(error)}") from None
     gap, policy.flops = torch.cat(gaps).abs(), spent
     exact = policy.model.dtype == torch.float32 and policy.model.device.type == "cpu"
     if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
@@ -685,7 +697,8 @@ def check(policy: Policy, pictures: bool) -> None:
 
 
 def _two_turns(policy: Policy, pictures: bool) -> list[ppo.Stream]:
-    """Two conversations whose given replies went through cached decoding; `logp` has what that says of them."""
+    """Two conversations whose given replies went through cached decoding; `logp` has what that says of
+    them."""
     image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
     asked = [envs.parts_of(text) if pictures else text for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
     streams = policy.open([([{"role": "user", "content": content}], image) for content in asked])
@@ -723,7 +736,7 @@ def _plain_logp(policy: Policy, stream: ppo.Stream) -> Tensor:
     return nn.functional.pad(logits.log_softmax(-1).gather(-1, known[:, None])[:, 0], (1, 0)).cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------- run folders
+# ---------------------------------------------------------------------------------------------- run folders
 
 
 class NotSaved(Exception):
@@ -759,8 +772,8 @@ def discard(folder: Path) -> None:
 
 
 class Interruption:
-    """Inside, a first Ctrl-C is only noted, so that what is being done can be ended and saved; a second one counts at once. SIGTERM, which
-    torchrun adds to a Ctrl-C, is only noted."""
+    """Inside, a first Ctrl-C is only noted, so that what is being done can be ended and saved; a second one
+    counts at once. SIGTERM, which torchrun adds to a Ctrl-C, is only noted."""
 
     def __enter__(self) -> "Interruption":
         self.noted = self.insisted = False
@@ -792,7 +805,8 @@ def git_revision() -> str | None:
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt (see README, "A run folder").
+    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt (see README,
+    "A run folder").
 
     Raises ValueError if the folder holds a run with other settings.
     """
@@ -804,7 +818,8 @@ class Run:
                 k for k in old.keys() | self.settings.keys() if old.get(k) != self.settings.get(k)
             )
             raise ValueError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove it"
+                f"{folder} holds a run with other settings ({', '.join(changed)}): "
+                "choose another --out, or remove it"
             )
 
     def finished(self) -> bool:
@@ -817,8 +832,8 @@ class Run:
         )
 
     def resume(self, policy: Policy, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
-        """Writes config.json if the run is new. Loads the newest resume state, if there is one, and returns the step and the FLOPs it
-        stands at; later lines of the logs are dropped."""
+        """Writes config.json if the run is new. Loads the newest resume state, if there is one, and returns
+        the step and the FLOPs it stands at; later lines of the logs are dropped."""
         if policy.rank == 0 and not self.config.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             versions = {
@@ -841,7 +856,7 @@ class Run:
                 )  # one copy in memory for all ranks of a node
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise ValueError(
-                    f"{path} cannot be read: {' '.join(str(error).split())[:200]}; remove it to train from the start"
+                    f"{path} cannot be read: {one_line(error)}; remove it to train from the start"
                 ) from None
             policy.set_state(state["model"], optimizers, state["optimizer"])
             step, flops = state["step"], state["flops"]
@@ -888,8 +903,8 @@ class Run:
         flops: float,
         keep: int | None = None,
     ) -> None:
-        """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step). Then all but the newest `keep`
-        checkpoints may go."""
+        """Writes resume.pt: all that `resume` needs, for everything random is a function of (seed, step).
+        Then all but the newest `keep` checkpoints may go."""
         model, optimizer = policy.state(optimizers)
         if policy.rank == 0:
             with self._writing("resume.tmp") as aside:
@@ -901,7 +916,8 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """A path in the folder; one with the suffix .tmp goes again if writing fails. Raises NotSaved, whichever library met the full disk."""
+        """A path in the folder; one with the suffix .tmp goes again if writing fails. Raises NotSaved,
+        whichever library met the full disk."""
         path = self.folder / name
         try:
             yield path
@@ -911,9 +927,7 @@ class Run:
             if path.suffix == ".tmp":
                 shutil.rmtree(path, ignore_errors=True)
                 path.unlink(missing_ok=True)
-            raise NotSaved(
-                f"{path.with_suffix('')} could not be written: {' '.join(str(error).split())[:200]}"
-            ) from None
+            raise NotSaved(f"{path.with_suffix('')} could not be written: {one_line(error)}") from None
 
 
 def as_json(settings: dict) -> dict:
@@ -951,10 +965,10 @@ def run_stage(
 ) -> None:
     """Trains in a run folder, from where it stands to its end.
 
-    `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are written, at progress (k / count)^2: denser
-    early, where out-of-distribution success moves fastest; the newest `keep` stay, or all. `show` names the metrics on the progress bar.
-    Ctrl-C ends after the update in progress, which is saved; then KeyboardInterrupt is raised.
-    """
+    `train(step, flops)` yields metrics (sft.train or ppo.train). `count` checkpoints are written, at
+    progress (k / count)^2: denser early, where out-of-distribution success moves fastest; the newest `keep`
+    stay, or all. `show` names the metrics on the progress bar. Ctrl-C ends after the update in progress,
+    which is saved; then KeyboardInterrupt is raised."""
     step, flops = run.resume(policy, optimizers)
     board = None
     if tensorboard and policy.rank == 0:
@@ -985,7 +999,8 @@ def run_stage(
 
 
 class Progress(tqdm):
-    """A progress bar with a count of percent: on a terminal one that moves, in a file a line every half minute."""
+    """A progress bar with a count of percent: on a terminal one that moves, in a file a line every half
+    minute."""
 
     def __init__(self, name: str, total: float):
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60}
@@ -1013,8 +1028,9 @@ SFT_SHOW, PPO_SHOW = ("loss", "lr"), ("success", "return", "approx_kl", "explain
 
 
 def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings: dict, **logs) -> None:
-    """One SFT run in its folder, unless it is finished. `make_policy()` loads the model, `batch_of(step)` returns a step's records;
-    `settings` say in config.json which model and records these are, `logs` are options of `run_stage`."""
+    """One SFT run in its folder, unless it is finished. `make_policy()` loads the model, `batch_of(step)`
+    returns a step's records; `settings` say in config.json which model and records these are, `logs` are
+    options of `run_stage`."""
     run = Run(folder, settings | asdict(config))
     if run.finished():
         return
@@ -1042,7 +1058,8 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
     policy = make_policy()
     if config.episodes % policy.world or config.minibatch_size % policy.world:
         raise ValueError(
-            f"--episodes {config.episodes} and --minibatch-size {config.minibatch_size} cannot be shared by {policy.world} ranks"
+            f"--episodes {config.episodes} and --minibatch-size {config.minibatch_size} "
+            f"cannot be shared by {policy.world} ranks"
         )
     if config.kl_coef:
         policy.keep_initial_weights()
@@ -1074,8 +1091,9 @@ def fresh_batches(env, demonstrate, batch_size: int, label: str):
 
 
 def foundation_batches(task: str, batch_size: int, options: dict):
-    """The corpus of the tiny base, step by step; for "gp-vl" a step of text, one of card reading, one of hands shown; for "virl-vl" a step of
-    walks told in words and one of walks shown. `options` are those of the study's environments."""
+    """The corpus of the tiny base, step by step; for "gp-vl" a step of text, one of card reading, one of
+    hands shown; for "virl-vl" a step of walks told in words and one of walks shown. `options` are those of
+    the study's environments."""
 
     def batch(step: int) -> list[dict]:
         rng = random.Random(f"base/{step}")
@@ -1156,7 +1174,8 @@ class Arm:
 
 @dataclass
 class Study:
-    """The settings of `sftrl study` for one task and the tiny model. How the rates were chosen: docs/rates.md."""
+    """The settings of `sftrl study` for one task and the tiny model. How the rates were chosen:
+    docs/rates.md."""
 
     base: sft.SFTConfig
     sft: sft.SFTConfig
@@ -1317,7 +1336,8 @@ class StudyRun:
         return load_policy(loading, model, pictures=self.task.endswith("-vl"))
 
     def environment(self, variant: str = "id", series: str = "train", **options):
-        """One of the study's environments. `series` "valid" and "test": routes that training does not walk."""
+        """One of the study's environments. `series` "valid" and "test": routes that training does not
+        walk."""
         split = {"split": series} if issubclass(envs.TASKS[self.task], envs.VIRL) else {}
         options = {"verify_iter": self.study.verify_iter} | self.study.options | split | options
         return envs.make(self.task, variant, **options)
@@ -1459,7 +1479,8 @@ class StudyRun:
                 file.write(json.dumps(place | episode.transcript()) + "\n")
 
     def measure_reading(self) -> None:
-        """How much better the tiny base reads black cards than red ones, on pictures of its reading corpus."""
+        """How much better the tiny base reads black cards than red ones, on pictures of its reading
+        corpus."""
         for variant, color in (("id", "black"), ("visual", "red")):
             place = {"task": self.task, "arm": "base", "seed": -1, "step": 0, "series": "reading"}
             place |= {"temperature": 0.0, "variant": variant}
