@@ -414,7 +414,7 @@ class Policy(ppo.Policy):
     def load_shards(
         cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options
     ) -> "Policy":
-        """`load`, `choose` and `shard` for many processes: rank 0 alone reads the weights, into host
+        """`load`, `set_trainable` and `shard` for many processes: rank 0 alone reads the weights, into host
         memory, and sends each rank its parts, tensor by tensor. A collective call."""
         rank, device = dist.get_rank(), best_device()
         read: list[Any] = [None, None]
@@ -434,7 +434,7 @@ class Policy(ppo.Policy):
         with torch.device("meta"):  # shapes without memory
             model = architecture(config)
         model.generation_config = generation_config
-        policy = cls(model, processor, **options).to("meta").choose(train, recompute).shard(param_dtype)
+        policy = cls(model, processor, **options).to("meta").set_trainable(train, recompute).shard(param_dtype)
         policy.to_empty(device=device)
         policy.model.tie_weights()
         set_model_state_dict(
@@ -466,7 +466,7 @@ class Policy(ppo.Policy):
                 module.unshard()
                 module.reshard()
 
-    def choose(self, train: str = "all", recompute: bool = False) -> "Policy":
+    def set_trainable(self, train: str = "all", recompute: bool = False) -> "Policy":
         """Which part of the model is trained (`train`, one of TRAINED), and whether the blocks' activations
         are computed again in the backward pass in place of being kept, the vision tower's too: a third more
         work for a fraction of the memory. Before `shard`."""
@@ -1132,7 +1132,7 @@ def load_policy(loading: Loading, model: str, pictures: bool = False) -> Policy:
         gc.collect()  # reference cycles (FSDP's hooks, recomputed blocks) may hold an old policy's memory
     if not dist.is_initialized():
         policy = Policy.load(model, dtype=getattr(torch, loading.weights), **options)
-        return policy.choose(loading.train, loading.recompute)
+        return policy.set_trainable(loading.train, loading.recompute)
     if loading.weights != "float32":
         raise ValueError(
             "--weights bfloat16 is for one process: FSDP shards fp32 weights and computes in bf16"

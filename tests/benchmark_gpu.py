@@ -93,7 +93,7 @@ def build(device: torch.device, layers: int, width: int) -> sftrl.Policy:
     processor = transformers.MllamaProcessor(
         images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>")
     )
-    return sftrl.Policy(model, processor).to(device).choose(recompute=True)
+    return sftrl.Policy(model, processor).to(device).set_trainable(recompute=True)
 
 
 def main() -> None:

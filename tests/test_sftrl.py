@@ -938,7 +938,7 @@ def test_a_tokenizer_without_chat_template_is_refused():
 @pytest.mark.parametrize("kind", SIGHTED)
 @pytest.mark.parametrize("train", sftrl.TRAINED)
 def test_only_the_chosen_parts_of_a_model_are_trained(kind, train):
-    policy = make_policy(kind).choose(train)
+    policy = make_policy(kind).set_trainable(train)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     optimizers = policy.optimizers(1e-2)
     env = envs.make("gp-vl", **SMALL)
@@ -965,7 +965,7 @@ def test_activations_computed_again_give_the_same_gradients_in_less_memory(kind,
     batch = policy.collate(sampled(policy, task=task))
     gradients, kept = [], []
     for recompute in (False, True):
-        policy.choose(recompute=recompute)
+        policy.set_trainable(recompute=recompute)
         sizes = {}
 
         def keep(x):
@@ -1024,7 +1024,7 @@ def test_a_run_with_frozen_parts_in_bf16_resumes_to_the_same_weights(tmp_path):
 
     def run(folder, batch_of=batches):
         sftrl.run_sft(
-            lambda: sftrl.Policy.load("tiny", dtype=torch.bfloat16).choose("language"),
+            lambda: sftrl.Policy.load("tiny", dtype=torch.bfloat16).set_trainable("language"),
             folder,
             batch_of,
             config,
