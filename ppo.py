@@ -1,11 +1,15 @@
 """PPO for a language model in a conversation with a verifier, to be read from top to bottom.
 
-One update:
+One update (`train`):
 
-    rollout   N episodes are played: the policy samples replies, the verifier judges them and answers
-    score     log-probabilities and values of the sampled tokens, by the forward pass that training uses
-    gae       advantages and returns, one episode at a time
-    update    epochs of minibatches: clipped policy loss, clipped value loss, entropy, KL to the start
+    rollout   N episodes are played: `Player` lets the policy sample replies (`Policy.sample`), the verifier
+              judges them (`envs.play`) and its words join the prompt (`Policy.extend`)
+    collect   log-probabilities and values of the sampled tokens by the training forward (`Policy.forward`),
+              then advantages and returns, one episode at a time (`gae`)
+    update    epochs of minibatches: `losses`, backward, one optimizer step for each
+
+The file follows that order. Then come the policy in detail (text and tokens, scores, sampling), how families
+of models take pictures, and the key-value caches.
 
 Words used here: a *reply* is a run of tokens that the policy sampled, up to its end token. A *stream* is one
 conversation in tokens. An *episode* is what an environment plays: one stream, or on a walk with pictures
@@ -18,6 +22,8 @@ policy chose the token. It comes from the sampler, never from comparing ids with
 Left out, to stay short: value functions of their own (the value head reads the policy's trunk), adaptive KL
 coefficients, and partial episodes: every episode ends within its rollout.
 """
+
+from __future__ import annotations
 
 import copy
 import math
@@ -78,9 +84,6 @@ class PPOConfig:
     seed: int = 0
 
 
-# -------------------------------------------------------------------- a conversation in tokens
-
-
 @dataclass
 class Stream:
     """One conversation as the model sees it.
@@ -118,7 +121,505 @@ class Stream:
         self.ids, self.mask, self.logp = self.ids[:length], self.mask[:length], self.logp[:length]
 
 
-# ------------------------------------------------------------------------------------ the policy
+# -------------------------------------------------------------------------------- one update after the other
+
+
+def train(
+    policy: Policy,
+    optimizers: list[torch.optim.Optimizer],
+    environments: Sequence,
+    config: PPOConfig,
+    step: int = 0,
+    flops: float = 0.0,
+) -> Iterator[dict]:
+    """Trains until `config.steps` updates or `config.flops`, and yields the metrics of every update.
+
+    `environments` are this rank's, one episode each per update. `step` and `flops` are where a resumed run
+    stands.
+    """
+    while (progress := max(step / config.steps, flops / config.flops)) < 1:
+        factor = policy.set_lr(optimizers, progress, config.warmup)
+        spent, clock = policy.flops, [time.perf_counter()]
+        streams, episodes = rollout(policy, environments, config, step)
+        clock.append(time.perf_counter())
+        batch = collect(
+            policy, streams, episodes, config, environments[0].fields[-1], center_values=step == 0
+        )
+        clock.append(time.perf_counter())
+        logged = update(policy, optimizers, batch, config, step)
+        clock.append(time.perf_counter())
+        generated, trained, work = policy.sum(
+            batch["mask"].sum(), batch["length"].sum() * config.epochs, policy.flops - spent
+        )
+        step, flops = step + 1, flops + work
+        yield {
+            "step": step,
+            "flops": flops,
+            "progress": max(step / config.steps, flops / config.flops),
+            "lr": factor * config.lr,
+            **episode_metrics(policy, streams, episodes, batch, config, environments[0].rewards),
+            **logged,
+            "rollout_tokens_per_s": generated / (clock[1] - clock[0]),
+            "update_tokens_per_s": trained / (clock[3] - clock[2]),
+            "seconds": clock[3] - clock[0],
+            "transcript": episodes[0].transcript(),
+        }
+
+
+# ------------------------------------------------------------------------------------ from prompt to verdict
+
+
+def rollout(
+    policy: Policy, environments: Sequence, config: PPOConfig, step: int
+) -> tuple[list[list[Stream]], list[envs.Episode]]:
+    """Plays one episode in each of this rank's environments: the streams of each episode (one, or on a walk
+    with pictures one for each place) and the episodes, in the same order.
+
+    Episodes and samples are a function of (seed, step, rank): a resumed run sees what the unbroken one would
+    have seen.
+    """
+    first = policy.rank * len(environments)
+    seeds = [f"train/{config.seed}/{step}/{first + i}" for i in range(len(environments))]
+    generator = policy.generator(f"rollout/{config.seed}/{step}")
+    with policy.responder(config.temperature, config.max_new_tokens, generator) as player:
+        episodes = envs.play(environments, player, seeds)
+    return [player.streams[i] for i in range(len(episodes))], episodes
+
+
+class Player:
+    """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's
+    conversation: one stream, or on a walk with pictures one for each place, opened anew with the picture seen
+    there and the words of the walk so far."""
+
+    def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
+        self.policy, self.generator = policy, generator
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.streams: dict[int, list[Stream]] = {}
+        self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
+        self.images: dict[int, Image.Image | None] = {}
+        self.features: dict[int, dict[str, Tensor]] = {}  # of those images
+        self.caches: dict[int, "KVCache"] | None = None
+
+    def __enter__(self) -> "Player":
+        self._weights = self.policy.rollout_weights()
+        self._model = self._weights.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._weights.__exit__(*error)
+        self.features.clear()
+        self.caches = None
+
+    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
+        """One reply each; None where the conversation is as long as the model's positions reach. Raises
+        ValueError for a first prompt of that length."""
+        policy = self.policy
+        if not self.streams and len(indices) <= policy.rollout_batch:  # more caches might not find room
+            self.caches = {}
+        # Conversations that begin, or that go on with another picture, are opened; the others are extended.
+        seen = {
+            i: o for i, o in zip(indices, observations) if i in self.streams and self.images[i] is o.image
+        }
+        new = {i: o for i, o in zip(indices, observations) if i not in seen}
+        said = [self.said.get(i, []) for i in new]
+        opened = dict(zip(new, policy.open([(o.messages, o.image) for o in new.values()], said)))
+        if any(stream.picture for stream in opened.values()):
+            features = policy.image_features(self._model, [stream.picture for stream in opened.values()])
+            self.features |= dict(zip(opened, features))
+        ready = [i for i, o in zip(indices, observations) if self._take_in(i, o, opened.get(i))]
+        now = [self.streams[i][-1] for i in ready]
+        drawn = policy.sample(
+            self._model,
+            [stream.ids for stream in now],
+            self.max_new_tokens,
+            self.temperature,
+            self.generator,
+            [self.features[i] for i in ready] if self.features else None,
+            [self.caches[i] for i in ready] if self.caches else None,
+        )
+        texts = {}
+        for i, stream, (ids, logp) in zip(ready, now, drawn):
+            stream.reply(ids, logp)
+            self.said.setdefault(i, []).append(ids)
+            texts[i] = policy.decode(ids)
+        return [texts.get(i) for i in indices]
+
+    def _take_in(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
+        """Takes what environment i says into its conversation, `opened` anew or the last one; False if no
+        room is left for a reply."""
+        if opened is None:
+            stream = self.streams[i][-1]
+            before = len(stream)
+            self.policy.extend(stream, observation.messages[-1]["content"])
+            if len(stream) >= self.policy.max_length:
+                stream.cut(before)
+            return len(stream) > before
+        if i not in self.streams:
+            self.policy.require_room(len(opened), "a prompt")
+        if self.caches is not None:
+            self.caches[i] = self._kept(i, opened.ids)
+        self.images[i] = observation.image
+        if len(opened) >= self.policy.max_length:
+            return False
+        self.streams.setdefault(i, []).append(opened)
+        return True
+
+    def _kept(self, i: int, ids: list[int]) -> "KVCache":
+        """What the cache of environment i's last conversation holds of a new one: the words before either
+        one's picture. Mllama's keeps nothing, for there all words know the picture."""
+        if i not in self.streams or isinstance(self.policy.family, Mllama):
+            return KVCache()
+        pairs = zip(self.streams[i][-1].ids[: self.caches[i].length], ids[:-1])
+        same = takewhile(lambda pair: pair[0] == pair[1] != self.policy.image_id, pairs)
+        return self.caches[i].first(sum(1 for _ in same))
+
+
+# ------------------------------------------------------------------------------------- from episode to batch
+
+
+def collect(
+    policy: Policy,
+    streams: list[list[Stream]],
+    episodes: list[envs.Episode],
+    config: PPOConfig,
+    answer_field: str,
+    center_values: bool = False,
+) -> dict[str, Any]:
+    """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
+
+    `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio:
+    the policy's tokens, or the first token of each reply. With
+    `center_values`, for the first update, the value head is shifted
+    by a constant, so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an
+    error that all tokens share does not cancel. Along a solved reply the advantage would grow towards its
+    end (lam^k R, k tokens before it), and its early tokens could fall below the mean and be unlearned."""
+    # 1. The rows, and where in them the replies of each episode stand.
+    rows, spans = arrange(policy, streams)
+    batch = policy.collate(rows)
+    batch["actions"] = batch["mask"]
+    if config.ratio == "reply":
+        batch["actions"], batch["weights"] = reply_weights(policy, rows, batch["mask"], answer_field, config)
+        spans = [[(b, start, start + 1) for b, start, _ in own] for own in spans]
+    # 2. One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever
+    # precision sampled the tokens.
+    scores = score(policy, batch, config, values=True)
+    batch["old_logp"], values = action_logp(scores["logp"], batch), scores["value"]
+    sampled = torch.zeros_like(batch["mask"])
+    for b, stream in enumerate(rows):
+        sampled[b, : len(stream)] = torch.tensor(stream.logp)
+    batch["sampler_gap"] = (sampled - scores["logp"]).abs()
+    if config.kl_coef:
+        with policy.initial_weights():
+            batch["initial_logp"] = score(policy, batch, config)["logp"]
+    # 3. Advantages and returns of each episode.
+    rewards = [[turn.reward for turn in episode.turns] for episode in episodes]
+    if center_values:  # V = 0 and lam = 1 make the return the discounted sum of later rewards
+        _, returns = advantages_of(rewards, torch.zeros_like(values), spans, config.gamma, 1.0)
+        error, count = policy.sum(((returns - values) * batch["actions"]).sum(), batch["actions"].sum())
+        policy.shift_value(error / count)
+        values = values + error / count
+    batch["old_values"] = values * batch["actions"]
+    advantages, batch["returns"] = advantages_of(rewards, values, spans, config.gamma, config.lam)
+    batch["advantages"] = whiten(policy, advantages, batch["actions"])
+    return batch
+
+
+def arrange(
+    policy: Policy, streams: list[list[Stream]]
+) -> tuple[list[Stream], list[list[tuple[int, int, int]]]]:
+    """The rows of a batch, and for each episode the spans of its replies in the order of time, as
+    (row, start, stop).
+
+    Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as
+    many: where episodes have several rows, a rank with fewer adds copies of its shortest one that train
+    nothing."""
+    rows = sorted((stream for own in streams for stream in own), key=len)
+    spare = replace(rows[0], mask=[0] * len(rows[0]), logp=[0.0] * len(rows[0]), replies=[])
+    rows = [spare] * int(policy.largest(len(rows)) - len(rows)) + rows
+    number = {id(stream): b for b, stream in enumerate(rows)}
+    spans = [[(number[id(s)], start, stop) for s in own for start, stop in s.replies] for own in streams]
+    return rows, spans
+
+
+def reply_weights(
+    policy: Policy, rows: list[Stream], mask: Tensor, answer_field: str, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """For the reply-level ratio, both [B, T]: 1 on the first token of each reply, and the weights of the
+    tokens' log-probabilities, `thought_coef` before the answer field and 1 from there on."""
+    starts, weights = torch.zeros_like(mask), torch.zeros_like(mask)
+    for b, stream in enumerate(rows):
+        for start, stop in stream.replies:
+            answer = start + thought_length(policy, stream.ids[start:stop], answer_field)
+            starts[b, start], weights[b, start:answer], weights[b, answer:stop] = 1, config.thought_coef, 1
+    return starts, weights
+
+
+def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
+    """Number of a reply's tokens before the one in which the name of the answer field ends."""
+    text = ""
+    for k, token in enumerate(ids):
+        text += policy.decode([token])
+        if answer_field in text:
+            return k
+    return len(ids)
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, batch: dict[str, Any], config: PPOConfig, values: bool = False
+) -> dict[str, Tensor]:
+    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both
+    [B, T]."""
+    out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
+    for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
+        part = rows_of(batch, rows)
+        scores = policy(part, config.temperature, values=config.value_trunk if values else None)
+        for name, scored in scores.items():
+            out[name][rows, : scored.shape[1]] = scored
+    return out
+
+
+def rows_of(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
+    width, part = int(batch["length"][rows].max()), {}
+    for name, values in batch.items():
+        if name == "pictures":
+            part[name] = [values[i] for i in rows.tolist()]
+        else:
+            part[name] = values[rows, :width] if values.dim() > 1 else values[rows]
+    return part
+
+
+def action_logp(logp: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Log-probability of each action [B, T]: of the token, or the weighted sum over the reply, on its first
+    token."""
+    return per_reply(logp * batch["weights"], batch["actions"]) if "weights" in batch else logp
+
+
+def per_reply(x: Tensor, starts: Tensor) -> Tensor:
+    """Sums x [B, T], which is 0 outside replies, over each reply; the sum stands on the reply's first token,
+    where starts [B, T] is 1."""
+    reply = starts.cumsum(1).long()  # 0 before the first reply, then 1, 2, ...
+    sums = torch.zeros(len(x), int(reply.max()) + 1, dtype=x.dtype, device=x.device).scatter_add(1, reply, x)
+    return sums.gather(1, reply) * starts
+
+
+# ----------------------------------------------------------------------------------- mathematics
+
+
+def gae(
+    rewards: Sequence[float], values: Sequence[Sequence[float]], gamma: float, lam: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Generalized advantage estimation for one episode (Schulman et al. 2016, equation 16).
+
+    rewards[k] is the reward of reply k, values[k] the list of V before each of its tokens. From one token of
+    the policy to the next one, t':
+
+        delta_t = r_t + d V_t' - V_t,    A_t = delta_t + d lam A_t',    d = 1 inside a reply, else gamma
+
+    The reward falls on the reply's last token. Gamma acts once per turn, not per token. Behind the last reply
+    value and advantage are 0: an episode that ends, solved or with its budget used up, is over. Returns the
+    advantages and the returns A + V, shaped like the values.
+    """
+    advantages: list[list[float]] = []
+    next_value = next_advantage = 0.0
+    for reward, own in zip(reversed(rewards), reversed(values), strict=True):
+        line, discount = [], gamma
+        for value in reversed(own):
+            delta = reward + discount * next_value - value
+            line.append(delta + discount * lam * next_advantage)
+            next_value, next_advantage, reward, discount = value, line[-1], 0.0, 1.0
+        advantages.append(line[::-1])
+    advantages.reverse()
+    return advantages, [[a + v for a, v in zip(*pair)] for pair in zip(advantages, values)]
+
+
+def advantages_of(
+    rewards: list[list[float]],
+    values: Tensor,
+    spans: list[list[tuple[int, int, int]]],
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. `values` [B, T],
+    `spans` as of `arrange`."""
+    before, advantages, returns = values.tolist(), torch.zeros(values.shape), torch.zeros(values.shape)
+    for reward, own in zip(rewards, spans):
+        lines = gae(reward, [before[b][start:stop] for b, start, stop in own], gamma, lam)
+        for (b, start, stop), a, r in zip(own, *lines):
+            advantages[b, start:stop], returns[b, start:stop] = torch.tensor(a), torch.tensor(r)
+    return advantages.to(values.device), returns.to(values.device)
+
+
+def whiten(policy: Policy, x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, T] with mean 0 and standard deviation 1 over the mask of all ranks; 0 elsewhere."""
+    total, first, second = policy.sum(mask.sum(), (x * mask).sum(), (x * x * mask).sum())
+    mean = first / total
+    variance = max(second / total - mean * mean, 0.0)
+    return (x - mean) / (variance**0.5 + 1e-8) * mask
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x where mask is 1; 0 if that is nowhere. x and mask [B, T]."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """Clipped surrogate loss, a scalar to minimise (Schulman et al. 2017, equation 7). All tensors [B, T].
+
+    - mean over the mask of min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logp - old_logp).
+    """
+    ratio = torch.exp(logp - old_logp)
+    return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """Clipped value loss, a scalar: 1/2 mean over the mask of max((V - R)^2, (V_clipped - R)^2), all [B, T].
+
+    V_clipped stays within `clip` of the rollout's value, so one batch cannot pull the critic far.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
+    """The k3 estimate of KL(p || q) in nats from samples of p: q/p - 1 - log(q/p), never negative (Schulman
+    2020, "Approximating KL divergence"). logp of p, other_logp of q, of any shape."""
+    log_ratio = other_logp - logp
+    return torch.exp(log_ratio) - 1 - log_ratio
+
+
+def losses(
+    scores: dict[str, Tensor],
+    part: dict[str, Any],
+    config: PPOConfig,
+    actions: float,
+    tokens: float,
+    warming: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one microbatch and, by name, what is logged of it; all are its shares of the means over the
+    global minibatch, which has so many actions and tokens. `warming`: the value loss alone."""
+    logp, act = action_logp(scores["logp"], part), part["actions"]
+    share = act.sum() / actions  # makes a mean over this microbatch its part of the global one
+    pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
+    vf = value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip) * share
+    entropy = scores["entropy"].sum() / tokens
+    loss = config.value_coef * vf
+    if not warming:
+        loss = loss + pg - config.entropy_coef * entropy
+    logged = {"policy_loss": pg, "value_loss": vf, "entropy": entropy}
+    if config.kl_coef:
+        if not warming:
+            # The gradient of half the squared log-ratio is that of KL(policy || initial); that of k3 is the
+            # reverse KL's.
+            squared = ((scores["logp"] - part["initial_logp"]) ** 2).sum() / tokens
+            loss = loss + config.kl_coef * 0.5 * squared
+        logged["kl_to_init"] = (
+            kl_estimate(scores["logp"], part["initial_logp"]) * part["mask"]
+        ).sum() / tokens
+    ratio = torch.exp(logp - part["old_logp"])
+    logged["approx_kl"] = masked_mean(kl_estimate(part["old_logp"], logp), act) * share
+    logged["clip_fraction"] = masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
+    logged["largest_ratio"] = (ratio * act).max()
+    logged["ratio_error"] = ((ratio - 1).abs() * act).max()
+    return loss, {name: x.detach() for name, x in logged.items()}
+
+
+# -------------------------------------------------------------------------- from batch to weights
+
+
+def update(
+    policy: Policy,
+    optimizers: list[torch.optim.Optimizer],
+    batch: dict[str, Any],
+    config: PPOConfig,
+    step: int,
+) -> dict[str, float]:
+    """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is
+    logged.
+
+    Policy and value loss are normalised by the number of actions in the global minibatch, entropy and KL by
+    that of tokens. Every rank has the same number of rows, hence of minibatches and microbatches; a minibatch
+    has the share of them that `minibatch_size` is of the episodes. Raises FloatingPointError on a non-finite
+    loss or gradient.
+    """
+    sums: Counter[str] = Counter()
+    largest, first_error, norms = 1.0, 0.0, []
+    warming = step < config.value_warmup
+    trunk = "detached" if warming else config.value_trunk
+    shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    size = math.ceil(len(batch["ids"]) * config.minibatch_size / config.episodes)
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(size):
+            rows = rows.sort().values.to(batch["ids"].device)  # in order of length: sorted ones pad least
+            actions, tokens = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
+            microbatches, minibatch_loss = rows.split(config.microbatch_size), 0.0
+            for k, micro in enumerate(microbatches):
+                part = rows_of(batch, micro)
+                scores = policy(part, config.temperature, values=trunk, entropy=True)
+                loss, logged = losses(scores, part, config, actions, tokens, warming)
+                policy.backward(loss, last=k == len(microbatches) - 1)
+                minibatch_loss += loss.item()
+                largest = max(largest, logged.pop("largest_ratio").item())
+                error = logged.pop("ratio_error").item()
+                if not norms:  # before the first optimizer step
+                    first_error = max(first_error, error)
+                sums.update({name: x.item() for name, x in logged.items()})
+            norms.append(policy.step(optimizers, config.max_grad_norm, policy.sum(minibatch_loss)[0]))
+    names = sorted(sums)
+    totals = policy.sum(*(sums[name] for name in names))
+    return {name: total / len(norms) for name, total in zip(names, totals)} | {
+        "grad_norm": sum(norms) / len(norms),
+        "largest_ratio": policy.largest(largest),
+        "first_ratio_error": policy.largest(first_error),
+    }
+
+
+def episode_metrics(
+    policy: Policy,
+    streams: list[list[Stream]],
+    episodes: list[envs.Episode],
+    batch: dict[str, Any],
+    config: PPOConfig,
+    verdicts: Sequence[str],
+) -> dict[str, float]:
+    """What the rollout says, over all ranks: return, success, shares of the task's `verdicts`, lengths, and
+    how much of the return the critic explains."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    error, act = batch["returns"] - batch["old_values"], batch["actions"]
+    own = {
+        "episodes": len(episodes),
+        "replies": len(turns),
+        "success": sum(e.success for e in episodes),
+        "first_success": sum(e.success and e.most_tries() == 1 for e in episodes),
+        "return": sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)),
+        "tokens": batch["mask"].sum(),
+        "gap": batch["sampler_gap"].sum(),
+        "actions": act.sum(),
+        "error": (error * act).sum(),
+        "error^2": (error**2 * act).sum(),
+        "R": (batch["returns"] * act).sum(),
+        "R^2": (batch["returns"] ** 2 * act).sum(),
+    }
+    for verdict in verdicts:
+        rewards = [turn.reward for turn in turns if turn.verdict == verdict]
+        own[f"share/{verdict}"], own[f"reward/{verdict}"] = len(rewards), sum(rewards)
+    total = dict(zip(own, policy.sum(*own.values())))
+    n, replies, actions = total["episodes"], total["replies"], total["actions"]
+    variance = total["R^2"] / actions - (total["R"] / actions) ** 2
+    unexplained = total["error^2"] / actions - (total["error"] / actions) ** 2
+    return {
+        **{name: total[name] / n for name in ("return", "success", "first_success")},
+        "turns": replies / n,
+        "reply_length": total["tokens"] / replies,
+        "sampler_gap": total["gap"] / total["tokens"],
+        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+        **{name: x / replies for name, x in total.items() if name.startswith("share/")},
+        **{name: x / n for name, x in total.items() if name.startswith("reward/")},
+    }
+
+
+# ----------------------------------------------------------------------- the policy: tokens, scores, samples
 
 
 class Policy(nn.Module):
@@ -167,7 +668,7 @@ class Policy(nn.Module):
         self.family = family_of(model)
         ids = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
         self.image_id = next((i for i in ids if i is not None), None)
-        self._learn_template()
+        self._ask_template()
         self.pad_id = self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.max_length = longest_conversation(model.config.get_text_config())
         self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
@@ -201,8 +702,11 @@ class Policy(nn.Module):
 
     _MARK = "\u2063REPLY\u2063"
 
-    def _learn_template(self) -> None:
-        """Asks the chat template what it writes around a reply.
+    def _ask_template(self) -> None:
+        """Asks the chat template what it writes around a reply, for example
+
+            <|im_start|>user\\n QUESTION <|im_end|>\\n<|im_start|>assistant\\n REPLY
+            <|im_end|>\\n<|im_start|>user\\n
 
         `opening` is the text before a reply, `reply_start` what some put between: a blank, or the channel
         that the reply goes to. `end_id` ends a reply: the first special or added token after it, for some
@@ -425,16 +929,16 @@ class Policy(nn.Module):
         logps = self._log_probabilities(self.model, hidden, temperature)
         chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
 
-        def place(flat: Tensor) -> Tensor:
+        def scatter(flat: Tensor) -> Tensor:
             return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, flat)
 
-        out = {"logp": place(chosen)}
+        out = {"logp": scatter(chosen)}
         if values:
-            out["value"] = place(
+            out["value"] = scatter(
                 self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0]
             )
         if entropy:
-            out["entropy"] = place(-(logps.exp() * logps).sum(-1))
+            out["entropy"] = scatter(-(logps.exp() * logps).sum(-1))
         return out
 
     sharded = False  # over several processes
@@ -580,11 +1084,11 @@ class Policy(nn.Module):
         """Reads the last `new` tokens of prompts whose other tokens the caches hold, and notes all of them in
         the caches.
 
-        Padding stands on the left of everything: sliding windows, and positions that count columns, allow no
-        masked column inside a row. So of every prompt as many tokens are read, some of them again. Returns
-        the state after the last token [B, H], its position [(3,) B, 1], the last row of Mllama's
-        cross-attention mask [B, 1, 1, tiles], and by layer the keys and values of each row.
-        """
+        All rows must end in the same column, where the next token joins, and no masked column may stand
+        inside a row, for sliding windows and some positions count columns. So all padding stands on the
+        left, and every row reads as many tokens as the one that lacks most, some of them again. Returns the
+        state after the last token [B, H], its position [(3,) B, 1], the last row of Mllama's
+        cross-attention mask [B, 1, 1, tiles], and by layer the keys and values of each row. """
         device, config = model.device, model.config.get_text_config()
         crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: their keys are the picture's
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -625,7 +1129,7 @@ class Policy(nn.Module):
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Adds the gradient of this rank's part of a loss that is a sum over ranks and microbatches; `last`
-        marks the last one."""
+        marks the last one. (Over ranks gradients are summed in sftrl.py.)"""
         loss.backward()
 
     def step(self, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, loss: float) -> float:
@@ -729,94 +1233,6 @@ def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
 PREFILL = 4096
 
 
-class Player:
-    """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's
-    conversation: one stream, or on a walk with pictures one for each place, opened anew with the picture seen
-    there and the words of the walk so far."""
-
-    def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
-        self.policy, self.generator = policy, generator
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.streams: dict[int, list[Stream]] = {}
-        self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
-        self.images: dict[int, Image.Image | None] = {}
-        self.features: dict[int, dict[str, Tensor]] = {}  # of those images
-        self.caches: dict[int, "KVCache"] | None = None
-
-    def __enter__(self) -> "Player":
-        self._weights = self.policy.rollout_weights()
-        self._model = self._weights.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._weights.__exit__(*error)
-        self.features.clear()
-        self.caches = None
-
-    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
-        """One reply each; None where the conversation is as long as the model's positions reach. Raises
-        ValueError for a first prompt of that length."""
-        policy = self.policy
-        if not self.streams and len(indices) <= policy.rollout_batch:  # more caches might not find room
-            self.caches = {}
-        # Conversations that begin, or that go on with another picture, are opened; the others are extended.
-        seen = {
-            i: o for i, o in zip(indices, observations) if i in self.streams and self.images[i] is o.image
-        }
-        new = {i: o for i, o in zip(indices, observations) if i not in seen}
-        said = [self.said.get(i, []) for i in new]
-        opened = dict(zip(new, policy.open([(o.messages, o.image) for o in new.values()], said)))
-        if any(stream.picture for stream in opened.values()):
-            features = policy.image_features(self._model, [stream.picture for stream in opened.values()])
-            self.features |= dict(zip(opened, features))
-        ready = [i for i, o in zip(indices, observations) if self._listen(i, o, opened.get(i))]
-        now = [self.streams[i][-1] for i in ready]
-        drawn = policy.sample(
-            self._model,
-            [stream.ids for stream in now],
-            self.max_new_tokens,
-            self.temperature,
-            self.generator,
-            [self.features[i] for i in ready] if self.features else None,
-            [self.caches[i] for i in ready] if self.caches else None,
-        )
-        texts = {}
-        for i, stream, (ids, logp) in zip(ready, now, drawn):
-            stream.reply(ids, logp)
-            self.said.setdefault(i, []).append(ids)
-            texts[i] = policy.decode(ids)
-        return [texts.get(i) for i in indices]
-
-    def _listen(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
-        """Takes what environment i says into its conversation, `opened` anew or the last one; False if no
-        room is left for a reply."""
-        if opened is None:
-            stream = self.streams[i][-1]
-            before = len(stream)
-            self.policy.extend(stream, observation.messages[-1]["content"])
-            if len(stream) >= self.policy.max_length:
-                stream.cut(before)
-            return len(stream) > before
-        if i not in self.streams:
-            self.policy.require_room(len(opened), "a prompt")
-        if self.caches is not None:
-            self.caches[i] = self._kept(i, opened.ids)
-        self.images[i] = observation.image
-        if len(opened) >= self.policy.max_length:
-            return False
-        self.streams.setdefault(i, []).append(opened)
-        return True
-
-    def _kept(self, i: int, ids: list[int]) -> "KVCache":
-        """What the cache of environment i's last conversation holds of a new one: the words before either
-        one's picture. Mllama's keeps nothing, for there all words know the picture."""
-        if i not in self.streams or isinstance(self.policy.family, Mllama):
-            return KVCache()
-        pairs = zip(self.streams[i][-1].ids[: self.caches[i].length], ids[:-1])
-        same = takewhile(lambda pair: pair[0] == pair[1] != self.policy.image_id, pairs)
-        return self.caches[i].first(sum(1 for _ in same))
-
-
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies matrices in bf16 natively; a CPU without it is slower in bf16 than in
     fp32."""
@@ -835,406 +1251,6 @@ def longest_conversation(config: transformers.PretrainedConfig) -> float:
     if kinds and not changing:
         return math.inf
     return min([reach, *(kind.get("original_max_position_embeddings") or reach for kind in changing)])
-
-
-# ----------------------------------------------------------------------------- from episode to batch
-
-
-def rollout(
-    policy: Policy, environments: Sequence, config: PPOConfig, step: int
-) -> tuple[list[list[Stream]], list[envs.Episode]]:
-    """Plays one episode in each of this rank's environments: the streams of each episode (one, or on a walk
-    with pictures one for each place) and the episodes, in the same order.
-
-    Episodes and samples are a function of (seed, step, rank): a resumed run sees what the unbroken one would
-    have seen.
-    """
-    first = policy.rank * len(environments)
-    seeds = [f"train/{config.seed}/{step}/{first + i}" for i in range(len(environments))]
-    generator = policy.generator(f"rollout/{config.seed}/{step}")
-    with policy.responder(config.temperature, config.max_new_tokens, generator) as player:
-        episodes = envs.play(environments, player, seeds)
-    return [player.streams[i] for i in range(len(episodes))], episodes
-
-
-def collect(
-    policy: Policy,
-    streams: list[list[Stream]],
-    episodes: list[envs.Episode],
-    config: PPOConfig,
-    answer_field: str,
-    first: bool = False,
-) -> dict[str, Any]:
-    """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
-
-    `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio:
-    the policy's tokens, or the first token of each reply. In the `first` update the value head is shifted
-    by a constant, so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an
-    error that all tokens share does not cancel. Along a solved reply the advantage would grow towards its
-    end (lam^k R, k tokens before it), and its early tokens could fall below the mean and be unlearned."""
-    # 1. The rows, and where in them the replies of each episode stand.
-    rows, places = arrange(policy, streams)
-    batch = policy.collate(rows)
-    batch["actions"] = batch["mask"]
-    if config.ratio == "reply":
-        batch["actions"], batch["weights"] = reply_weights(policy, rows, batch["mask"], answer_field, config)
-        places = [[(b, start, start + 1) for b, start, _ in own] for own in places]
-    # 2. One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever
-    # precision sampled the tokens.
-    scores = score(policy, batch, config, values=True)
-    batch["old_logp"], values = action_logp(scores["logp"], batch), scores["value"]
-    sampled = torch.zeros_like(batch["mask"])
-    for b, stream in enumerate(rows):
-        sampled[b, : len(stream)] = torch.tensor(stream.logp)
-    batch["sampler_gap"] = (sampled - scores["logp"]).abs()
-    if config.kl_coef:
-        with policy.initial_weights():
-            batch["initial_logp"] = score(policy, batch, config)["logp"]
-    # 3. Advantages and returns of each episode.
-    rewards = [[turn.reward for turn in episode.turns] for episode in episodes]
-    if first:
-        _, returns = advantages_of(rewards, torch.zeros_like(values), places, config.gamma, 1.0)
-        error, count = policy.sum(((returns - values) * batch["actions"]).sum(), batch["actions"].sum())
-        policy.shift_value(error / count)
-        values = values + error / count
-    batch["old_values"] = values * batch["actions"]
-    advantages, batch["returns"] = advantages_of(rewards, values, places, config.gamma, config.lam)
-    batch["advantages"] = whiten(policy, advantages, batch["actions"])
-    return batch
-
-
-def arrange(
-    policy: Policy, streams: list[list[Stream]]
-) -> tuple[list[Stream], list[list[tuple[int, int, int]]]]:
-    """The rows of a batch, and for each episode the places of its replies in the order of time, as
-    (row, start, stop).
-
-    Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as
-    many: where episodes have several rows, a rank with fewer adds copies of its shortest one that train
-    nothing."""
-    rows = sorted((stream for own in streams for stream in own), key=len)
-    spare = replace(rows[0], mask=[0] * len(rows[0]), logp=[0.0] * len(rows[0]), replies=[])
-    rows = [spare] * int(policy.largest(len(rows)) - len(rows)) + rows
-    number = {id(stream): b for b, stream in enumerate(rows)}
-    places = [[(number[id(s)], start, stop) for s in own for start, stop in s.replies] for own in streams]
-    return rows, places
-
-
-def reply_weights(
-    policy: Policy, rows: list[Stream], mask: Tensor, answer_field: str, config: PPOConfig
-) -> tuple[Tensor, Tensor]:
-    """For the reply-level ratio, both [B, T]: 1 on the first token of each reply, and the weights of the
-    tokens' log-probabilities, `thought_coef` before the answer field and 1 from there on."""
-    starts, weights = torch.zeros_like(mask), torch.zeros_like(mask)
-    for b, stream in enumerate(rows):
-        for start, stop in stream.replies:
-            answer = start + thought_length(policy, stream.ids[start:stop], answer_field)
-            starts[b, start], weights[b, start:answer], weights[b, answer:stop] = 1, config.thought_coef, 1
-    return starts, weights
-
-
-def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
-    """Number of a reply's tokens before the one in which the name of the answer field ends."""
-    text = ""
-    for k, token in enumerate(ids):
-        text += policy.decode([token])
-        if answer_field in text:
-            return k
-    return len(ids)
-
-
-@torch.no_grad()
-def score(
-    policy: Policy, batch: dict[str, Any], config: PPOConfig, values: bool = False
-) -> dict[str, Tensor]:
-    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both
-    [B, T]."""
-    out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
-    for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
-        part = rows_of(batch, rows)
-        scores = policy(part, config.temperature, values=config.value_trunk if values else None)
-        for name, scored in scores.items():
-            out[name][rows, : scored.shape[1]] = scored
-    return out
-
-
-def rows_of(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
-    width, part = int(batch["length"][rows].max()), {}
-    for name, values in batch.items():
-        if name == "pictures":
-            part[name] = [values[i] for i in rows.tolist()]
-        else:
-            part[name] = values[rows, :width] if values.dim() > 1 else values[rows]
-    return part
-
-
-def action_logp(logp: Tensor, batch: dict[str, Any]) -> Tensor:
-    """Log-probability of each action [B, T]: of the token, or the weighted sum over the reply, on its first
-    token."""
-    return per_reply(logp * batch["weights"], batch["actions"]) if "weights" in batch else logp
-
-
-def per_reply(x: Tensor, starts: Tensor) -> Tensor:
-    """Sums x [B, T], which is 0 outside replies, over each reply; the sum stands on the reply's first token,
-    where starts [B, T] is 1."""
-    reply = starts.cumsum(1).long()  # 0 before the first reply, then 1, 2, ...
-    sums = torch.zeros(len(x), int(reply.max()) + 1, dtype=x.dtype, device=x.device).scatter_add(1, reply, x)
-    return sums.gather(1, reply) * starts
-
-
-# ----------------------------------------------------------------------------------- mathematics
-
-
-def gae(
-    rewards: Sequence[float], values: Sequence[Sequence[float]], gamma: float, lam: float
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Generalized advantage estimation for one episode (Schulman et al. 2016, equation 16).
-
-    rewards[k] is the reward of reply k, values[k] the list of V before each of its tokens. From one token of
-    the policy to the next one, t':
-
-        delta_t = r_t + d V_t' - V_t,    A_t = delta_t + d lam A_t',    d = 1 inside a reply, else gamma
-
-    The reward falls on the reply's last token. Gamma acts once per turn, not per token. Behind the last reply
-    value and advantage are 0: an episode that ends, solved or with its budget used up, is over. Returns the
-    advantages and the returns A + V, shaped like the values.
-    """
-    advantages: list[list[float]] = []
-    next_value = next_advantage = 0.0
-    for reward, own in zip(reversed(rewards), reversed(values), strict=True):
-        line, discount = [], gamma
-        for value in reversed(own):
-            delta = reward + discount * next_value - value
-            line.append(delta + discount * lam * next_advantage)
-            next_value, next_advantage, reward, discount = value, line[-1], 0.0, 1.0
-        advantages.append(line[::-1])
-    advantages.reverse()
-    return advantages, [[a + v for a, v in zip(*pair)] for pair in zip(advantages, values)]
-
-
-def advantages_of(
-    rewards: list[list[float]],
-    values: Tensor,
-    places: list[list[tuple[int, int, int]]],
-    gamma: float,
-    lam: float,
-) -> tuple[Tensor, Tensor]:
-    """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. `values` [B, T],
-    `places` as of `arrange`."""
-    before, advantages, returns = values.tolist(), torch.zeros(values.shape), torch.zeros(values.shape)
-    for reward, own in zip(rewards, places):
-        lines = gae(reward, [before[b][start:stop] for b, start, stop in own], gamma, lam)
-        for (b, start, stop), a, r in zip(own, *lines):
-            advantages[b, start:stop], returns[b, start:stop] = torch.tensor(a), torch.tensor(r)
-    return advantages.to(values.device), returns.to(values.device)
-
-
-def whiten(policy: Policy, x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, T] with mean 0 and standard deviation 1 over the mask of all ranks; 0 elsewhere."""
-    total, first, second = policy.sum(mask.sum(), (x * mask).sum(), (x * x * mask).sum())
-    mean = first / total
-    variance = max(second / total - mean * mean, 0.0)
-    return (x - mean) / (variance**0.5 + 1e-8) * mask
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is 1; 0 if that is nowhere. x and mask [B, T]."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Clipped surrogate loss, a scalar to minimise (Schulman et al. 2017, equation 7). All tensors [B, T].
-
-    - mean over the mask of min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logp - old_logp).
-    """
-    ratio = torch.exp(logp - old_logp)
-    return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Clipped value loss, a scalar: 1/2 mean over the mask of max((V - R)^2, (V_clipped - R)^2), all [B, T].
-
-    V_clipped stays within `clip` of the rollout's value, so one batch cannot pull the critic far.
-    """
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
-
-
-def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(p || q) in nats from samples of p: q/p - 1 - log(q/p), never negative (Schulman
-    2020, "Approximating KL divergence"). logp of p, other_logp of q, of any shape."""
-    log_ratio = other_logp - logp
-    return torch.exp(log_ratio) - 1 - log_ratio
-
-
-def losses(
-    scores: dict[str, Tensor],
-    part: dict[str, Any],
-    config: PPOConfig,
-    actions: float,
-    tokens: float,
-    warming: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one microbatch and, by name, what is logged of it; all are its shares of the means over the
-    global minibatch, which has so many actions and tokens. `warming`: the value loss alone."""
-    logp, act = action_logp(scores["logp"], part), part["actions"]
-    share = act.sum() / actions
-    pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
-    vf = value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip) * share
-    entropy = scores["entropy"].sum() / tokens
-    loss = config.value_coef * vf
-    if not warming:
-        loss = loss + pg - config.entropy_coef * entropy
-    logged = {"policy_loss": pg, "value_loss": vf, "entropy": entropy}
-    if config.kl_coef:
-        if not warming:
-            # The gradient of half the squared log-ratio is that of KL(policy || initial); that of k3 is the
-            # reverse KL's.
-            squared = ((scores["logp"] - part["initial_logp"]) ** 2).sum() / tokens
-            loss = loss + config.kl_coef * 0.5 * squared
-        logged["kl_to_init"] = (
-            kl_estimate(scores["logp"], part["initial_logp"]) * part["mask"]
-        ).sum() / tokens
-    ratio = torch.exp(logp - part["old_logp"])
-    logged["approx_kl"] = masked_mean(kl_estimate(part["old_logp"], logp), act) * share
-    logged["clip_fraction"] = masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
-    logged["largest_ratio"] = (ratio * act).max()
-    logged["ratio_error"] = ((ratio - 1).abs() * act).max()
-    return loss, {name: x.detach() for name, x in logged.items()}
-
-
-# -------------------------------------------------------------------------- from batch to weights
-
-
-def update(
-    policy: Policy,
-    optimizers: list[torch.optim.Optimizer],
-    batch: dict[str, Any],
-    config: PPOConfig,
-    step: int,
-) -> dict[str, float]:
-    """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is
-    logged.
-
-    Policy and value loss are normalised by the number of actions in the global minibatch, entropy and KL by
-    that of tokens. Every rank has the same number of rows, hence of minibatches and microbatches; a minibatch
-    has the share of them that `minibatch_size` is of the episodes. Raises FloatingPointError on a non-finite
-    loss or gradient.
-    """
-    sums: Counter[str] = Counter()
-    largest, first_error, norms = 1.0, 0.0, []
-    warming = step < config.value_warmup
-    trunk = "detached" if warming else config.value_trunk
-    shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    size = math.ceil(len(batch["ids"]) * config.minibatch_size / config.episodes)
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(size):
-            rows = rows.sort().values.to(batch["ids"].device)  # in order of length: sorted ones pad least
-            actions, tokens = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
-            microbatches, minibatch_loss = rows.split(config.microbatch_size), 0.0
-            for k, micro in enumerate(microbatches):
-                part = rows_of(batch, micro)
-                scores = policy(part, config.temperature, values=trunk, entropy=True)
-                loss, logged = losses(scores, part, config, actions, tokens, warming)
-                policy.backward(loss, last=k == len(microbatches) - 1)
-                minibatch_loss += loss.item()
-                largest = max(largest, logged.pop("largest_ratio").item())
-                error = logged.pop("ratio_error").item()
-                first_error = first_error if norms else max(first_error, error)
-                sums.update({name: x.item() for name, x in logged.items()})
-            norms.append(policy.step(optimizers, config.max_grad_norm, policy.sum(minibatch_loss)[0]))
-    names = sorted(sums)
-    totals = policy.sum(*(sums[name] for name in names))
-    return {name: total / len(norms) for name, total in zip(names, totals)} | {
-        "grad_norm": sum(norms) / len(norms),
-        "largest_ratio": policy.largest(largest),
-        "first_ratio_error": policy.largest(first_error),
-    }
-
-
-def episode_metrics(
-    policy: Policy,
-    streams: list[list[Stream]],
-    episodes: list[envs.Episode],
-    batch: dict[str, Any],
-    config: PPOConfig,
-    verdicts: Sequence[str],
-) -> dict[str, float]:
-    """What the rollout says, over all ranks: return, success, shares of the task's `verdicts`, lengths, and
-    how much of the return the critic explains."""
-    turns = [turn for episode in episodes for turn in episode.turns]
-    error, act = batch["returns"] - batch["old_values"], batch["actions"]
-    own = {
-        "episodes": len(episodes),
-        "replies": len(turns),
-        "success": sum(e.success for e in episodes),
-        "first_success": sum(e.success and e.most_tries() == 1 for e in episodes),
-        "return": sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)),
-        "tokens": batch["mask"].sum(),
-        "gap": batch["sampler_gap"].sum(),
-        "actions": act.sum(),
-        "error": (error * act).sum(),
-        "error^2": (error**2 * act).sum(),
-        "R": (batch["returns"] * act).sum(),
-        "R^2": (batch["returns"] ** 2 * act).sum(),
-    }
-    for verdict in verdicts:
-        rewards = [turn.reward for turn in turns if turn.verdict == verdict]
-        own[f"share/{verdict}"], own[f"reward/{verdict}"] = len(rewards), sum(rewards)
-    total = dict(zip(own, policy.sum(*own.values())))
-    n, replies, actions = total["episodes"], total["replies"], total["actions"]
-    variance = total["R^2"] / actions - (total["R"] / actions) ** 2
-    unexplained = total["error^2"] / actions - (total["error"] / actions) ** 2
-    return {
-        **{name: total[name] / n for name in ("return", "success", "first_success")},
-        "turns": replies / n,
-        "reply_length": total["tokens"] / replies,
-        "sampler_gap": total["gap"] / total["tokens"],
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
-        **{name: x / replies for name, x in total.items() if name.startswith("share/")},
-        **{name: x / n for name, x in total.items() if name.startswith("reward/")},
-    }
-
-
-def train(
-    policy: Policy,
-    optimizers: list[torch.optim.Optimizer],
-    environments: Sequence,
-    config: PPOConfig,
-    step: int = 0,
-    flops: float = 0.0,
-) -> Iterator[dict]:
-    """Trains until `config.steps` updates or `config.flops`, and yields the metrics of every update.
-
-    `environments` are this rank's, one episode each per update. `step` and `flops` are where a resumed run
-    stands.
-    """
-    while (progress := max(step / config.steps, flops / config.flops)) < 1:
-        factor = policy.set_lr(optimizers, progress, config.warmup)
-        spent, clock = policy.flops, [time.perf_counter()]
-        streams, episodes = rollout(policy, environments, config, step)
-        clock.append(time.perf_counter())
-        batch = collect(policy, streams, episodes, config, environments[0].fields[-1], first=step == 0)
-        clock.append(time.perf_counter())
-        logged = update(policy, optimizers, batch, config, step)
-        clock.append(time.perf_counter())
-        generated, trained, work = policy.sum(
-            batch["mask"].sum(), batch["length"].sum() * config.epochs, policy.flops - spent
-        )
-        step, flops = step + 1, flops + work
-        yield {
-            "step": step,
-            "flops": flops,
-            "progress": max(step / config.steps, flops / config.flops),
-            "lr": factor * config.lr,
-            **episode_metrics(policy, streams, episodes, batch, config, environments[0].rewards),
-            **logged,
-            "rollout_tokens_per_s": generated / (clock[1] - clock[0]),
-            "update_tokens_per_s": trained / (clock[3] - clock[2]),
-            "seconds": clock[3] - clock[0],
-            "transcript": episodes[0].transcript(),
-        }
 
 
 # ------------------------------------------------------------------- pictures, by model family

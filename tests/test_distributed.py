@@ -103,7 +103,7 @@ def worker(kind: str, task: str, out: Path) -> None:
         )
     policy.keep_initial_weights()
     optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
-    batch = ppo.collect(policy, streams, episodes, config, "formula", first=True)
+    batch = ppo.collect(policy, streams, episodes, config, "formula", center_values=True)
     metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(
         policy, streams, episodes, batch, config, env.rewards
     )

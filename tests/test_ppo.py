@@ -282,7 +282,7 @@ def test_the_first_update_shifts_the_values_to_the_mean_return():
     streams, episodes = played(policy, config)
     torch.nn.init.normal_(policy.value_head[-1].weight)
     before = ppo.collect(policy, streams, episodes, config, "formula")
-    after = ppo.collect(policy, streams, episodes, config, "formula", first=True)
+    after = ppo.collect(policy, streams, episodes, config, "formula", center_values=True)
     again = ppo.collect(policy, streams, episodes, config, "formula")
     # the mean return by hand: every token of a reply is followed by the rewards of its turn and, discounted, of the later ones
     total, count = 0.0, 0
