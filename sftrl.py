@@ -434,7 +434,9 @@ class Policy(ppo.Policy):
         with torch.device("meta"):  # shapes without memory
             model = architecture(config)
         model.generation_config = generation_config
-        policy = cls(model, processor, **options).to("meta").set_trainable(train, recompute).shard(param_dtype)
+        policy = (
+            cls(model, processor, **options).to("meta").set_trainable(train, recompute).shard(param_dtype)
+        )
         policy.to_empty(device=device)
         policy.model.tie_weights()
         set_model_state_dict(
@@ -753,12 +755,45 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file aside and moves it into place: it appears whole or not at all."""
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Raises NotSaved if what is inside cannot write to a path, whichever library met the full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise NotSaved(f"{path} could not be written: {one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path aside for what shall stand at `path`, a file or a folder: it appears there whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    sync(aside)
-    os.replace(aside, path)
+    try:
+        with saving(path):
+            remove(aside)
+            yield aside
+            sync(aside)
+            if path.exists() and aside.is_dir():
+                discard(path)
+            os.replace(aside, path)
+    finally:
+        remove(aside)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    with written_whole(path) as aside:
+        aside.write_text(text)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def discard(folder: Path) -> None:
@@ -875,25 +910,21 @@ class Run:
         """Appends one line of metrics; a transcript among them goes to samples.jsonl."""
         if policy_rank() == 0:
             sample = metrics.pop("transcript", None)
-            lines = {"metrics.jsonl": metrics} | (
-                {"samples.jsonl": {"step": metrics["step"]} | sample} if sample else {}
-            )
+            lines = {"metrics.jsonl": metrics}
+            if sample:
+                lines["samples.jsonl"] = {"step": metrics["step"]} | sample
             for name, line in lines.items():
-                with self._writing(name) as path, open(path, "a") as file:
+                path = self.folder / name
+                with saving(path), open(path, "a") as file:
                     file.write(json.dumps(line) + "\n")
 
     def save_checkpoint(self, policy: Policy, step: int) -> None:
-        """Writes checkpoint-<step>/ aside and moves it into place."""
-        with self._writing("checkpoint.tmp") as aside:
+        """Writes checkpoint-<step>/. A collective call."""
+        path = self.folder / f"checkpoint-{step}"
+        with written_whole(path) if policy.rank == 0 else contextlib.nullcontext(path) as aside:
             if policy.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir()
             policy.save(aside)
-            if policy.rank == 0:
-                sync(aside)
-                if (final := self.folder / f"checkpoint-{step}").exists():
-                    discard(final)
-                aside.rename(final)
 
     def save_state(
         self,
@@ -907,27 +938,11 @@ class Run:
         Then all but the newest `keep` checkpoints may go."""
         model, optimizer = policy.state(optimizers)
         if policy.rank == 0:
-            with self._writing("resume.tmp") as aside:
+            with written_whole(self.folder / "resume.pt") as aside:
                 torch.save({"model": model, "optimizer": optimizer, "step": step, "flops": flops}, aside)
-                sync(aside)
-                os.replace(aside, self.folder / "resume.pt")
+            with saving(self.folder):
                 for old in checkpoints(self.folder)[:-keep] if keep else ():
                     discard(old)
-
-    @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
-        """A path in the folder; one with the suffix .tmp goes again if writing fails. Raises NotSaved,
-        whichever library met the full disk."""
-        path = self.folder / name
-        try:
-            yield path
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if out_of_memory(error):
-                raise
-            if path.suffix == ".tmp":
-                shutil.rmtree(path, ignore_errors=True)
-                path.unlink(missing_ok=True)
-            raise NotSaved(f"{path.with_suffix('')} could not be written: {one_line(error)}") from None
 
 
 def as_json(settings: dict) -> dict:

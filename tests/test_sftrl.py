@@ -1246,7 +1246,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
         sftrl.run_sft(lambda: sftrl.Policy.load("tiny"), tmp_path, batch_of, config, {}, count=3)
 
     try:
-        with pytest.raises(sftrl.NotSaved, match="checkpoint could not be written: "):
+        with pytest.raises(sftrl.NotSaved, match="checkpoint-2 could not be written: "):
             run(filling)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
