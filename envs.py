@@ -1,4 +1,5 @@
-"""Environments: GeneralPoints with its prompt, pictures, solver and verifier; V-IRL with its routes and streets; how an episode is played.
+"""Environments: what all tasks share, GeneralPoints with its cards, V-IRL with its streets, and how an
+episode is played.
 
 This is the ground floor. It knows chat messages and strings, and no model:
 
@@ -6,13 +7,17 @@ This is the ground floor. It knows chat messages and strings, and no model:
     observation, info = env.reset()
     observation, reward, terminated, truncated, info = env.step(env.expert_reply())
 
-An episode is a conversation (sequential revision, section 3 of arXiv 2501.17161): the model replies, the verifier judges the
-whole reply and answers in words, and both join the prompt of the next turn, until a reply is correct or `verify_iter` replies
-have been judged. Numbers are exact integers and fractions throughout, model text is never evaluated as code.
+An episode is a conversation (sequential revision, section 3 of arXiv 2501.17161): the model replies, the
+verifier judges the whole reply and answers in words, and both join the prompt of the next turn, until a reply
+is correct or `verify_iter` replies have been judged. Numbers are exact integers and fractions throughout, and
+model text is never evaluated as code. A world of your own is a subclass of `Environment`; `FILE.py:CLASS`
+names it.
 """
 
+import ast
+import cmath
 import copy
-import inspect
+import importlib.util
 import json
 import math
 import os
@@ -21,243 +26,445 @@ import pickletools
 import random
 import re
 import string
+import sys
+import types
+import typing
 import unicodedata
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import combinations, takewhile, zip_longest
+from itertools import combinations, product, takewhile, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mean
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
-SUITS = ("spades", "clubs", "hearts", "diamonds")
-COLORS = {"black": SUITS[:2], "red": SUITS[2:], "mixed": SUITS}
-OPERATORS = "+-*/"
-FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
-    "id": {"J": 10, "Q": 10, "K": 10},
-    "rule": {"J": 11, "Q": 12, "K": 13},
-}
-# Paper, appendix: one verdict per reply. A reply that cannot be read counts like any other illegal equation.
-REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0, "unparsed": -3.0}
-PICTURE_REWARDS = REWARDS | {"misread": -1.5}  # where the cards are in a picture
-BUDGET_PENALTY = (
-    -1.0
-)  # added to the last verdict's reward when the verification budget is used up without success
-MAX_FORMULA, MAX_BRACKETS = 200, 20  # characters, pairs: more is no answer, and judging stays fast
-
-# What the verifier says, by verdict. Every template may hold $target beside the placeholders that TOLD lists.
-FEEDBACK = {
-    "correct": "Correct.",
-    "wrong_value": "The formula gives $value, not $target. Try again.",
-    "wrong_numbers": "$reason. Try again.",
-    "illegal": "The formula is not a legal equation: $reason. Try again.",
-    "unparsed": "The answer is not in the form asked for. Try again.",
-}
-PICTURE_FEEDBACK = FEEDBACK | {"misread": "These are not the cards on the table. Try again."}
-# $number is there once too often or left out; $reason says which of the two, or why a formula is illegal.
-TOLD = {"wrong_value": {"value"}, "wrong_numbers": {"reason", "number"}, "illegal": {"reason"}}
-
-PROMPT = string.Template(
-    "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. Cards: $cards. "
-    'The ace counts one, $rule. Answer in this form: {"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
-)
-FIELDS = ("cards", "number", "formula")
+# ---------------------------------------------------------------------------------------------------- options
 
 
-# --------------------------------------------------------------------------------------------------------------- the solver
+@dataclass(frozen=True)
+class Option:
+    """What is said of an option beside its name, type and default. A class lists its options as attributes:
+
+        target: Annotated[int, Option("the number to make", least=1)] = 24
+
+    The constructor of an environment checks the limits, and the command line makes a flag of each.
+    """
+
+    help: str
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf  # like `least`, but the limit itself is too small
+    choices: tuple = ()
+    metavar: str | None = None  # with FILE the command line takes the text of a file
+
+    def check(self, name: str, kind: Any, value: Any) -> None:
+        """Raises ValueError in one line for a value of another type or outside the limits."""
+        if not _fits(kind, value):
+            raise ValueError(f"{name} must be {_type_name(kind)}, not {_line(repr(value))}")
+        if self.choices and value is not None and value not in self.choices:
+            raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, self.choices))}")
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, (int, float)) and not (self.least <= x <= self.most and x > self.above):
+                raise ValueError(f"{name} must be {self.limits()}, not {x}")
+
+    def limits(self) -> str:
+        """The limits in words, "" if there are none."""
+        said = (("at least", self.least), ("above", self.above), ("at most", self.most))
+        return " and ".join(f"{word} {x}" for word, x in said if math.isfinite(x))
 
 
-class Expression(NamedTuple):
-    """A formula in normal form. `first` and `second` hold the parts of a flattened chain, sorted: a sum is first - second,
-    a product is first / second. So a+(b+c), (c+a)+b and a-(0-b-c) written by other brackets are one and the same text."""
-
-    value: Fraction
-    kind: str  # "n" a number, "+" a sum, "*" a product
-    first: tuple["Expression", ...]
-    second: tuple["Expression", ...]
-    text: str
-
-
-def _number(n: int) -> Expression:
-    return Expression(Fraction(n), "n", (), (), str(n))
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type. Integers are floats too; True and False are bool alone."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(_fits, inner, value))
+    if inner:
+        return any(_fits(one, value) for one in inner)
+    accepted = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
 
-def _order(part: Expression) -> tuple:
-    """Compound parts first, then numbers from high to low: the one order in which a chain is written."""
-    return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "").replace("envs.", "")
 
 
-def _chain(kind: str, value: Fraction, first: tuple, second: tuple) -> Expression:
-    first, second = tuple(sorted(first, key=_order)), tuple(sorted(second, key=_order))
-    join, inverse, loose = ("+", "-", "") if kind == "+" else ("*", "/", "+")
-    texts = [[f"({p.text})" if p.kind == loose else p.text for p in parts] for parts in (first, second)]
-    return Expression(
-        value, kind, first, second, join.join(texts[0]) + "".join(inverse + t for t in texts[1])
-    )
+def _line(value: Any) -> str:
+    """Something foreign as one short line of an error."""
+    return " ".join(str(value).split())[:120]
 
 
-def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
-    """x op y in normal form; None for a division by zero."""
-    kind = "+" if op in "+-" else "*"
-    (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
-    if op in "-/":
-        y1, y2 = y2, y1
-    if op == "/" and not y.value:
+@cache
+def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
+    """Type, default (... if there is none) and Option of all options of a class, by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is Annotated
+    }
+
+
+# --------------------------------------------------------------------------------------- what all tasks share
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the model is given: the whole episode so far as chat messages, and the picture (None in words
+    alone).
+
+    With a picture one message's content is a list of parts, and the part of type "image" marks its place.
+    `picture` may be a function that draws it when someone looks: judging a reply need not wait for it.
+    """
+
+    messages: list[dict[str, Any]]
+    picture: Image.Image | Callable[[], Image.Image] | None = None
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The picture; the same object whenever one looks."""
+        return self.picture() if callable(self.picture) else self.picture
+
+
+def text_of(content: str | list[dict]) -> str:
+    """A message's content as text, `<image>` at the place of a picture, as the released data writes it."""
+    if isinstance(content, str):
+        return content
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+
+
+def parts_of(text: str) -> list[dict]:
+    """The inverse of `text_of` for a message with a picture; without `<image>` that comes first."""
+    before, mark, after = text.partition("<image>")
+    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+    return [part for part in (parts if mark else [parts[1], parts[0]]) if part.get("text") != ""]
+
+
+class Verdict(NamedTuple):
+    """The verifier's judgement of one reply."""
+
+    verdict: str  # a key of the task's rewards
+    feedback: str
+    recognized: bool = False  # the reply names what is shown: the cards, the landmark, or that there is none
+
+
+class Environment:
+    """One task. A subclass says how an episode begins, how a reply is judged, and what an expert replies.
+
+    An episode has one decision (a hand of cards) or several, one after another (the waypoints of a route).
+    A right reply leads to the next one. A wrong one gets the verifier's feedback, until `verify_iter` replies
+    to this decision were judged. The annotated attributes are the options, of the constructor and of the
+    command line. A task of one's own needs `begin`, `judge`, `expert_reply` and `wrong_reply`, its `variants`
+    and its `rewards`.
+
+    Args:
+        variant: a key of `variants`; training takes "id".
+        seed: of the one random generator of this environment.
+        verify_iter: None takes the task's own.
+        rewards: by verdict, in place of some of the task's own.
+        options: the task's other options.
+
+    Raises ValueError for a wrong argument.
+    """
+
+    variants = {"id": "in distribution"}  # and what the report calls them
+    rewards = {"correct": 1.0, "wrong": -1.0, "budget": 0.0}  # "budget" is added where it is used up
+    decisions = 1  # right replies that finish an episode
+    pictures = False  # whether a decision comes with a picture
+    answer_field = ""  # the field of a reply that holds the answer, after the thought; "" if there is none
+    start_options = {}  # of `reset`, by name: type and help for `sftrl play`
+    series_length = 234  # episodes of an evaluation (paper, section 4)
+    headline = "success"  # or "step_accuracy": the measure of the report
+    words = {  # of the report; "columns" and "last" are measures that it knows
+        "hands": "episodes",
+        "measure": "success",
+        "columns": ("success", "first reply"),
+        "last": "first reply",
+        "cells": "First reply is the share of episodes solved by the first reply",
+        "reads": "name what is shown",
+    }
+
+    verify_iter: Annotated[int, Option("replies judged per decision, the verification budget", least=1)] = 5
+    go_on: bool = False  # for evaluation: where the budget of a decision is used up, go on with the next one
+
+    def __init__(
+        self,
+        variant: str = "id",
+        seed: int = 0,
+        verify_iter: int | None = None,
+        rewards: dict[str, float] | None = None,
+        **options,
+    ):
+        if variant not in self.variants:
+            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.variants)}")
+        if not isinstance(rewards, (dict, type(None))):
+            raise ValueError(f"rewards must be a dict by verdict, not {_line(repr(rewards))}")
+        usual = {"budget": 0.0} | self.rewards
+        for name, value in (rewards or {}).items():
+            if name not in usual:
+                raise ValueError(f"unknown reward {name!r}: choose from {', '.join(usual)}")
+            if not _fits(float, value) or not math.isfinite(value):
+                raise ValueError(f"the reward {name!r} must be a finite number, not {_line(repr(value))}")
+        if verify_iter is not None:
+            options["verify_iter"] = verify_iter
+        known, listed = typing.get_type_hints(type(self)), options_of(type(self))
+        for name, value in options.items():
+            if name not in known:
+                said = f"{type(self).__name__} has no option {name!r}"
+                raise ValueError(f"{said}: choose from {', '.join(listed)}")
+            if name in listed:
+                kind, _, option = listed[name]
+                option.check(name, kind, value)
+            setattr(self, name, value)
+        self.variant, self.random, self.rewards = variant, random.Random(seed), usual | (rewards or {})
+        self.messages: list[dict[str, Any]] = []
+        self.picture: Image.Image | Callable[[], Image.Image] | None = None
+
+    # What a task says:
+
+    def begin(self, options: dict) -> str:
+        """Starts an episode, drawn from `self.random` or as the options of `reset` say, and returns the
+        prompt."""
+        raise NotImplementedError
+
+    def judge(self, reply: str) -> Verdict:
+        """Judges any string as the reply to the present decision."""
+        raise NotImplementedError
+
+    def expert_reply(self) -> str:
+        """A reply that the verifier accepts now."""
+        raise NotImplementedError
+
+    def wrong_reply(self) -> str:
+        """A reply that it does not accept."""
+        raise NotImplementedError
+
+    def careless_reply(self) -> str:
+        """An expert's reply with a bad habit, for the corpus of the tiny base."""
+        return self.expert_reply()
+
+    def next_message(self, right: bool, moved: bool) -> str:
+        """What the model reads after a reply, if the episode goes on; `moved`: with the next decision."""
+        return self.verdict.feedback
+
+    def draw(self) -> Image.Image | Callable[[], Image.Image] | None:
+        """The picture of the present decision, or a function that draws it and keeps it."""
         return None
-    value = {"+": x.value.__add__, "-": x.value.__sub__, "*": x.value.__mul__, "/": x.value.__truediv__}[op](
-        y.value
-    )
-    return _chain(kind, value, x1 + y1, x2 + y2)
+
+    def describe(self) -> dict:
+        """What `info` holds beside the verdict."""
+        return {}
+
+    def start_of(self, series: str, i: int) -> tuple[str, dict | None]:
+        """Seed and options of `reset` for episode i of a series of evaluation."""
+        return f"{series}/{i}", None
+
+    @staticmethod
+    def measures(episodes: Sequence["Episode"]) -> dict:
+        """What an evaluation reports of this task beside success."""
+        return {}
+
+    # What all tasks do alike:
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
+        """Starts an episode. A seed restarts the random generator, None goes on with it."""
+        if seed is not None:
+            self.random.seed(seed)
+        self.at = self.judged_at = 0  # the present decision, and that of the last reply
+        self.judged = 0  # replies to the present decision
+        self.failed, self.done = False, (False, False)
+        self.verdict: Verdict | None = None
+        prompt, self.messages = self.begin(options or {}), []
+        self._tell(prompt, new=True)
+        observation = self._observation()
+        if self.pictures:
+            observation.image  # one that cannot be read ends here
+        return observation, self._info()
+
+    def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
+        """Judges one reply: observation, reward, terminated (solved), truncated (ended otherwise), info.
+
+        Takes any string. After the end of an episode nothing is judged any more: the reward is 0, nothing
+        changes.
+        """
+        self._check_started()
+        if any(self.done):
+            return self._observation(), 0.0, *self.done, self._info()
+        self.verdict = self.judge(reply)
+        self.judged_at, self.judged = self.at, self.judged + 1
+        right = self.verdict.verdict == "correct"
+        used_up = not right and self.judged >= self.verify_iter
+        self.failed |= used_up
+        if right or used_up:
+            self.at, self.judged = self.at + 1, 0
+        ended = self.at == self.decisions or used_up and not self.go_on
+        self.done = (ended and not self.failed, ended and self.failed)
+        self.messages.append({"role": "assistant", "content": reply})
+        if not ended:
+            self._tell(self.next_message(right, right or used_up), new=right or used_up)
+        reward = self.rewards[self.verdict.verdict] + (self.rewards["budget"] if used_up else 0.0)
+        return self._observation(), reward, *self.done, self._info()
+
+    def _tell(self, text: str, new: bool) -> None:
+        """A message to the model. A `new` decision has a picture of its own; earlier messages lose theirs."""
+        content: str | list[dict] = text
+        if new and self.pictures:
+            for message in self.messages:
+                if not isinstance(message["content"], str):
+                    message["content"] = text_of(message["content"]).replace("<image>", "", 1)
+            self.picture = self.draw()
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+        self.messages.append({"role": "user", "content": content})
+
+    def _check_started(self) -> None:
+        if not self.messages:
+            raise RuntimeError("call reset() first")
+
+    def _observation(self) -> Observation:
+        return Observation(copy.deepcopy(self.messages), self.picture)
+
+    def _info(self) -> dict:
+        verdict, feedback, recognized = self.verdict or (None, None, None)
+        said = {"verdict": verdict, "feedback": feedback, "recognized": recognized}
+        return {"decision": self.judged_at} | said | self.describe()
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The picture of the present decision, None in words alone."""
+        return Observation([], self.picture).image
+
+    @property
+    def verdicts(self) -> list[str]:
+        """All that `info["verdict"]` may be."""
+        return [name for name in self.rewards if name != "budget"]
+
+    def twin(self) -> "Environment":
+        """Another environment of the same task, options and world, with a random generator of its own."""
+        twin = copy.copy(self)
+        twin.random = random.Random(0)
+        return twin
 
 
-def _splits(numbers: tuple[int, ...]):
-    """Every way to part a sorted multiset in two non-empty ones, once each, without regard to order."""
-    seen = set()
-    for size in range(1, len(numbers) // 2 + 1):
-        for chosen in combinations(range(len(numbers)), size):
-            left = tuple(numbers[i] for i in chosen)
-            right = tuple(numbers[i] for i in range(len(numbers)) if i not in chosen)
-            if (left, right) not in seen and (right, left) not in seen:
-                seen.add((left, right))
-                yield left, right
+# ----------------------------------------------------------------------------------------- playing an episode
 
 
-@lru_cache(maxsize=None)
-def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
-    """All formulas over a sorted multiset that use every number once: value -> text -> expression."""
-    found: dict[Fraction, dict[str, Expression]] = {}
-    if len(numbers) == 1:
-        return {Fraction(numbers[0]): {str(numbers[0]): _number(numbers[0])}}
-    for left, right in _splits(numbers):
-        for x in (e for same in _expressions(left, operators).values() for e in same.values()):
-            for y in (e for same in _expressions(right, operators).values() for e in same.values()):
-                for a, op, b in [(x, op, y) for op in operators] + [
-                    (y, op, x) for op in operators if op in "-/"
-                ]:
-                    if (e := _combine(a, op, b)) is not None:
-                        found.setdefault(e.value, {})[e.text] = e
-    return found
+@dataclass
+class Turn:
+    """One reply and what the verifier made of it."""
+
+    reply: str
+    reward: float
+    verdict: str
+    feedback: str  # what the model read next; after the last reply the verifier's words alone
+    recognized: bool
+    decision: int = 0  # to which it was the reply: on a route the waypoint
+    landmark: bool = True  # there was something to recognize: cards, or a landmark
 
 
-@lru_cache(maxsize=None)
-def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> tuple[str, ...]:
-    """All formulas with value `target` that use each of `numbers` (sorted) exactly once, exact, canonical one first.
+@dataclass
+class Episode:
+    """One conversation. `prompt` is the first user message, `asked` the dealt ranks or a route's expert
+    actions."""
 
-    Two formulas are distinct if no reordering of terms or factors and no redundant brackets turn one into the other. The
-    canonical one has the fewest divisions, then subtractions, then brackets: a fixed choice with few patterns, so that
-    demonstrations follow one rule. Results are cached per process. `target` is a positive integer.
+    prompt: str
+    asked: list[str]
+    turns: list[Turn] = field(default_factory=list)
+    success: bool = False
+
+    def most_tries(self) -> int:
+        """Replies to the decision that took most."""
+        return max(Counter(turn.decision for turn in self.turns).values())
+
+    def transcript(self) -> dict:
+        """The episode to read, as samples.jsonl keeps it."""
+        turns = [
+            {"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback}
+            for t in self.turns
+        ]
+        return {"prompt": self.prompt, "success": self.success, "turns": turns}
+
+
+def play(
+    environments: Sequence[Environment],
+    respond: Callable[[list[int], list[Observation]], list[str | None]],
+    seeds: Sequence[int | str] | None = None,
+    options: Sequence[dict] | None = None,
+) -> list[Episode]:
+    """Plays one episode in every environment, in lockstep.
+
+    `respond(indices, observations)` is given the environments that still run, by index, and what each one
+    shows, and returns one reply each: a model that samples a batch, or a script; None breaks the episode off,
+    without success. `seeds` restart the environments' generators, `options` go to `reset`.
     """
-    found: set[str] = set()
-    t = Fraction(target)
-    for left, right in _splits(numbers):
-        partners = _expressions(right, operators)
-        for value, same in _expressions(left, operators).items():
-            # Solve x op y = t for y instead of trying all pairs: this is what makes all hands take a second.
-            wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
-            if value:
-                wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
-            for op, need, swap in wanted:
-                if op in operators and need in partners:
-                    for x in same.values():
-                        for y in partners[need].values():
-                            found.add((_combine(y, op, x) if swap else _combine(x, op, y)).text)
-    if len(numbers) == 1 and numbers[0] == target:
-        found.add(str(target))
-    return tuple(sorted(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f)))
+    observations, episodes = [], []
+    for i, env in enumerate(environments):
+        observation, info = env.reset(seeds[i] if seeds else None, options[i] if options else None)
+        observations.append(observation)
+        asked = info.get("actions", info.get("cards", []))
+        episodes.append(Episode(text_of(observation.messages[0]["content"]), asked))
+    running = list(range(len(environments)))
+    while running:
+        replies = respond(running, [observations[i] for i in running])
+        still = []
+        for i, reply in zip(running, replies, strict=True):
+            if reply is None:
+                continue
+            observations[i], reward, terminated, truncated, info = environments[i].step(reply)
+            goes_on = not (terminated or truncated)
+            read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
+            where = info.get("decision", 0), info.get("landmark", True)
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], *where))
+            episodes[i].success = terminated
+            if goes_on:
+                still.append(i)
+        running = still
+    return episodes
 
 
-# -------------------------------------------------------------------------------------------------------------- the verifier
+def demonstration(env: Environment, wrong_turns: int = 0, author: Callable[[Any], str] | None = None) -> dict:
+    """One SFT record in the released format: for each decision `wrong_turns` wrong replies with the
+    verifier's feedback, then the expert's.
 
-
-class Illegal(ValueError):
-    """A formula that is not a legal equation; the message is the reason, in words for the model."""
-
-
-_FORMULA_TOKEN = re.compile(r"([0-9]+|[-+*/()=])|(\s+)")
-
-
-def evaluate_formula(formula: str) -> tuple[Fraction, Fraction | None, list[int]]:
-    """Exact value of the left side, value of the right side (None without "="), and the numbers of the left side.
-
-    The grammar is sums of products of integers and brackets with + - * /; no sign, no power, no function. Raises `Illegal`.
+    An `author` writes the last reply in the expert's place. A visual task adds the picture as "image"; a
+    record has one, so that of several decisions it ends with one drawn at random. Raises ValueError if the
+    budget ends before the last reply.
     """
-    if len(formula) > MAX_FORMULA:
-        raise Illegal("it is too long")
-    tokens, at = [], 0
-    for match in _FORMULA_TOKEN.finditer(formula.replace("×", "*").replace("÷", "/").replace("−", "-")):
-        if match.start() != at:
-            break
-        at = match.end()
-        if match[1]:
-            tokens.append(match[1])
-    if at != len(formula):
-        raise Illegal("it holds something else than numbers, operators and brackets")
-    if tokens.count("=") > 1:
-        raise Illegal("it holds more than one equals sign")
-    equals = tokens.index("=") if "=" in tokens else len(tokens)
-    left, numbers = _value(tokens[:equals])
-    right = _value(tokens[equals + 1 :])[0] if equals < len(tokens) else None
-    return left, right, numbers
+    if wrong_turns >= env.verify_iter:
+        raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
+    env.reset()
+    last = last_decision(env)
+    for k in range(last + 1):
+        for _ in range(wrong_turns):
+            env.step(env.wrong_reply())
+        reply = author(env) if author else env.expert_reply()
+        if k < last:
+            env.step(reply)
+    return record(env, reply)
 
 
-def _value(tokens: list[str]) -> tuple[Fraction, list[int]]:
-    """Recursive descent over the tokens of one side: its value and its numbers."""
-    numbers: list[int] = []
-    at = 0
+def last_decision(env: Environment) -> int:
+    """The decision with which a record ends: the episode's last, or in pictures any one."""
+    if env.pictures and env.decisions > 1:
+        return env.random.randrange(env.decisions)
+    return env.decisions - 1
 
-    def peek() -> str:
-        return tokens[at] if at < len(tokens) else ""
 
-    def factor() -> Fraction:
-        nonlocal at
-        token = peek()
-        at += 1
-        if token == "(":
-            if tokens[:at].count("(") > MAX_BRACKETS:
-                raise Illegal("it has too many brackets")
-            value = total()
-            if peek() != ")":
-                raise Illegal("its brackets do not match")
-            at += 1
-            return value
-        if not token.isdigit():
-            raise Illegal("a number is missing")
-        if token[0] == "0" and token != "0":
-            raise Illegal("a number begins with a zero")
-        numbers.append(int(token))
-        return Fraction(numbers[-1])
+def record(env: Environment, reply: str) -> dict:
+    """The conversation so far and one more reply, in the released format."""
+    speaker = {"user": "human", "assistant": "gpt"}
+    messages = [*env.messages, {"role": "assistant", "content": reply}]
+    turns = [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]
+    return ({"image": env.image} if env.image else {}) | {"conversations": turns}
 
-    def product() -> Fraction:
-        nonlocal at
-        value = factor()
-        while (op := peek()) in ("*", "/"):
-            at += 1
-            other = factor()
-            if op == "/" and not other:
-                raise Illegal("it divides by zero")
-            value = value * other if op == "*" else value / other
-        return value
 
-    def total() -> Fraction:
-        nonlocal at
-        value = product()
-        while (op := peek()) in ("+", "-"):
-            at += 1
-            value = value + product() if op == "+" else value - product()
-        return value
-
-    value = total()
-    if at < len(tokens):
-        raise Illegal("its brackets do not match" if peek() == ")" else "an operator is missing")
-    return value, numbers
-
+# -------------------------------------------------------------------------------------------- reading a reply
 
 # A string may hold quotes of its own kind: it ends at the first before comma, colon, closing bracket or end.
 _STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
@@ -268,42 +475,42 @@ _REPLY_TOKEN = re.compile(
 )
 _OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
-_NAMES = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+_NAMES = {"true": "true", "True": "true", "false": "false", "False": "false", "null": "null", "None": "null"}
 _decoder = json.JSONDecoder(strict=False)
 
 
-def parse_reply(reply: str, required: Sequence[str] = FIELDS) -> dict[str, Any] | None:
+def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
     """The object in `reply` that has all `required` keys and ends last, alone or inside others, or None.
 
     Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
     commas, quotes inside strings. 1.0 is the integer 1.
 
-    Strict JSON is read by the standard library, from the first object on. Then our own reader reads the
-    first object, for if the reply is one object its strings may hold anything, and then all objects, from the
-    last to the first: what stands before the answer, however long, cannot hide it. Time is linear for any
-    text, for the effort of each round is bounded by the reply's length; once it is spent, what was found by
-    then decides.
+    Strict JSON is read from the first object on. Then the JSON-like form is: first the first object, for if
+    the reply is one object its strings may hold anything, and then all objects, from the last to the first:
+    what stands before the answer, however long, cannot hide it. Time is linear for any text, for the effort
+    of each round is bounded by the reply's length; once it is spent, what was found by then decides.
     """
     stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
     starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
     found, last = _last_strict(reply, starts, required)
     for order in (starts[:1], reversed(starts)):
-        reader = _Reader(reply, 1_500 + len(reply) / 100)  # one a token and 50 characters; a reply takes 40
+        effort = _Effort(1_500 + len(reply) / 100)  # one a token and 50 characters; a reply takes 40
         for start in order:
             try:
-                value, end = reader.value(start)
+                text, end = _as_json(reply, start, effort)
+                value = _decoder.decode(text)
             except OverflowError:
                 break
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if end > last and all(key in value for key in required):
-                found, last = value, end
+                found, last = {key: _plain_numbers(x) for key, x in value.items()}, end
     return found
 
 
 def _last_strict(reply: str, starts: Sequence[int], required: Sequence[str]) -> tuple[dict | None, int]:
-    """Of the objects in strict JSON that begin at some of `starts`, and of those inside them, the one that ends
-    last and has all keys, and where the outermost one around it ends."""
+    """Of the objects in strict JSON that begin at some of `starts`, and of those inside them, the one that
+    ends last and has all keys, and where the outermost one around it ends."""
     found, last, end, effort = None, -1, 0, 2 * len(reply) + 20_000  # characters
     for start in starts:
         if start < end:  # inside the last one
@@ -334,97 +541,232 @@ def _plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and abs(value) < 1e6 and value.is_integer() else value
 
 
-class _Reader:
-    """A recursive-descent reader of JSON-like text that remembers what it has read."""
+class _Effort:
+    """What may still be spent on reading a text."""
 
-    MAX_DEPTH = 100
+    def __init__(self, left: float):
+        self.left = left
 
-    def __init__(self, text: str, effort: float):
-        self.text, self.effort = text, effort
-        self.known: dict[int, tuple[Any, int] | None] = {}  # lists and objects and their ends
-
-    def token(self, at: int) -> tuple[str, Any, int]:
-        """Kind ("value" or the punctuation itself), value, and the position after the token."""
-        match = _REPLY_TOKEN.match(self.text, at)
-        if not match:
-            raise ValueError("end of text")
-        self._spend(1 + (match.end() - at) / 50)
-        quoted, mark, word = match.groups()
-        if mark:
-            return mark, mark, match.end()
-        if quoted:
-            return "value", self._unquoted(quoted[1:-1]), match.end()
-        value = float(word) if _NUMBER.fullmatch(word) else _NAMES.get(word, word)
-        return "value", _plain_numbers(value), match.end()
-
-    def _spend(self, effort: float) -> None:
-        self.effort -= effort
-        if self.effort < 0:
+    def spend(self, effort: float) -> None:
+        self.left -= effort
+        if self.left < 0:
             raise OverflowError("too much to read")
 
-    def _unquoted(self, text: str) -> str:
-        """A string without its escapes; as it stands if JSON does not know one of them."""
-        if "\\" not in text:
-            return text
-        self._spend(2)
-        with suppress(ValueError):
-            return _decoder.decode(f'"{text}"')
-        if len(text) < 2_000:  # a longer one is no answer
-            self._spend(len(text) / 10)
-            with suppress(ValueError):  # between single quotes, or with quotes of its own
-                as_json = {'"': r"\"", r"\'": "'"}
-                text = _decoder.decode('"' + re.sub(r'\\.|"', lambda m: as_json.get(m[0], m[0]), text) + '"')
+
+def _as_json(text: str, at: int, effort: _Effort) -> tuple[str, int]:
+    """The JSON-like object that starts at `at`, token by token as strict JSON, and where it ends."""
+    pieces, depth, before = [], 0, "["
+    while depth or not pieces:
+        match = _REPLY_TOKEN.match(text, at)
+        if not match:
+            raise ValueError("end of text")
+        effort.spend(1 + (match.end() - at) / 50)
+        at, (quoted, mark, word) = match.end(), match.groups()
+        if before not in "[{,:" and (not mark or mark in "[{"):
+            raise ValueError("a comma is missing")
+        before = mark or "value"
+        if mark and mark in "]}" and pieces[-1] == ",":
+            pieces.pop()
+        depth += (before in "[{") - (before in "]}")
+        if quoted:
+            pieces.append(json.dumps(_unquoted(quoted[1:-1], effort)))
+        elif word:
+            word = _NAMES.get(word, word)
+            pieces.append(word if word in _NAMES.values() or _NUMBER.fullmatch(word) else json.dumps(word))
+        else:
+            pieces.append(mark)
+    return "".join(pieces), at
+
+
+def _unquoted(text: str, effort: _Effort) -> str:
+    """A string without its escapes; as it stands if JSON does not know one of them."""
+    if "\\" not in text:
         return text
-
-    def value(self, at: int) -> tuple[Any, int]:
-        """The value that starts at `at`, and the position after it."""
-        return self._value(self.token(at), 0)
-
-    def _value(self, token: tuple[str, Any, int], depth: int) -> tuple[Any, int]:
-        """The value whose first token has been read."""
-        kind, value, end = token
-        if kind == "value":
-            return value, end
-        if kind not in "[{" or depth == self.MAX_DEPTH:
-            raise ValueError("not a value")
-        if end not in self.known:
-            try:
-                self.known[end] = self._items(kind, end, depth)
-            except ValueError:
-                self.known[end] = None
-        if not self.known[end]:
-            raise ValueError("read before, in vain")
-        return self.known[end]
-
-    def _items(self, kind: str, at: int, depth: int) -> tuple[Any, int]:
-        """The list or object whose first item starts at `at`, and the position after it."""
-        close, items = {"[": "]", "{": "}"}[kind], []
-        token = self.token(at)
-        while token[0] != close:
-            item, at = self._value(token, depth + 1)
-            if kind == "{":
-                colon, _, at = self.token(at)
-                if colon != ":" or not isinstance(item, str):
-                    raise ValueError("a key and a colon are missing")
-                value, at = self._value(self.token(at), depth + 1)
-                item = (item, value)
-            items.append(item)
-            token = self.token(at)
-            if token[0] == ",":
-                token = self.token(token[2])
-            elif token[0] != close:
-                raise ValueError("a comma is missing")
-        return (dict(items) if kind == "{" else items), token[2]
+    effort.spend(2)
+    with suppress(ValueError):
+        return _decoder.decode(f'"{text}"')
+    if len(text) < 2_000:  # a longer one is no answer
+        effort.spend(len(text) / 10)
+        with suppress(ValueError):  # between single quotes, or with quotes of its own
+            as_json = {'"': r"\"", r"\'": "'"}
+            text = _decoder.decode('"' + re.sub(r'\\.|"', lambda m: as_json.get(m[0], m[0]), text) + '"')
+    return text
 
 
-class Verdict(NamedTuple):
-    """The verifier's judgement of one reply."""
+# ------------------------------------------------------------------------------------------ cards: the solver
 
-    verdict: str  # a key of the task's rewards
-    feedback: str
-    recognized: (
-        bool  # the reply was parsed and names the dealt cards, or the landmark, or truly that there is none
+RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+SUITS = ("spades", "clubs", "hearts", "diamonds")
+COLORS = {"black": SUITS[:2], "red": SUITS[2:], "mixed": SUITS}
+OPERATORS = "+-*/"
+
+
+class Expression(NamedTuple):
+    """A formula in normal form: a chain is a sum, first - second, or a product, first / second, its parts
+    sorted.
+
+    So a+(b+c), (c+a)+b and a-(0-b-c) written by other brackets are one and the same text.
+    """
+
+    value: Fraction
+    kind: str  # "n" a number, "+" a sum, "*" a product
+    first: tuple["Expression", ...]
+    second: tuple["Expression", ...]
+    text: str
+
+
+def _order(part: Expression) -> tuple:
+    """Compound parts first, then numbers from high to low: the one order in which a chain is written."""
+    return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
+
+
+def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
+    """x op y in normal form; None for a division by zero."""
+    if op == "/" and not y.value:
+        return None
+    kind, join, inverse, bracketed = ("+", "+", "-", "") if op in "+-" else ("*", "*", "/", "+")
+    (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
+    if op in "-/":
+        y1, y2 = y2, y1
+    first, second = (tuple(sorted(parts, key=_order)) for parts in (x1 + y1, x2 + y2))
+    a, b = ([f"({p.text})" if p.kind == bracketed else p.text for p in parts] for parts in (first, second))
+    return Expression(
+        _apply(op, x.value, y.value), kind, first, second, join.join(a) + "".join(inverse + t for t in b)
     )
+
+
+def _apply(op: str, a: Fraction, b: Fraction) -> Fraction:
+    return {"+": a.__add__, "-": a.__sub__, "*": a.__mul__, "/": a.__truediv__}[op](b)
+
+
+def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Every way to part a sorted multiset in two non-empty ones, once each, without regard to order."""
+    places = range(len(numbers))
+    chosen = [set(c) for size in range(1, len(numbers) // 2 + 1) for c in combinations(places, size)]
+    parts = ([[numbers[i] for i in places if (i in c) == side] for side in (True, False)] for c in chosen)
+    return {tuple(sorted(map(tuple, pair))) for pair in parts}
+
+
+@lru_cache(maxsize=None)
+def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
+    """All formulas over a sorted multiset that use every number once: value -> text -> expression."""
+    if len(numbers) == 1:
+        value, text = Fraction(numbers[0]), str(numbers[0])
+        return {value: {text: Expression(value, "n", (), (), text)}}
+    found: dict[Fraction, dict[str, Expression]] = {}
+    for pair in _splits(numbers):
+        sides = [[e for same in _expressions(p, operators).values() for e in same.values()] for p in pair]
+        for (x, y), op in product(product(*sides), operators):
+            for a, b in ((x, y), (y, x))[: 1 + (op in "-/")]:
+                if (e := _combine(a, op, b)) is not None:
+                    found.setdefault(e.value, {})[e.text] = e
+    return found
+
+
+@lru_cache(maxsize=None)
+def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
+    """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once; None:
+    there is none.
+
+    Canonical is the one with the fewest divisions, then subtractions, then brackets: a fixed choice with few
+    patterns, so that demonstrations follow one rule.
+    """
+    if len(numbers) == 1:
+        return str(target) if numbers[0] == target else None
+    found: set[str] = set()
+    t = Fraction(target)
+    for left, right in _splits(numbers):
+        partners = _expressions(right, operators)
+        for value, same in _expressions(left, operators).items():
+            # Solve x op y = t for y instead of trying all pairs: this is what makes all hands take a second.
+            wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
+            if value:
+                wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
+            for op, need, swap in wanted:
+                if op in operators:
+                    for x in same.values():
+                        for y in partners.get(need, {}).values():
+                            found.add(_combine(*((y, op, x) if swap else (x, op, y))).text)
+    return min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f), default=None)
+
+
+# ---------------------------------------------------------------------------------------- cards: the verifier
+
+FIELDS = ("cards", "number", "formula")
+MAX_FORMULA, MAX_BRACKETS = (
+    200,
+    20,
+)  # characters, brackets within brackets: more is no answer, and judging stays fast
+
+# What the verifier says, by verdict: templates that may hold $target and the placeholders of PLACEHOLDERS.
+FEEDBACK = {
+    "correct": "Correct.",
+    "wrong_value": "The formula gives $value, not $target. Try again.",
+    "wrong_numbers": "$reason. Try again.",
+    "illegal": "The formula is not a legal equation: $reason. Try again.",
+    "unparsed": "The answer is not in the form asked for. Try again.",
+}
+PICTURE_FEEDBACK = FEEDBACK | {"misread": "These are not the cards on the table. Try again."}
+# $number is there once too often or left out; $reason says which of the two, or why a formula is illegal.
+PLACEHOLDERS = {"wrong_value": {"value"}, "wrong_numbers": {"reason", "number"}, "illegal": {"reason"}}
+
+
+class Illegal(ValueError):
+    """A formula that is not a legal equation; the message is the reason, in words for the model."""
+
+
+def evaluate_formula(formula: str) -> tuple[Fraction, Fraction | None, list[int]]:
+    """Exact value of the left side, value of the right side (None without "="), and the numbers of the left
+    side.
+
+    A side is made of integers and brackets with + - * /; no sign, no power, no function. Raises `Illegal`.
+    """
+    if len(formula) > MAX_FORMULA:
+        raise Illegal("it is too long")
+    text = formula.replace("×", "*").replace("÷", "/").replace("−", "-")
+    if not re.fullmatch(r"[-+*/()=\s0-9]*", text):
+        raise Illegal("it holds something else than numbers, operators and brackets")
+    left, *rest = text.split("=")
+    if len(rest) > 1:
+        raise Illegal("it holds more than one equals sign")
+    value, numbers = _value(left)
+    return value, _value(rest[0])[0] if rest else None, numbers
+
+
+def _value(side: str) -> tuple[Fraction, list[int]]:
+    """Value and numbers of one side. What is no plain formula ends in the first loop, before Python parses
+    it."""
+    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", side), 0, True  # whether an operand is to come
+    for token in tokens:
+        if operand:
+            depth += token == "("
+            if depth > MAX_BRACKETS:
+                raise Illegal("it has too many brackets")
+            if token != "(" and not token.isdigit():
+                raise Illegal("a number is missing")
+            if token[0] == "0" and token != "0":
+                raise Illegal("a number begins with a zero")
+            operand = token == "("
+        elif token in OPERATORS:
+            operand = True
+        elif token == ")" and depth:
+            depth -= 1
+        else:
+            raise Illegal("its brackets do not match" if depth or token == ")" else "an operator is missing")
+    if operand or depth:
+        raise Illegal("a number is missing" if operand else "its brackets do not match")
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        op = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}[type(node.op)]
+        a, b = value(node.left), value(node.right)
+        if op == "/" and not b:
+            raise Illegal("it divides by zero")
+        return _apply(op, a, b)
+
+    tree = ast.parse("".join(tokens), mode="eval").body
+    return value(tree), [int(token) for token in tokens if token.isdigit()]
 
 
 def judge(
@@ -440,21 +782,18 @@ def judge(
     `cards` are the dealt rank names, `numbers` what they count under the rule in force, `feedback` the
     templates of what the verifier says. If these have no word for misread cards, what the reply says of the
     cards is not judged. The order goes from the fault that makes all later tests meaningless to the mildest,
-    so that penalties never add up.
+    so penalties never add up.
     """
 
-    def verdict(name: str, **told: str) -> Verdict:
-        return Verdict(name, string.Template(feedback[name]).substitute(told, target=target), recognized)
+    def verdict(name: str, **values: str) -> Verdict:
+        return Verdict(name, string.Template(feedback[name]).substitute(values, target=target), recognized)
 
     parsed, recognized = parse_reply(reply, fields), False
     named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not (isinstance(stated, list) and isinstance(formula, str)):
         return verdict("unparsed")
-    recognized = (
-        isinstance(named, list)
-        and len(named) == len(cards)
-        and Counter(str(card).strip().upper() for card in named) == Counter(cards)
-    )
+    if isinstance(named, list) and len(named) == len(cards):
+        recognized = Counter(str(card).strip().upper() for card in named) == Counter(cards)
     if "misread" in feedback and not recognized:
         return verdict("misread")
     try:
@@ -478,11 +817,11 @@ def judge(
 
 
 def _short(text: str) -> str:
-    """A number that a model wrote, if it is one and short; the verifier repeats nothing else of what it was told."""
+    """A number that a model wrote, if it is one and short; the verifier repeats nothing else of a reply."""
     return text if re.fullmatch("-?[0-9]{1,10}(/[0-9]{1,10})?", text) else "such number"
 
 
-# ------------------------------------------------------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------------------------------- cards: the pictures
 
 TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
 INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
@@ -510,9 +849,7 @@ class _Pen:
         return [(self.x + a * self.size, self.y + b * self.size) for a, b in points]
 
     def disc(self, a: float, b: float, r: float, color: tuple) -> None:
-        self.draw.ellipse(
-            [c for point in self._at((a - r, b - r), (a + r, b + r)) for c in point], fill=color
-        )
+        self.draw.ellipse(self._at((a - r, b - r), (a + r, b + r)), fill=color)
 
     def polygon(self, color: tuple, *points: tuple[float, float]) -> None:
         self.draw.polygon(self._at(*points), fill=color)
@@ -533,17 +870,14 @@ def _suit(pen: _Pen, suit: str) -> None:
         pen.disc(-0.22, 0.12, 0.24, ink), pen.disc(0.22, 0.12, 0.24, ink)
         pen.polygon(ink, (0, -0.5), (0.44, 0.04), (0, 0.2), (-0.44, 0.04))
     else:
-        (
-            pen.disc(0, -0.26, 0.22, ink),
-            pen.disc(-0.26, 0.08, 0.22, ink),
-            pen.disc(0.26, 0.08, 0.22, ink),
-            pen.disc(0, 0, 0.12, ink),
-        )
+        for a, b, radius in ((0, -0.26, 0.22), (-0.26, 0.08, 0.22), (0.26, 0.08, 0.22), (0, 0, 0.12)):
+            pen.disc(a, b, radius, ink)
     pen.polygon(ink, (0, -0.1), (0.2, 0.5), (-0.2, 0.5))
 
 
 def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
-    """A head and shoulders. The hat tells the ranks apart: a feathered cap, a crown with balls, a crown with a cross over a beard."""
+    """A head and shoulders. The hat tells the ranks apart: a feathered cap, a crown with balls, a crown with
+    a cross over a beard."""
     pen.polygon(ink, (-0.42, 0.6), (0.42, 0.6), (0.26, 0.24), (-0.26, 0.24))
     if rank == "Q":
         pen.disc(0, 0.06, 0.3, ink)
@@ -552,16 +886,8 @@ def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
         pen.polygon(ink, (-0.3, -0.1), (0.3, -0.1), (0.18, -0.3), (-0.24, -0.26))
         pen.line(GOLD, 0.07, (0.18, -0.2), (0.42, -0.56))
     elif rank == "Q":
-        pen.polygon(
-            GOLD,
-            (-0.26, -0.12),
-            (-0.34, -0.42),
-            (-0.12, -0.26),
-            (0, -0.46),
-            (0.12, -0.26),
-            (0.34, -0.42),
-            (0.26, -0.12),
-        )
+        left = (-0.26, -0.12), (-0.34, -0.42), (-0.12, -0.26)
+        pen.polygon(GOLD, *left, (0, -0.46), *((-a, b) for a, b in reversed(left)))
         for a, b in ((-0.34, -0.44), (0, -0.48), (0.34, -0.44)):
             pen.disc(a, b, 0.06, ink)
     else:
@@ -572,13 +898,12 @@ def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
 
 
 def _mark(rank: str, suit: str, size: float) -> Image.Image:
-    """What stands in a card's corner: the rank, `size` pixels high as a font counts, and the suit below it."""
+    """What stands in a card's corner: the rank, of a font of `size` pixels, and the suit below it."""
     font, weight = ImageFont.load_default(size), size * 0.035
     left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
     glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
-    ImageDraw.Draw(glyph).text(
-        (-left, -top), rank, font=font, fill=INK[suit], stroke_width=weight, stroke_fill=INK[suit]
-    )
+    ink = {"fill": INK[suit], "stroke_fill": INK[suit], "stroke_width": weight}
+    ImageDraw.Draw(glyph).text((-left, -top), rank, font=font, **ink)
     if rank == "10":
         glyph = glyph.resize((round(0.72 * glyph.width), glyph.height))
     mark = Image.new("RGBA", (max(glyph.width, round(0.6 * size)), glyph.height + round(0.65 * size)))
@@ -591,8 +916,9 @@ def _mark(rank: str, suit: str, size: float) -> Image.Image:
 def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
     """One card as RGBA, `height` pixels high and 5/7 as wide, transparent outside its rounded corners.
 
-    Rank and suit stand in two corners, the second pair upside down; `font_size` is the rank's share of the height. In the middle: the
-    marks that the rank counts, a framed figure for J, Q, K, and one large mark for the ace and where large letters leave no room.
+    Rank and suit stand in two corners, the second pair upside down; `font_size` is the rank's share of the
+    height. In the middle: the marks that the rank counts, a framed figure for J, Q, K, and one large mark for
+    the ace and where large letters leave no room.
     """
     h = 4 * height  # drawn four times as large and scaled down: smooth edges
     w = round(h * 5 / 7)
@@ -603,30 +929,21 @@ def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Imag
         outer, middle = PIPS[rank]
         half = Image.new("RGBA", (w, h))
         for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
-            # Marks below the middle stand on their heads: they are drawn mirrored and turned with their corner.
+            # Marks below the middle stand on their heads: they are drawn mirrored, and then turned.
             sign, picture = (1, card) if row <= 3 else (-1, half)
-            _suit(
-                _Pen(
-                    picture,
-                    w * (0.5 + 0.16 * sign * column),
-                    h * (0.5 + 0.64 * sign * (row / 6 - 0.5)),
-                    0.14 * h,
-                ),
-                suit,
-            )
+            x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
+            _suit(_Pen(picture, x, y, 0.14 * h), suit)
         card.alpha_composite(half.rotate(180))
     elif rank in "JQK":
-        ImageDraw.Draw(card).rectangle(
-            [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h], outline=ink, width=max(1, h // 120)
-        )
+        frame = [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h]
+        ImageDraw.Draw(card).rectangle(frame, outline=ink, width=max(1, h // 120))
         _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
     else:
         _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
     card.alpha_composite(corner.rotate(180))
     paper = Image.new("RGBA", (w, h))
-    ImageDraw.Draw(paper).rounded_rectangle(
-        [0, 0, w - 1, h - 1], h // 14, fill=PAPER, outline=(90, 90, 90), width=max(1, h // 150)
-    )
+    edge = {"outline": (90, 90, 90), "width": max(1, h // 150)}
+    ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, **edge)
     paper.alpha_composite(card)
     return paper.resize((round(w / 4), height), Image.LANCZOS)
 
@@ -639,8 +956,9 @@ def draw_hand(
     font_size: float,
     rng: random.Random,
 ) -> Image.Image:
-    """Cards side by side on a green table, `size` = (width, height) in pixels. `jitter` from 0 to 1 moves, turns (at most 12 degrees)
-    and scales (at most 10%) each card at random; every card stays in its own part of the table."""
+    """Cards side by side on a green table, `size` = (width, height) in pixels. `jitter` from 0 to 1 moves,
+    turns (at most 12 degrees) and scales (at most 10%) each card at random; every card stays in its own
+    part of the table."""
     picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
     tall = min(0.94 * size[1], 0.94 * slot * 7 / 5) * (1 - 0.25 * jitter)
     for i, (rank, suit) in enumerate(zip(ranks, suits, strict=True)):
@@ -648,127 +966,108 @@ def draw_hand(
         card = draw_card(rank, suit, max(8, round(tall * (1 + 0.1 * grow))), font_size)
         if turn:
             card = card.rotate(12 * turn, Image.BICUBIC, expand=True)
-        place = (
-            round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right)),
-            round((size[1] - card.height) / 2 * (1 + 0.8 * down)),
-        )
-        picture.paste(card, place, card)
+        x = round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right))
+        picture.paste(card, (x, round((size[1] - card.height) / 2 * (1 + 0.8 * down))), card)
     return picture
 
 
-# ----------------------------------------------------------------------------------------------------------- the environment
+# ------------------------------------------------------------------------------------- cards: the environment
+
+FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
+    "id": {"J": 10, "Q": 10, "K": 10},
+    "rule": {"J": 11, "Q": 12, "K": 13},
+}
+PROMPT = (  # $cards is A, 3, K, 10; $cards_list in its place is the same as a Python list
+    "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. "
+    "Cards: $cards. The ace counts one, $rule. Answer in this form: "
+    '{"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
+)
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What the model is given: the whole episode so far as chat messages, and the picture (None in text-only tasks). With a picture
-    one message's content is a list of parts, and the part of type "image" marks its place. A walk gives a function that draws the picture and
-    keeps it: judging a reply need not wait for it, and a demonstration shows one of many."""
-
-    messages: list[dict[str, Any]]
-    picture: Image.Image | Callable[[], Image.Image] | None = None
-
-    @property
-    def image(self) -> Image.Image | None:
-        """The picture; the same object whenever one looks."""
-        return self.picture() if callable(self.picture) else self.picture
-
-
-def text_of(content: str | list[dict]) -> str:
-    """A message's content as text, `<image>` at the place of a picture, as the released data writes it."""
-    return (
-        content
-        if isinstance(content, str)
-        else "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
-    )
-
-
-def parts_of(text: str) -> list[dict]:
-    """The inverse of `text_of` for a message with a picture; one that does not say where it goes comes first."""
-    before, mark, after = text.partition("<image>")
-    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
-    return [part for part in (parts if mark else [parts[1], parts[0]]) if part.get("text") != ""]
-
-
-class GeneralPoints:
+class GeneralPoints(Environment):
     """Make `target` from the numbers of `n_cards` cards (paper, section 3.1).
 
-    Args:
-        variant: "id" (J, Q, K count 10) or "rule" (11, 12, 13, and every hand holds a face card).
-        seed: of the one random generator of this environment, which deals the hands.
-        verify_iter: replies judged per episode, the verification budget.
-        faces: what J, Q, K count; None takes the variant's rule.
-        replacement: deal as the paper's released code does: each rank by itself, with "rule" one of J, Q, K.
-        prompt: text with the placeholders $target $operators $cards (A, 3, K, 10) or $cards_list (the same as
-            a Python list) $rule $field_cards $field_number $field_formula.
-        fields: the names of the three fields of a reply.
-        feedback: other words for the verifier: templates by verdict, see FEEDBACK and TOLD.
+    Variants: "id" (J, Q, K count 10) and "rule" (11, 12, 13, and every hand holds a face card).
 
-    Raises ValueError for a wrong argument.
+    Options that are not flags of the command line:
+        faces: what J, Q, K count; None takes the variant's rule.
+        fields: the names of the three fields of a reply.
+        feedback: other words for the verifier: templates by verdict, see FEEDBACK and PLACEHOLDERS.
     """
 
-    rules = FACE_RULES  # what J, Q and K count, by variant
-    rewards = REWARDS
-    said = FEEDBACK  # by the verifier, if `feedback` has no other words
-    decisions = 1  # right replies that finish the episode
-    suits: tuple[str, ...] = SUITS  # in the deck
-    image: Image.Image | None = None  # of the hand, in visual tasks
+    variants = {"id": "in distribution", "rule": "under the other rule"}
+    rules = FACE_RULES
+    # Paper, appendix. A reply that cannot be read counts like any other illegal equation.
+    rewards = {
+        "correct": 5.0,
+        "wrong_value": -1.0,
+        "wrong_numbers": -2.0,
+        "illegal": -3.0,
+        "unparsed": -3.0,
+        "budget": -1.0,
+    }
+    start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
+    default_feedback = FEEDBACK
+    suits = SUITS  # in the deck
+    words = Environment.words | {
+        "id": "In distribution: J, Q, K count 10, as in training.",
+        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
+        "visual": "Other colour: red suits, the training rule.",
+        "hands": "hands",
+        "columns": ("success", "first reply", "illegal"),
+        "last": "wrong numbers",
+        "cells": "Illegal are the replies, in percent, with no legal equation, such as those with an x for a "
+        "product (the tiny corpus's bad habit); wrong numbers are replies with a number which the rule in "
+        "force does not give",
+        "reads": "name the cards",
+    }
 
-    def __init__(
-        self,
-        variant: str = "id",
-        seed: int = 0,
-        verify_iter: int = 5,
-        *,
-        n_cards: int = 4,
-        target: int = 24,
-        operators: str = OPERATORS,
-        faces: dict[str, int] | None = None,
-        replacement: bool = False,
-        prompt: str | None = None,
-        fields: Sequence[str] = FIELDS,
-        feedback: dict[str, str] | None = None,
-    ):
-        if variant not in self.rules:
-            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
-        numbers = (verify_iter, target, n_cards, *(faces or self.rules[variant]).values())
-        if not all(isinstance(n, int) and n >= 1 for n in numbers) or n_cards > 6:
-            raise ValueError(
-                "verify_iter, target and what faces count must be integers from 1, and n_cards from 1 to 6"
-            )
-        if len(set(fields)) != len(FIELDS):
-            raise ValueError(f"fields must be {len(FIELDS)} different names, not {fields!r}")
-        if not isinstance(operators, str) or not operators or set(operators) - set(OPERATORS):
-            raise ValueError(f"operators must be some of {OPERATORS}, not {operators!r}")
-        self.variant, self.verify_iter, self.n_cards, self.target = variant, verify_iter, n_cards, target
-        self.operators = "".join(op for op in OPERATORS if op in operators)
-        self.faces = dict(faces or self.rules[variant])
-        self.replacement, self.fields = replacement, tuple(fields)
-        if not isinstance(prompt, (str, type(None))) or not isinstance(feedback, (dict, type(None))):
-            raise ValueError("prompt must be text, and feedback a dict of texts by verdict")
-        self.template = PROMPT if prompt is None else string.Template(prompt)
-        self.feedback = self.said | (feedback or {})
-        self.random = random.Random(seed)
-        self.cards: list[str] = []
-        self._check_templates()
+    n_cards: Annotated[int, Option("cards per hand", least=1, most=6)] = 4
+    target: Annotated[int, Option("the number to make", least=1)] = 24
+    operators: Annotated[str, Option("operators allowed")] = OPERATORS
+    replacement: Annotated[bool, Option("deal each rank by itself, as the released code does")] = False
+    prompt: Annotated[str, Option("a prompt of your own, a template as PROMPT", metavar="FILE")] = PROMPT
+    faces: dict[str, int] | None = None
+    fields: Sequence[str] = FIELDS
+    feedback: dict[str, str] | None = None
 
-    def _check_templates(self) -> None:
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if len(set(self.fields)) != len(FIELDS):
+            raise ValueError(f"fields must be {len(FIELDS)} different names, not {self.fields!r}")
+        if not self.operators or set(self.operators) - set(OPERATORS):
+            raise ValueError(f"operators must be some of {OPERATORS}, not {self.operators!r}")
+        self.operators = "".join(op for op in OPERATORS if op in self.operators)
+        self.faces = dict(self.faces or self.rules[self.variant])
+        if not all(_fits(int, n) and n >= 1 for n in self.faces.values()):
+            raise ValueError("what faces count must be integers from 1")
+        self.answer_field, self.cards = self.fields[-1], []
+        if not isinstance(self.feedback, (dict, type(None))):
+            raise ValueError("feedback must be a dict of texts by verdict")
+        self.feedback = self.default_feedback | (self.feedback or {})
+        self._check_prompt()
+        self._check_feedback()
+
+    def _check_prompt(self) -> None:
         try:
             self._prompt(["A"] * self.n_cards)
         except (KeyError, ValueError) as error:
             raise ValueError(f"the prompt template has a wrong placeholder: {error}") from None
-        stated = set(self.template.get_identifiers())
-        if not isinstance(self, GeneralPointsVL) and not stated & {"cards", "cards_list"}:
+        stated = set(string.Template(self.prompt).get_identifiers())
+        if not self.pictures and not stated & {"cards", "cards_list"}:
             raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
         if "rule" not in stated:
             warnings.warn("the prompt template does not state the rule: it has no $rule")
+
+    def _check_feedback(self) -> None:
         for verdict, text in self.feedback.items():
-            if verdict not in self.said:
-                raise ValueError(f"unknown verdict {verdict!r}: choose from {', '.join(self.said)}")
+            if verdict not in self.default_feedback:
+                known = ", ".join(self.default_feedback)
+                raise ValueError(f"unknown verdict {verdict!r}: choose from {known}")
             template = string.Template(text if isinstance(text, str) else "$")  # a lone $ is no template
-            told = {"target"} | TOLD.get(verdict, set())
-            if not template.is_valid() or set(template.get_identifiers()) - told:
-                names = ", ".join(f"${name}" for name in sorted(told))
+            allowed = {"target"} | PLACEHOLDERS.get(verdict, set())
+            if not template.is_valid() or set(template.get_identifiers()) - allowed:
+                names = ", ".join(f"${name}" for name in sorted(allowed))
                 raise ValueError(f"the feedback of {verdict!r} must be text with no placeholders but {names}")
 
     def value_of(self, card: str) -> int:
@@ -776,7 +1075,7 @@ class GeneralPoints:
         return self.faces.get(card) or (1 if card == "A" else int(card))
 
     def _prompt(self, cards: Sequence[str]) -> str:
-        return self.template.substitute(
+        return string.Template(self.prompt).substitute(
             self._stated(cards),
             target=self.target,
             operators=self.operators,
@@ -788,32 +1087,25 @@ class GeneralPoints:
         """What the prompt says of the cards, by placeholder."""
         return {"cards": ", ".join(cards), "cards_list": str(list(cards))}
 
-    def _first_message(self) -> str | list[dict]:
-        """The content of the message that opens the episode."""
+    def begin(self, options: dict) -> str:
+        """Deals a new solvable hand, or `options["cards"]`, whatever the variant."""
+        given = options.get("cards")
+        self.cards = self._deal() if given is None else self._checked(given)
+        self.numbers = [self.value_of(card) for card in self.cards]
         return self._prompt(self.cards)
 
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
-        """Deals a new solvable hand, or `options["cards"]`, whatever the variant. A seed restarts the generator; None goes on with it."""
-        if seed is not None:
-            self.random.seed(seed)
-        dealt = (options or {}).get("cards")
-        if dealt is not None:
-            cards = [str(card).strip().upper() for card in dealt] if isinstance(dealt, (list, tuple)) else []
-            if len(cards) != self.n_cards or any(card not in RANKS for card in cards):
-                raise ValueError(f"cards must be a list of {self.n_cards} of {' '.join(RANKS)}")
-            if max(Counter(cards).values()) > len(SUITS) and not self.replacement:
-                raise ValueError(f"a deck has no more than {len(SUITS)} cards of a rank")
-            if not self._solutions(cards):
-                raise ValueError(f"the hand {' '.join(cards)} cannot make {self.target}")
-        else:
-            cards = self._deal()
-        self.cards, self.numbers = cards, [self.value_of(card) for card in cards]
-        self.judged, self.done = 0, (False, False)
-        self.messages: list[dict[str, Any]] = [{"role": "user", "content": self._first_message()}]
-        self.verdict: Verdict | None = None
-        return self._observation(), self._info()
+    def _checked(self, given: Any) -> list[str]:
+        given = given.replace(",", " ").split() if isinstance(given, str) else given
+        cards = [str(card).strip().upper() for card in given] if isinstance(given, (list, tuple)) else []
+        if len(cards) != self.n_cards or any(card not in RANKS for card in cards):
+            raise ValueError(f"cards must be a list of {self.n_cards} of {' '.join(RANKS)}")
+        if max(Counter(cards).values()) > len(SUITS) and not self.replacement:
+            raise ValueError(f"a deck has no more than {len(SUITS)} cards of a rank")
+        if not self._solution(cards):
+            raise ValueError(f"the hand {' '.join(cards)} cannot make {self.target}")
+        return cards
 
-    def _solutions(self, cards: Sequence[str]) -> tuple[str, ...]:
+    def _solution(self, cards: Sequence[str]) -> str | None:
         return solve(tuple(sorted(self.value_of(card) for card in cards)), self.target, self.operators)
 
     def _deal(self) -> list[str]:
@@ -825,61 +1117,34 @@ class GeneralPoints:
                 self.random.shuffle(cards)
             else:
                 cards = self.random.sample(deck, n)
-            if sum(card in "JQK" for card in cards) >= least and self._solutions(cards):
+            if sum(card in "JQK" for card in cards) >= least and self._solution(cards):
                 return cards
         raise ValueError(f"no hand of {self.n_cards} cards makes {self.target} with {self.operators}")
 
-    def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply: observation, reward, terminated (solved), truncated (budget used up), info.
+    def judge(self, reply: str) -> Verdict:
+        return judge(reply, self.cards, self.numbers, self.target, self.fields, self.feedback)
 
-        Takes any string. After the end of an episode nothing is judged any more: the reward is 0 and nothing changes.
-        """
-        if not self.cards:
-            raise RuntimeError("call reset() before step()")
-        if any(self.done):
-            return self._observation(), 0.0, *self.done, self._info()
-        self.verdict = judge(reply, self.cards, self.numbers, self.target, self.fields, self.feedback)
-        self.judged += 1
-        solved = self.verdict.verdict == "correct"
-        self.done = (solved, not solved and self.judged >= self.verify_iter)
-        reward = self.rewards[self.verdict.verdict] + (BUDGET_PENALTY if self.done[1] else 0.0)
-        self.messages.append({"role": "assistant", "content": reply})
-        if not any(self.done):
-            self.messages.append({"role": "user", "content": self.verdict.feedback})
-        return self._observation(), reward, *self.done, self._info()
-
-    def _observation(self) -> Observation:
-        return Observation(copy.deepcopy(self.messages), self.image)
-
-    def _info(self) -> dict:
-        verdict, feedback, recognized = self.verdict or (None, None, None)
-        return {
-            "cards": list(self.cards),
-            "numbers": list(self.numbers),
-            "verdict": verdict,
-            "feedback": feedback,
-            "recognized": recognized,
-        }
+    def describe(self) -> dict:
+        return {"cards": list(self.cards), "numbers": list(self.numbers)}
 
     def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
-        """A reply in the required form that names `cards`, the dealt ones if None, with their numbers and gives `formula`."""
+        """A reply in the required form that names `cards`, the dealt ones if None, and gives `formula`."""
+        self._check_started()
         cards = self.cards if cards is None else cards
         parts = cards, [self.value_of(card) for card in cards], formula
         return json.dumps(dict(zip(self.fields, parts)), ensure_ascii=False)
 
     def expert_reply(self) -> str:
-        """A reply that the verifier accepts now: the canonical solution."""
-        if not self.cards:
-            raise RuntimeError("call reset() before expert_reply()")
-        return self.reply(f"{self._solutions(self.cards)[0]}={self.target}")
+        return self.reply(f"{self._solution(self.cards)}={self.target}")
 
     def careless_reply(self) -> str:
-        """The canonical solution with "x" for every product, as people write it: no legal equation, unless there is no product."""
-        return self.reply(self._solutions(self.cards)[0].replace("*", "x") + f"={self.target}")
+        """The canonical solution with "x" for every product, as people write it: then no legal equation."""
+        return self.reply(self._solution(self.cards).replace("*", "x") + f"={self.target}")
 
     def wrong_reply(self) -> str:
-        """A reply with the right cards and numbers whose formula, a near miss of a solution, has another value."""
-        solution = re.findall("[0-9]+|.", self._solutions(self.cards)[0])
+        """A reply with the right cards and numbers whose formula, a near miss of a solution, has another
+        value."""
+        solution = re.findall("[0-9]+|.", self._solution(self.cards))
         for _ in range(1000):
             tokens = list(solution)
             numbers = [i for i, token in enumerate(tokens) if token.isdigit()]
@@ -888,76 +1153,58 @@ class GeneralPoints:
             operators = [i for i, token in enumerate(tokens) if token in OPERATORS]
             if operators:
                 tokens[self.random.choice(operators)] = self.random.choice(self.operators)
-            try:
+            with suppress(Illegal):
                 if evaluate_formula("".join(tokens))[0] != self.target:
                     return self.reply("".join(tokens) + f"={self.target}")
-            except Illegal:
-                continue
         raise ValueError(f"no wrong formula was found for the hand {' '.join(self.cards)}")
 
 
 class GeneralPointsVL(GeneralPoints):
-    """GeneralPoints with the cards in a picture (paper, section 3.1): the reply's `cards` field must name what is seen.
+    """GeneralPoints with the cards in a picture (paper, section 3.1): the reply must name what is seen.
 
-    Args, beside those of GeneralPoints:
-        variant: also "visual": the training rule and the other colour, red.
-        color: of the suits in the deck: black, red or mixed; None takes the variant's, black but for "visual".
-        size: (width, height) of the picture in pixels.
-        jitter: from 0 (cards in line) to 1, see `draw_hand`.
-        font_size: of the ranks, as a share of the card's height.
+    Variants: also "visual", the training rule and the other colour, red.
     """
 
+    variants = GeneralPoints.variants | {"visual": "on the other colour"}
     rules = FACE_RULES | {"visual": FACE_RULES["id"]}
-    rewards = PICTURE_REWARDS
-    said = PICTURE_FEEDBACK
+    rewards = GeneralPoints.rewards | {"misread": -1.5}
+    default_feedback = PICTURE_FEEDBACK
+    pictures = True
 
-    def __init__(
-        self,
-        variant: str = "id",
-        seed: int = 0,
-        verify_iter: int = 5,
-        *,
-        color: str | None = None,
-        size: tuple[int, int] = (1200, 480),
-        jitter: float = 0.3,
-        font_size: float = 0.17,
-        **options,
-    ):
-        color = color or ("red" if variant == "visual" else "black")
-        if color not in COLORS:
-            raise ValueError(f"unknown color {color!r}: choose from {', '.join(COLORS)}")
-        if not (len(size) == 2 and all(isinstance(n, int) and 32 <= n <= 4096 for n in size)):
-            raise ValueError("size must be two integers from 32 to 4096")
-        if not (0 <= jitter <= 1 and 0.05 <= font_size <= 0.5):
-            raise ValueError("jitter must lie between 0 and 1, font_size between .05 and .5")
-        self.suits, self.size, self.jitter, self.font_size = COLORS[color], tuple(size), jitter, font_size
-        super().__init__(variant, seed, verify_iter, **options)
+    color: Annotated[str | None, Option("of the suits; None: the variant's", choices=tuple(COLORS))] = None
+    size: Annotated[tuple[int, int], Option("pixels of the picture", least=32, most=4096)] = (1200, 480)
+    jitter: Annotated[float, Option("disorder of the cards", least=0, most=1)] = 0.3
+    font_size: Annotated[float, Option("the ranks' share of a card's height", least=0.05, most=0.5)] = 0.17
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.suits = COLORS[self.color or ("red" if self.variant == "visual" else "black")]
 
     def _stated(self, cards: Sequence[str]) -> dict[str, str]:
         return dict.fromkeys(("cards", "cards_list"), "in the picture, from left to right")
 
-    def _first_message(self) -> list[dict]:
-        """Picture and prompt. Cards of one rank get different suits as long as the deck has them."""
+    def draw(self) -> Image.Image:
+        """The hand. Cards of one rank get different suits as long as the deck has them."""
         left: dict[str, list[str]] = {}
         suits = []
         for card in self.cards:
             if not left.get(card):
                 left[card] = self.random.sample(self.suits, len(self.suits))
             suits.append(left[card].pop())
-        self.image = draw_hand(self.cards, suits, self.size, self.jitter, self.font_size, self.random)
-        return [{"type": "image"}, {"type": "text", "text": self._prompt(self.cards)}]
+        return draw_hand(self.cards, suits, tuple(self.size), self.jitter, self.font_size, self.random)
 
     def wrong_reply(self) -> str:
-        """Half the time the wrong formula of the text task, else a solution of the hand with one card misread."""
+        """Half the time the wrong formula of the text task, else a solution of the hand with one card
+        misread."""
         for _ in range(1000 if self.random.random() < 0.5 else 0):
             cards, place = list(self.cards), self.random.randrange(self.n_cards)
             cards[place] = self.random.choice([rank for rank in RANKS if rank != cards[place]])
-            if solutions := self._solutions(cards):
-                return self.reply(f"{solutions[0]}={self.target}", cards)
+            if solution := self._solution(cards):
+                return self.reply(f"{solution}={self.target}", cards)
         return super().wrong_reply()
 
 
-# ------------------------------------------------------------------------------------------------------ streets: where things are
+# ---------------------------------------------------------------------------------- streets: where things are
 
 Geocode = tuple[float, float]  # latitude, longitude, in degrees
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -973,11 +1220,9 @@ def wrap(degrees: float) -> float:
 
 
 def offset(a: Geocode, b: Geocode) -> tuple[float, float]:
-    """Metres to the east and to the north from a to b, on the plane that touches the sphere between them: for points of one city."""
-    return (
-        wrap(b[1] - a[1]) * METRES_PER_DEGREE * math.cos(math.radians((a[0] + b[0]) / 2)),
-        (b[0] - a[0]) * METRES_PER_DEGREE,
-    )
+    """Metres to the east and to the north from a to b, two points of one city."""
+    shrink = math.cos(math.radians((a[0] + b[0]) / 2))
+    return wrap(b[1] - a[1]) * METRES_PER_DEGREE * shrink, (b[0] - a[0]) * METRES_PER_DEGREE
 
 
 def distance(a: Geocode, b: Geocode) -> float:
@@ -1002,39 +1247,22 @@ def relative_word(turn: float) -> str:
 
 
 class Panoramas:
-    """Panorama ids by place: the nearest one within NEAR metres, from a grid of cells of that size."""
+    """Panorama ids by place, and the nearest one within NEAR metres."""
 
     def __init__(self, ids: dict[Geocode, str]):
-        self.ids = ids
-        self.cells: dict[tuple[int, int], list[Geocode]] = {}
-        for place in ids:
-            self.cells.setdefault(self._cell(place), []).append(place)
-
-    @staticmethod
-    def _cell(place: Geocode) -> tuple[int, int]:
-        row = math.floor(place[0] * METRES_PER_DEGREE / NEAR)
-        return row, math.floor(
-            place[1] * METRES_PER_DEGREE * math.cos(math.radians(row * NEAR / METRES_PER_DEGREE)) / NEAR
-        )
+        self.ids, self.places = ids, sorted(ids)
 
     def nearest(self, place: Geocode) -> Geocode | None:
         """The place of the nearest panorama, None if none is within NEAR metres."""
         if place in self.ids:
             return place
-        row = self._cell(place)[0]
-        around = []
-        for longitude in (
-            place[1],
-            place[1] - math.copysign(360, place[1]),
-        ):  # for the other side of the date line
-            for r in (row - 1, row, row + 1):  # a row has its own width of a cell in degrees
-                column = self._cell((r * NEAR / METRES_PER_DEGREE + 1e-9, longitude))[1]
-                around += [p for c in (column - 1, column, column + 1) for p in self.cells.get((r, c), ())]
-        best = min(around, key=lambda p: distance(p, place), default=None)
+        reach = NEAR / METRES_PER_DEGREE + 1e-9  # in degrees of latitude, by which the places are sorted
+        first, last = (bisect_left(self.places, (place[0] + side,)) for side in (-reach, reach))
+        best = min(self.places[first:last], key=lambda p: distance(p, place), default=None)
         return best if best is not None and distance(best, place) <= NEAR else None
 
 
-# ------------------------------------------------------------------------------------------ streets: routes and their files
+# ---------------------------------------------------------------------------- streets: routes and their files
 
 
 class Leg(NamedTuple):
@@ -1067,7 +1295,7 @@ class World(NamedTuple):
 
 # What a pickled dict from pairs of numbers to strings is made of, and nothing else.
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
-_PLAIN = _NUMBERS | set(
+_ALLOWED_CODES = _NUMBERS | set(
     "PROTO MARK EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
     "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split()
 )
@@ -1081,7 +1309,7 @@ def _read_pickle(data: bytes) -> Any:
     for code, argument, _ in pickletools.genops(data):
         if code.name == "FRAME":  # protocols 4 and 5 cut the codes into frames, anywhere; it builds nothing
             continue
-        if code.name not in _PLAIN:
+        if code.name not in _ALLOWED_CODES:
             raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
         if "PUT" in code.name and int(argument) > len(data):
             raise ValueError("its memo is too large")
@@ -1093,54 +1321,52 @@ def _read_pickle(data: bytes) -> Any:
 
 
 def load_world(folder: str | Path, pictures: bool = False) -> World:
-    """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/.
+    """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
+    street_views/.
 
-    Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields are left alone. With `pictures`
-    the files of the panoramas where routes start, turn and end must be there, and a warning says how many
-    others are missing; what is in them is read when a walk comes by.
+    Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields
+    are left alone. With `pictures` the files of the panoramas where routes start, turn and end must be there,
+    and a warning says how many others are missing; what is in them is read when a walk comes by.
     """
     folder = Path(folder)
-    path = folder / "route_infos.json"
+    path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    mapping = folder / "gps_pano_mapping.pkl"
     try:
         ids = _read_pickle(mapping.read_bytes())
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{mapping} cannot be read: {_line(error)}") from None
-    if not (
-        isinstance(ids, dict)
-        and ids
-        and all(_is_geocode(place) and isinstance(name, str) for place, name in ids.items())
-    ):
+    if not (isinstance(ids, dict) and ids and all(_is_geocode(place) for place in ids)):
         raise ValueError(f"{mapping}: not a dict from (latitude, longitude) to panorama ids")
-    if odd := [
-        name for name in ids.values() if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
-    ]:  # it names a file
-        raise ValueError(f"{mapping}: no panorama id: {_line(repr(odd[0]))}")
-    routes, panoramas, views = read_routes(content, str(path)), Panoramas(ids), folder / "street_views"
+    for name in ids.values():  # it will name a file
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
+            raise ValueError(f"{mapping}: not a dict to names: no panorama id: {_line(repr(name))}")
+    routes, panoramas = read_routes(content, str(path)), Panoramas(ids)
     if pictures and not views.is_dir():
         raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
     for k, route in enumerate(routes):
         named = {f"route_results.geocode_list[{i}]": leg.end for i, leg in enumerate(route.legs)}
         for name, place in {"start_place.relocated_geocode": route.start, **named}.items():
-            if (near := panoramas.nearest(place)) is None:
-                raise ValueError(
-                    f"{path}: route {k}: {name}: {mapping.name} has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}"
-                )
-            if pictures and (
-                lost := next((f for f in _picture_files(views, ids[near]) if not f.is_file()), None)
-            ):
-                raise ValueError(f"{path}: route {k}: {name}: there is no {lost}")
+            near, fault = panoramas.nearest(place), None
+            if near is None:
+                fault = f"{mapping.name} has {_nothing_near(place)}"
+            elif pictures and (lost := [f for f in _picture_files(views, ids[near]) if not f.is_file()]):
+                fault = f"there is no {lost[0]}"
+            if fault:
+                raise ValueError(f"{path}: route {k}: {name}: {fault}")
     if not views.is_dir():
         return World(routes, panoramas)
-    lost = frozenset(_without_picture(views, ids)) if pictures else frozenset()
+    lost = frozenset(_without_picture(views, ids) if pictures else ())
     if lost:
         said = f"{views}: {len(lost)} of {len(ids)} panoramas are missing; no walk comes by"
         warnings.warn(said, stacklevel=2)
     return World(routes, panoramas, partial(_read_picture, views, ids), lost)
+
+
+def _nothing_near(place: Geocode) -> str:
+    return f"no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}"
 
 
 def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
@@ -1150,15 +1376,11 @@ def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
 def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
     """The places of the panoramas that are not, or not wholly, in street_views/."""
     there = {entry.name for entry in os.scandir(views) if entry.is_file()}
-    return [
-        place
-        for place, name in ids.items()
-        if not there.issuperset(file.name for file in _picture_files(views, name))
-    ]
+    return [p for p, name in ids.items() if not there.issuperset(f.name for f in _picture_files(views, name))]
 
 
 def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
-    """A panorama from street_views/. Raises ValueError in one line if picture or metadata are missing or broken."""
+    """A panorama from street_views/, and its rotation. Raises ValueError in one line if either is broken."""
     path, metadata = _picture_files(views, ids[place])
     try:
         with warnings.catch_warnings():
@@ -1167,130 +1389,104 @@ def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple
     except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
     try:
-        rotation = json.loads(metadata.read_text(encoding="utf-8"))["rotation"]
+        return picture, _degrees(json.loads(metadata.read_text(encoding="utf-8"))["rotation"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{metadata}: no rotation in degrees: {_line(error)}") from None
-    if isinstance(rotation, bool) or not isinstance(rotation, (int, float)) or not -360 <= rotation <= 360:
-        raise ValueError(f"{metadata}: no rotation in degrees: {_line(rotation)}")
-    return picture, float(rotation)
-
-
-def _line(value: Any) -> str:
-    """Something foreign as one short line of an error."""
-    return " ".join(str(value).split())[:120]
+        raise ValueError(f"{metadata}: rotation: {_line(error)}") from None
 
 
 def _is_geocode(value: Any) -> bool:
-    return (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(
-            isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= limit
-            for x, limit in zip(value, (90, 180))
-        )
-    )
+    return _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180
 
 
-def read_routes(content: Any, name: str = "routes") -> tuple[Route, ...]:
-    """The routes in what route_infos.json holds: [[route, ...], number], or one bare route. `name` is for the error's text."""
-    routes = content if isinstance(content, list) else [content]
-    if routes and isinstance(routes[0], list):
-        routes = routes[0]
-    read = []
-    for k, route in enumerate(routes):
-        try:
-            read.append(_read_route(route))
-        except _Fault as fault:
-            raise ValueError(f"{name}: route {k}: {fault}") from None
-    if not read:
-        raise ValueError(f"{name}: no routes")
-    return tuple(read)
-
-
-class _Fault(Exception):
-    """What is wrong with one route."""
-
-
-def _milestones(text: str) -> list[dict[str, str]]:
-    """The blocks of milestone_info. It is no JSON: a line is "key": "value", and a value may hold quotes and braces. Lines may be joined."""
-    blocks: list[dict[str, str]] = []
-    text = re.sub(
-        r'",[ \t]*(?="\w+"[ \t]*:)', '",\n', re.sub(r'"[ \t]*,?[ \t]*\}[ \t]*,?[ \t]*\{', '"}\n{', text)
-    )
-    for line in re.split("\r\n|\r|\n", text):
-        line = re.sub(r"^\}\s*,?\s*\{", "{", line.strip())
-        if line.startswith("{"):
-            blocks.append({})
-            line = line[1:].strip()
-        line = line.removesuffix("}").rstrip().removesuffix(",").rstrip()
-        key, colon, value = line[1:].partition('"')
-        value = value.strip().removeprefix(":").strip()
-        if blocks and line.startswith('"') and colon and len(value) > 1 and value[0] == value[-1] == '"':
-            blocks[-1][key] = value[1:-1]
-    return blocks
-
-
-def _field(record: Any, *names: str) -> Any:
-    for name in names:
-        if not isinstance(record, dict) or record.get(name) is None:
-            raise _Fault(f"no field {'.'.join(names)}")
-        record = record[name]
-    return record
-
-
-def _geocode(value: Any, field_name: str) -> Geocode:
+def _geocode(value: Any) -> Geocode:
     if not _is_geocode(value):
-        raise _Fault(f"{field_name} is no [latitude, longitude]: {_line(value)}")
+        raise ValueError(f"no [latitude, longitude]: {_line(value)}")
     return float(value[0]), float(value[1])
 
 
-def _read_route(route: Any) -> Route:
-    start = _geocode(_field(route, "start_place", "relocated_geocode"), "start_place.relocated_geocode")
-    ends = _field(route, "route_results", "geocode_list")
-    if not (isinstance(ends, list) and ends):
-        raise _Fault("route_results.geocode_list is no list of places")
-    text = _field(route, "milestone_info")
-    if not isinstance(text, str):
-        raise _Fault("milestone_info is no text")
-    blocks = _milestones(text)
-    if len(blocks) != len(ends):
-        raise _Fault(
-            f"milestone_info has {len(blocks)} blocks for {len(ends)} points of route_results.geocode_list"
-        )
-    legs = []
-    for i, (block, end) in enumerate(zip(blocks, ends)):
-        heading = block.get("to_next_intersection_heading", "")
-        number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", heading, re.ASCII)
-        if not number or not -360 <= float(number[1]) <= 360:
-            raise _Fault(
-                f"milestone_info, block {i + 1}: to_next_intersection_heading is no number of degrees"
-            )
-        landmark = block.get("landmarks", "").strip().rstrip(".") or NOTHING
-        if _landmark(landmark) == _landmark(NOTHING):
-            landmark = NOTHING
-        if landmark == NOTHING and i == len(ends) - 1:  # without a sign nobody would know where to stop
-            place = route.get("dest_place")
+def _degrees(value: Any) -> float:
+    if not (_fits(float, value) and -360 <= value <= 360):
+        raise ValueError(f"no number of degrees: {_line(value)}")
+    return float(value)
+
+
+def read_routes(content: Any, name: str = "routes") -> tuple[Route, ...]:
+    """The routes in what route_infos.json holds: [[route, ...], number], or one bare route. `name` is for
+    errors."""
+    routes = content if isinstance(content, list) else [content]
+    if routes and isinstance(routes[0], list):
+        routes = routes[0]
+    if not routes:
+        raise ValueError(f"{name}: no routes")
+    return tuple(_read_route(route, f"{name}: route {k}") for k, route in enumerate(routes))
+
+
+def _read_route(route: Any, name: str) -> Route:
+    """One route. Whatever is wrong with it ends in one line that names the field and the reason."""
+    where = "start_place.relocated_geocode"  # what is being read
+    try:
+        start = _geocode(route["start_place"]["relocated_geocode"])
+        where = "route_results.geocode_list"
+        ends = [_geocode(end) for end in route["route_results"]["geocode_list"]]
+        where = "milestone_info"
+        blocks, legs = _milestones(route["milestone_info"]), []
+        if not ends or len(blocks) != len(ends):
+            raise ValueError(f"{len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
+        for i, (block, end) in enumerate(zip(blocks, ends), 1):
+            where = f"milestone_info, block {i}: to_next_intersection_heading"
+            heading = block["to_next_intersection_heading"]
+            number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", heading, re.ASCII)
+            degrees = _degrees(float(number[1]) if number else heading) % 360.0
+            word = (number[2] or "").strip().lower()
+            where = f"milestone_info, block {i}: landmarks"
+            landmark = _landmark_of(block.get("landmarks", ""), route if i == len(ends) else None)
+            legs.append(Leg(end, degrees, word if word in COMPASS else compass_word(degrees), landmark))
+        where = "init_heading"
+        heading = route.get("init_heading")
+        heading = None if heading is None else _degrees(heading)
+    except KeyError as missing:
+        raise ValueError(f"{name}: {where}: no field {missing}") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: {where}: not in the released format: {_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {where}: {error}") from None
+    return Route(start, heading % 360.0 if heading else None, tuple(legs))  # 0: draw one
+
+
+def _landmark_of(text: str, last_of: dict | None) -> str:
+    """What is seen at the end of a leg. At the last one of a route nobody would know where to stop without a
+    sign."""
+    landmark = text.strip().rstrip(".") or NOTHING
+    if _landmark(landmark) == _landmark(NOTHING):
+        landmark = NOTHING
+        if last_of:
+            place = last_of.get("dest_place")
             name = place.get("name") if isinstance(place, dict) else None
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
-        landmark = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", landmark).split())
-        if (
-            len(landmark) > 300
-            or not _landmark(landmark)
-            or "<image>" in landmark
-            or any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark)
-        ):
-            raise _Fault(
-                f"milestone_info, block {i + 1}: landmarks is no text of up to 300 characters: {_line(repr(landmark))}"
-            )
-        degrees, word = float(number[1]) % 360.0, (number[2] or "").strip().lower()
-        compass = word if word in COMPASS else compass_word(degrees)
-        legs.append(Leg(_geocode(end, f"route_results.geocode_list[{i}]"), degrees, compass, landmark))
-    heading = route.get("init_heading")
-    if heading is not None and (
-        isinstance(heading, bool) or not isinstance(heading, (int, float)) or not -360 <= heading <= 360
-    ):
-        raise _Fault(f"init_heading is no number of degrees: {_line(heading)}")
-    return Route(start, float(heading) % 360.0 if heading else None, tuple(legs))
+    landmark = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", landmark).split())
+    unprintable = any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark)
+    if len(landmark) > 300 or not _landmark(landmark) or "<image>" in landmark or unprintable:
+        raise ValueError(f"no text of up to 300 characters: {_line(repr(landmark))}")
+    return landmark
+
+
+# In milestone_info: where a block begins, or a key and its value, which ends before another key or the
+# block's end.
+_MILESTONE = re.compile(
+    r'(?:\A|\}|\n)[\s,]*\{|"(\w+)"[^\S\n]*:\s*"(.*?)"(?=\s*,?\s*(?:"\w+"\s*:|\}\s*,?\s*(?:\{|\Z)|\Z))'
+)
+
+
+def _milestones(text: str) -> list[dict[str, str]]:
+    """The blocks of milestone_info. It is no JSON: a value may hold quotes and braces, and lines may be
+    joined."""
+    blocks: list[dict[str, str]] = []
+    for match in _MILESTONE.finditer(text):
+        if not match[1]:
+            blocks.append({})
+        elif blocks:
+            blocks[-1][match[1]] = match[2]
+    return blocks
 
 
 def write_world(
@@ -1298,8 +1494,12 @@ def write_world(
     content: Any,
     ids: dict[Geocode, str],
     picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None,
+    watch: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Writes a folder that `load_world` reads; `picture` as in World. The routes come last: a folder that was not finished does not load."""
+    """Writes a folder that `load_world` reads; `picture` as in World. `watch` is told the share that is done.
+
+    The routes come last: a folder that was not finished does not load.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     routes = folder / "route_infos.json"
     routes.unlink(missing_ok=True)
@@ -1307,7 +1507,8 @@ def write_world(
     if picture:
         views = folder / "street_views"
         views.mkdir(exist_ok=True)
-        for place, name in ids.items():
+        for k, (place, name) in enumerate(ids.items()):
+            watch(k / len(ids))
             image, rotation = picture(place)
             file, metadata = _picture_files(views, name)
             image.save(file, quality=100, subsampling=0)
@@ -1315,23 +1516,24 @@ def write_world(
     aside = routes.with_suffix(".tmp")
     aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     aside.replace(routes)
+    watch(1.0)
 
 
-# ------------------------------------------------------------------------------------------------- streets: a synthetic city
+# ---------------------------------------------------------------------------------- streets: synthetic cities
 
 Color = tuple[int, int, int]  # RGB
-Metres = tuple[float, float]  # to the east and to the north
+Point = complex  # metres to the east, and north as the imaginary part: turning is multiplying
+Crossing = tuple[int, int]  # its column and row
 BOARD, BOARD_FOOT = (6, 4), 3.2  # metres, of signs: width and height, and what is free below them
 
 
 class CityPlan(NamedTuple):
-    """How a synthetic city differs from others: its map, its names, its looks. All lengths in metres."""
+    """How one synthetic city differs from others: its map, its names, its looks. All lengths in metres."""
 
     name: str
     centre: Geocode
-    words: tuple[str, ...]  # first words of the names of places
-    trades: tuple[str, ...]  # and second ones
-    layout: str = "new york"  # cities of one layout differ in nothing that chance decides
+    words: Sequence[str]  # first words of the names of places
+    trades: Sequence[str]  # and second ones
     block: tuple[float, float] = (140.0, 90.0)  # east-west and north-south
     turned: float = 29.0  # degrees that the grid is turned against north
     jitter: float = 0.06  # of the crossings, as a share of a block
@@ -1339,7 +1541,7 @@ class CityPlan(NamedTuple):
     street: float = 18.0  # from facade to facade
     pavement: float = 3.0
     heights: tuple[float, float] = (12.0, 42.0)  # of the buildings
-    walls: tuple[Color, ...] = (
+    walls: Sequence[Color] = (
         (150, 92, 74),
         (176, 160, 140),
         (120, 126, 136),
@@ -1348,138 +1550,177 @@ class CityPlan(NamedTuple):
     )
     glass: Color = (60, 80, 104)
     window: tuple[float, float] = (0.44, 0.5)  # a window's share of its bay, across and up
-    awnings: tuple[Color, ...] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
+    awnings: Sequence[Color] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
     sign: tuple[Color, Color] = ((24, 30, 60), (250, 246, 230))  # board and letters
-    capitals: bool = False  # lettering of the signs
-    bold: int = 0  # and how much thicker it is, in pixels of a board 240 wide
     sky: tuple[Color, Color] = ((96, 150, 210), (200, 220, 238))  # overhead and at the horizon
     light: float = 1.0
     road: Color = (70, 70, 74)
 
 
+NEW_YORK = CityPlan(
+    "new york",
+    (40.7527, -73.9772),
+    "Amber Bishop Cedar Delta Elm Falcon Golden Harbor Ivory Juniper King Laurel Maple North Orchid "
+    "Pearl".split(),
+    "Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split(),
+)
+MADE_UP = "anywhere"  # cities of made-up names, maps and looks
+CityKey = tuple[str, int]  # NEW_YORK.name or MADE_UP, and a seed
+TRAINING_CITIES = ((NEW_YORK.name, 0),)
+TEST_CITIES = tuple((MADE_UP, seed) for seed in range(101, 110))  # of variant "visual" alone
+
+
+def _made_up_name(rng: random.Random) -> str:
+    """A name of two or three syllables."""
+    starts = ("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")
+    ends = ("", "", *"dlmnrst")
+    parts = (starts, "aeiou", ends)
+    return "".join(rng.choice(part) for _ in range(rng.randint(2, 3)) for part in parts).capitalize()
+
+
+def made_up_plan(seed: int) -> CityPlan:
+    """A city as no other one: names, map, looks and its place on the globe are drawn at random."""
+    rng = random.Random(f"city/{seed}")
+    words, trades = (list({_made_up_name(rng): None for _ in range(12)}) for _ in range(2))
+
+    def color(hue: tuple[int, int], saturation: tuple[int, int], lightness: tuple[int, int]) -> Color:
+        degrees, *percent = (rng.randint(*limits) for limits in (hue, saturation, lightness))
+        return ImageColor.getrgb("hsl({}, {}%, {}%)".format(degrees, *percent))
+
+    anything, blues, stone = (0, 359), (195, 225), rng.choice(((5, 50), (15, 45), (60, 170), (190, 240)))
+    sign = (color(anything, (50, 90), (14, 34)), color(anything, (30, 90), (80, 95)))
+    return CityPlan(
+        f"{MADE_UP}{seed}",
+        (rng.uniform(-50, 55), rng.uniform(-170, 170)),
+        words,
+        trades,
+        block=(rng.uniform(70, 180), rng.uniform(70, 180)),
+        turned=rng.uniform(-45, 45),
+        jitter=rng.uniform(0, 0.5),
+        diagonals=rng.uniform(0, 0.3),
+        street=rng.uniform(12, 28),
+        pavement=rng.uniform(1, 4),
+        road=color((20, 60), (0, 14), (22, 44)),
+        heights=(rng.uniform(5, 15), rng.uniform(16, 60)),
+        window=(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
+        walls=[color(stone, (10, 45), (42, 80)) for _ in range(4)] + [color(anything, (20, 45), (45, 75))],
+        glass=color(blues, (5, 40), (16, 44)),
+        awnings=[color(anything, (45, 85), (28, 52)) for _ in range(3)],
+        sign=rng.choice((sign, sign[::-1])),
+        sky=(color(blues, (10, 75), (48, 72)), color((30, 220), (10, 45), (78, 90))),
+        light=rng.uniform(0.8, 1.15),
+    )
+
+
 def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of points [..., 2] the distance to the nearest street of [n, 4], the metres along it, and which one that is; all [...]."""
-    x1, y1, x2, y2 = streets.T.astype(float)
-    length = np.hypot(x2 - x1, y2 - y1)
-    dx, dy, x1, y1, length = (
-        a.astype(points.dtype) for a in ((x2 - x1) / length, (y2 - y1) / length, x1, y1, length)
-    )
-    flat = points.reshape(-1, 2)
-    nearest, along, number = (
-        np.empty(len(flat), points.dtype),
-        np.empty(len(flat), points.dtype),
-        np.empty(len(flat), int),
-    )
-    for part in (slice(i, i + 256) for i in range(0, len(flat), 256)):  # all at once would need much memory
-        x, y = flat[part, :1] - x1, flat[part, 1:] - y1
-        walked = np.clip(x * dx + y * dy, 0, length)
-        apart = np.hypot(x - walked * dx, y - walked * dy)
-        best = apart.argmin(1)
-        number[part], rows = best, np.arange(len(best))
-        nearest[part], along[part] = apart[rows, best], walked[rows, best]
-    return tuple(a.reshape(points.shape[:-1]) for a in (nearest, along, number))
+    """Of Points [...] the distance to the nearest of the streets [n, 2] (from where, to where), the metres
+    along it, and which one it is."""
+    start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
+    length, parts = abs(way), []
+    for part in np.split(points.ravel(), range(256, points.size, 256)):  # all at once would need much memory
+        turned = (part[:, None] - start) * (way / length).conj()  # as if each street led to the east
+        walked = turned.real.clip(0, length)
+        apart = abs(turned - walked)
+        best, rows = apart.argmin(1), np.arange(len(part))
+        parts.append((apart[rows, best], walked[rows, best], best))
+    return tuple(np.concatenate(a).reshape(points.shape) for a in zip(*parts))
 
 
 class City:
-    """Streets, places and panoramas of a plan, the same for the same seed: a grid of `size` x `size` crossings. `crossings` are metres east
-    and north of the plan's centre, by column and row; `geocode` makes latitude and longitude of metres."""
+    """Streets, places and panoramas of a plan, the same for the same seed: a grid of 7 x 7 crossings.
 
-    def __init__(self, plan: CityPlan, seed: int = 0, size: int = 7):
-        self.plan, rng = plan, random.Random(f"{plan.layout}/{seed}")
-        cos, sin = math.cos(math.radians(plan.turned)), math.sin(math.radians(plan.turned))
-        across, along = (
-            [side * (i + plan.jitter * rng.uniform(-0.5, 0.5)) for i in range(size)] for side in plan.block
-        )
-        self.crossings: dict[tuple[int, int], Metres] = {}
-        for i in range(size):
-            for j in range(size):
-                x, y = (
-                    base + side * plan.jitter * rng.uniform(-0.5, 0.5)
-                    for base, side in zip((across[i], along[j]), plan.block)
-                )
-                self.crossings[i, j] = (x * cos + y * sin, y * cos - x * sin)
-        self.ways: dict[tuple[int, int], list[tuple[int, int]]] = {c: [] for c in self.crossings}
+    `crossings` are Points from the plan's centre, by column and row.
+    """
+
+    def __init__(self, plan: CityPlan, seed: int = 0):
+        self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
+        self.crossings = self._grid(rng)
+        self.ways: dict[Crossing, list[Crossing]] = {c: [] for c in self.crossings}
         for i, j in self.crossings:
-            ends = [(i + 1, j), (i, j + 1)]
-            if rng.random() < plan.diagonals:
-                ends.append((i + 1, j + 1))
+            ends = [(i + 1, j), (i, j + 1)] + [(i + 1, j + 1)] * (rng.random() < plan.diagonals)
             for end in ends:
                 if end in self.crossings:
                     self.ways[i, j].append(end)
                     self.ways[end].append((i, j))
         edges = [(a, b) for a, ends in self.ways.items() for b in ends if a < b]
-        self.streets = np.array(
-            [self.crossings[a] + self.crossings[b] for a, b in edges]
-        )  # [n, 4]: from x, y to x, y
-        names = [f"{word} {trade}" for word in plan.words for trade in plan.trades]
-        numbers = list(
-            range(max(len(names), len(_NEW_YORK.words) * len(_NEW_YORK.trades)))
-        )  # chance goes on alike, however many names there are
-        rng.shuffle(numbers)
-        names = [names[k] for k in numbers if k < len(names)]
-        self.places: dict[tuple[int, int], dict] = {}  # at most one for each crossing, on a facade near it
-        self.boards: dict[tuple[int, int], tuple[Metres, Metres]] = {}  # where its sign begins and ends
-        for crossing in self.crossings:
+        self.streets = np.array([(self.crossings[a], self.crossings[b]) for a, b in edges])  # [n, 2]
+        self._name_places(rng)
+        stands = list(self.crossings.values())
+        for a, b in edges:
+            start, way = self.crossings[a], self.crossings[b] - self.crossings[a]
+            n = max(1, round(abs(way) / 12))
+            stands += [start + way * k / n for k in range(1, n)]
+        stem = plan.name.replace(" ", "")
+        self.panoramas = {self.geocode(at): f"{stem}-{k:05d}" for k, at in enumerate(stands)}
+
+    def _grid(self, rng: random.Random, size: int = 7) -> dict[Crossing, Point]:
+        def moved(side: float) -> float:
+            return side * self.plan.jitter * rng.uniform(-0.5, 0.5)
+
+        width, depth = self.plan.block
+        columns, rows = ([side * i + moved(side) for i in range(size)] for side in (width, depth))
+        turned = cmath.rect(1, -math.radians(self.plan.turned))
+        return {
+            (i, j): complex(columns[i] + moved(width), rows[j] + moved(depth)) * turned
+            for i, j in product(range(size), repeat=2)
+        }
+
+    def _name_places(self, rng: random.Random) -> None:
+        """At most one place for each crossing, on a facade near it; its sign is a board that stands out from
+        there."""
+        names = [f"{word} {trade}" for word in self.plan.words for trade in self.plan.trades]
+        rng.shuffle(names)
+        self.places: dict[Crossing, dict] = {}
+        self.boards: dict[Crossing, tuple[Point, Point]] = {}  # where the sign begins and ends
+        for crossing, corner in self.crossings.items():
             spot = self._facade_near(crossing, rng)
             if spot and rng.random() < 0.9 and names:
                 name, (at, outwards) = names.pop(), spot
-                board = at, (at[0] + BOARD[0] * outwards[0], at[1] + BOARD[0] * outwards[1])
-                if nearest_street(np.array(at), self.streets)[
-                    0
-                ] > plan.street / 2 - 0.1 and self._to_one_side(crossing, board):
+                board = at, at + BOARD[0] * outwards
+                if self._to_one_side(crossing, board):
+                    self.boards[crossing] = board
                     self.places[crossing] = {
                         "name": name,
                         "geocode": list(self.geocode(at)),
-                        "relocated_geocode": list(self.geocode(self.crossings[crossing])),
+                        "relocated_geocode": list(self.geocode(corner)),
                     }
-                    self.boards[crossing] = board
-        stands = list(self.crossings.values())
-        for a, b in edges:
-            (x1, y1), (x2, y2) = self.crossings[a], self.crossings[b]
-            n = max(1, round(math.hypot(x2 - x1, y2 - y1) / 12))
-            stands += [(x1 + (x2 - x1) * k / n, y1 + (y2 - y1) * k / n) for k in range(1, n)]
-        self.panoramas = {
-            self.geocode(at): f"{plan.name.replace(' ', '')}{k:05d}" for k, at in enumerate(stands)
-        }
 
-    def geocode(self, at: Metres) -> Geocode:
-        lat = self.plan.centre[0] + at[1] / METRES_PER_DEGREE
-        return lat, self.plan.centre[1] + at[0] / (
-            METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2))
-        )
+    def geocode(self, at: Point) -> Geocode:
+        """Latitude and longitude of a point."""
+        lat = self.plan.centre[0] + at.imag / METRES_PER_DEGREE
+        width = METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2))
+        return lat, self.plan.centre[1] + at.real / width
 
-    def _facade_near(self, crossing: tuple[int, int], rng: random.Random) -> tuple[Metres, Metres] | None:
-        """A point of a facade not far from a crossing, and the direction from there out into the street; None if chance finds none. It lies
-        in no other street, were they as wide as New York's: what chance decides must not depend on their width."""
-        x, y = self.crossings[crossing]
+    def _facade_near(self, crossing: Crossing, rng: random.Random) -> tuple[Point, Point] | None:
+        """A point of a facade not far from a crossing, and the direction from there out into the street.
+
+        None if chance finds none that lies in no other street.
+        """
+        corner, half = self.crossings[crossing], self.plan.street / 2
         for _ in range(20):
-            u, v = self.crossings[rng.choice(self.ways[crossing])]
-            length, away, side = math.hypot(u - x, v - y), rng.uniform(6, 14), rng.choice((1, -1))
-            dx, dy = (u - x) / length, (v - y) / length
-
-            def facade(half: float) -> Metres:
-                return x + dx * (half + away) - side * dy * half, y + dy * (half + away) + side * dx * half
-
-            half = _NEW_YORK.street / 2
-            if nearest_street(np.array(facade(half)), self.streets)[0] > half - 0.1:
-                return facade(self.plan.street / 2), (side * dy, -side * dx)
+            way = self.crossings[rng.choice(self.ways[crossing])] - corner
+            along, away, outwards = way / abs(way), rng.uniform(6, 14), rng.choice((-1j, 1j))
+            at = corner + along * (half + away - outwards * half)
+            if nearest_street(np.array([at]), self.streets)[0] > half - 0.1:
+                return at, outwards * along
         return None
 
-    def _to_one_side(self, crossing: tuple[int, int], board: tuple[Metres, Metres]) -> bool:
+    def _to_one_side(self, crossing: Crossing, board: tuple[Point, Point]) -> bool:
         """Whether the middle of a sign is clearly to the left or to the right, whichever way one comes."""
-        away = np.mean(board, 0) - self.crossings[crossing]
+        away = sum(board) / 2 - self.crossings[crossing]
         headings = (math.radians(self._heading(end, crossing)) for end in self.ways[crossing])
-        return all(abs(away @ (math.cos(heading), -math.sin(heading))) > 2 for heading in headings)
+        return all(abs((away * cmath.rect(1, heading)).real) > 2 for heading in headings)
 
     def route(self, rng: random.Random, turns: int, quarters: Sequence[int] = (0, 1, 2, 3)) -> dict:
-        """A route with so many turning points, in the released format, to a place in some of four interleaved quarters of the city."""
+        """A route with so many turning points, in the released format, to a place in some of the four
+        interleaved quarters of the city."""
         while True:
             path = self._path(rng, turns)
             if path and path[-1] in self.places and (path[-1][0] + 2 * path[-1][1]) % 4 in quarters:
                 return self._record(rng, path)
 
-    def _path(self, rng: random.Random, turns: int) -> list[tuple[int, int]] | None:
-        """The crossings where a walk starts, turns and ends; None if it ran into a corner or crossed itself."""
+    def _path(self, rng: random.Random, turns: int) -> list[Crossing] | None:
+        """The crossings where a walk starts, turns and ends; None if it met a corner or crossed itself."""
         at = rng.choice(sorted(self.crossings))
         path, seen = [at], {at}
         for _ in range(turns + 1):
@@ -1496,58 +1737,48 @@ class City:
                     break
                 end = on[0]
             path.append(at)
-        turned = [
-            wrap(self._heading(b, c) - self._heading(a, b)) for a, b, c in zip(path, path[1:], path[2:])
-        ]
-        return path if all(20 <= abs(turn) <= 150 for turn in turned) else None
+        headings = [self._heading(a, b) for a, b in zip(path, path[1:])]
+        return path if all(20 <= abs(wrap(b - a)) <= 150 for a, b in zip(headings, headings[1:])) else None
 
-    @lru_cache(
-        maxsize=None
-    )  # drawing 2,048 routes asks for the same few a million times, and for the same few headings
-    def _onward(
-        self, a: tuple[int, int], b: tuple[int, int], least: float, most: float
-    ) -> list[tuple[int, int]]:
+    @cache  # drawing 2,048 routes asks for the same few a million times, and for the same few headings
+    def _onward(self, a: Crossing, b: Crossing, least: float, most: float) -> list[Crossing]:
         """The crossings next to b to which one who comes from a turns by so many degrees."""
-        return [
-            c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - self._heading(a, b))) <= most
-        ]
+        came = self._heading(a, b)
+        return [c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - came)) <= most]
 
-    @lru_cache(maxsize=None)
-    def _heading(self, a: tuple[int, int], b: tuple[int, int]) -> float:
+    @cache
+    def _heading(self, a: Crossing, b: Crossing) -> float:
         return bearing(self.geocode(self.crossings[a]), self.geocode(self.crossings[b]))
 
-    def _record(self, rng: random.Random, path: list[tuple[int, int]]) -> dict:
-        blocks, landmarks = [], []
-        for k, (a, b) in enumerate(zip(path, path[1:])):
-            heading, place, corner = self._heading(a, b), self.places.get(b), self.geocode(self.crossings[b])
-            last = b == path[-1]
-            if place:
-                middle = self.geocode(tuple((p + q) / 2 for p, q in zip(*self.boards[b])))  # of what one sees
-                side = "on your " + _side(bearing(corner, middle) - heading)
-                told = f"The destination {place['name']} is {side}" if last else f"{place['name']} is {side}"
-            else:
-                told = NOTHING
-            if not last:
-                landmarks.append(place)
-            whole, metres = round(heading) % 360, round(math.dist(self.crossings[a], self.crossings[b]))
-            lines = {
-                "intersection_idx": k + 1,
-                "landmarks": told,
-                "distance": f"{metres} meters",
-                "human_heading": whole,
-                "to_next_intersection_heading": f"{whole} ({compass_word(whole)})",
-            }
-            blocks.append(
-                "{\n" + "\n".join(f'    "{key}": "{value}",' for key, value in lines.items()) + "\n}"
-            )
+    def _record(self, rng: random.Random, path: list[Crossing]) -> dict:
         places = [list(self.geocode(self.crossings[c])) for c in path]
+        blocks = [self._milestone(k, a, b, b == path[-1]) for k, (a, b) in enumerate(zip(path, path[1:]), 1)]
         return {
             "start_place": {"relocated_geocode": places[0]},
             "dest_place": self.places[path[-1]],
             "init_heading": rng.randint(1, 359),
-            "route_results": {"geocode_list": places[1:], "landmark_list": landmarks},
+            "route_results": {
+                "geocode_list": places[1:],
+                "landmark_list": [self.places.get(c) for c in path[1:-1]],
+            },
             "milestone_info": "\n".join(blocks),
         }
+
+    def _milestone(self, number: int, a: Crossing, b: Crossing, last: bool) -> str:
+        """The block of milestone_info for the leg from a to b."""
+        whole, landmark = round(self._heading(a, b)) % 360, NOTHING
+        if place := self.places.get(b):
+            middle = self.geocode(sum(self.boards[b]) / 2)  # of what one sees
+            side = _side(bearing(self.geocode(self.crossings[b]), middle) - whole)
+            landmark = f"{'The destination ' if last else ''}{place['name']} is on your {side}"
+        lines = {
+            "intersection_idx": number,
+            "landmarks": landmark,
+            "distance": f"{round(abs(self.crossings[a] - self.crossings[b]))} meters",
+            "human_heading": whole,
+            "to_next_intersection_heading": f"{whole} ({compass_word(whole)})",
+        }
+        return "{\n" + "".join(f'    "{key}": "{value}",\n' for key, value in lines.items()) + "}"
 
 
 def _side(turn: float) -> str:
@@ -1556,352 +1787,39 @@ def _side(turn: float) -> str:
     return ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
 
 
-# ------------------------------------------------------------------------------------------------- streets: the built-in world
+# -------------------------------------------------------------------------------- streets: the built-in world
 
-_NEW_YORK = CityPlan(
-    "new york",
-    (40.7527, -73.9772),
-    tuple(
-        "Amber Bishop Cedar Delta Elm Falcon Golden Harbor Ivory Juniper King Laurel Maple North Orchid Pearl".split()
-    ),
-    tuple("Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split()),
-)
-
-
-def _plan(name: str, centre: Geocode, words: str, trades: str, **differences) -> CityPlan:
-    return _NEW_YORK._replace(
-        name=name,
-        centre=centre,
-        words=tuple(words.split()),
-        trades=tuple(trades.split()),
-        layout=name,
-        **differences,
-    )
-
-
-# The training city, and nine that differ from it in every group of DIFFERENCES.
-CITIES = {
-    plan.name: plan
-    for plan in (
-        _NEW_YORK,
-        _plan(
-            "milan",
-            (45.4642, 9.1900),
-            "Aurora Brera Corvo Dante Edera Fiore Giglio Lauro",
-            "Osteria Panificio Libreria Gelateria Farmacia Albergo Galleria Teatro",
-            block=(95.0, 120.0),
-            turned=-12.0,
-            jitter=0.3,
-            diagonals=0.2,
-            street=13.0,
-            pavement=1.6,
-            road=(98, 92, 86),
-            heights=(14.0, 24.0),
-            window=(0.34, 0.62),
-            walls=((214, 170, 108), (226, 196, 140), (196, 132, 92), (232, 214, 178)),
-            glass=(74, 66, 60),
-            awnings=((120, 30, 40), (232, 224, 200)),
-            sign=((122, 24, 30), (240, 214, 150)),
-            sky=((110, 160, 224), (236, 226, 206)),
-            light=1.08,
-        ),
-        _plan(
-            "new delhi",
-            (28.6315, 77.2167),
-            "Ashok Bharat Chandni Ganga Himal Indra Kamal Lotus",
-            "Bhawan Bazaar Dhaba Emporium Mandir Sweets Sarees Tailors",
-            block=(170.0, 150.0),
-            turned=8.0,
-            jitter=0.4,
-            diagonals=0.25,
-            street=26.0,
-            pavement=2.0,
-            road=(104, 98, 90),
-            heights=(7.0, 16.0),
-            window=(0.6, 0.4),
-            walls=((232, 224, 206), (206, 120, 92), (236, 190, 130), (178, 196, 190)),
-            glass=(50, 52, 58),
-            awnings=((240, 140, 20), (20, 140, 70), (230, 60, 120)),
-            sign=((250, 200, 30), (150, 20, 30)),
-            capitals=True,
-            bold=2,
-            sky=((170, 172, 160), (226, 208, 172)),
-            light=0.94,
-        ),
-        _plan(
-            "buenos aires",
-            (-34.6037, -58.3816),
-            "Alvear Borges Cortez Defensa Estrella Florida Gaucho Luna",
-            "Parrilla Confiteria Kiosco Milonga Heladeria Almacen Imprenta Ferreteria",
-            block=(110.0, 110.0),
-            turned=0.0,
-            jitter=0.02,
-            diagonals=0.03,
-            street=15.0,
-            pavement=2.2,
-            road=(84, 84, 80),
-            heights=(10.0, 34.0),
-            window=(0.3, 0.7),
-            walls=((228, 228, 220), (190, 200, 206), (216, 196, 168), (150, 160, 150)),
-            glass=(40, 56, 54),
-            awnings=((90, 170, 220), (250, 250, 250)),
-            sign=((90, 170, 220), (20, 24, 40)),
-            bold=1,
-            sky=((60, 130, 220), (170, 210, 240)),
-            light=1.12,
-        ),
-        _plan(
-            "london",
-            (51.5154, -0.1410),
-            "Albany Baker Chelsea Dover Eaton Fleet Grosvenor Kensington",
-            "Arms Bookshop Chemist Inn Ironmonger Stationer Tearoom Tobacconist",
-            block=(120.0, 70.0),
-            turned=-24.0,
-            jitter=0.45,
-            diagonals=0.15,
-            street=16.0,
-            pavement=3.6,
-            road=(60, 62, 66),
-            heights=(10.0, 20.0),
-            window=(0.36, 0.56),
-            walls=((136, 66, 52), (154, 84, 66), (226, 222, 212), (118, 60, 50)),
-            glass=(92, 100, 108),
-            awnings=((20, 40, 80), (10, 70, 50), (60, 10, 30)),
-            sign=((10, 60, 44), (226, 190, 90)),
-            sky=((138, 144, 150), (184, 188, 190)),
-            light=0.82,
-        ),
-        _plan(
-            "hong kong",
-            (22.2830, 114.1580),
-            "Bauhinia Canton Dragon Fortune Jade Kowloon Lantern Phoenix",
-            "Dimsum Noodles Jewellery Herbs Seafood Mahjong Tailoring Electronics",
-            block=(80.0, 60.0),
-            turned=40.0,
-            jitter=0.35,
-            diagonals=0.12,
-            street=12.0,
-            pavement=1.8,
-            road=(52, 52, 56),
-            heights=(30.0, 90.0),
-            window=(0.7, 0.44),
-            walls=((170, 176, 172), (198, 178, 170), (140, 150, 160), (206, 206, 190)),
-            glass=(30, 66, 78),
-            awnings=((220, 30, 60), (30, 160, 90), (240, 220, 40)),
-            sign=((224, 20, 60), (255, 240, 120)),
-            capitals=True,
-            bold=1,
-            sky=((150, 160, 176), (190, 196, 204)),
-            light=0.88,
-        ),
-        _plan(
-            "melbourne",
-            (-37.8136, 144.9631),
-            "Acacia Banksia Carlton Eureka Fitzroy Grevillea Jacaranda Kookaburra",
-            "Brewery Butcher Espresso Gallery Grocer Milkbar Records Surfwear",
-            block=(200.0, 100.0),
-            turned=20.0,
-            jitter=0.0,
-            diagonals=0.0,
-            street=30.0,
-            pavement=4.5,
-            road=(88, 84, 84),
-            heights=(9.0, 60.0),
-            window=(0.52, 0.6),
-            walls=((96, 104, 110), (206, 206, 204), (160, 130, 110), (70, 76, 84)),
-            glass=(120, 150, 160),
-            awnings=((60, 60, 60), (200, 80, 30)),
-            sign=((250, 250, 250), (30, 30, 30)),
-            sky=((90, 150, 230), (226, 236, 244)),
-            light=1.05,
-        ),
-        _plan(
-            "lagos",
-            (6.4550, 3.3841),
-            "Adeola Balogun Chidi Ebony Folake Ikoyi Jollof Kola",
-            "Buka Fabrics Fashions Motors Plaza Suya Supermart Ventures",
-            block=(130.0, 140.0),
-            turned=-35.0,
-            jitter=0.5,
-            diagonals=0.1,
-            street=20.0,
-            pavement=1.0,
-            road=(120, 100, 80),
-            heights=(5.0, 18.0),
-            window=(0.5, 0.34),
-            walls=((236, 206, 96), (120, 176, 150), (226, 150, 110), (240, 236, 220)),
-            glass=(44, 48, 50),
-            awnings=((0, 120, 60), (230, 120, 20), (120, 40, 130)),
-            sign=((0, 120, 60), (255, 255, 255)),
-            capitals=True,
-            bold=2,
-            sky=((180, 190, 196), (232, 220, 196)),
-            light=1.0,
-        ),
-        _plan(
-            "san francisco",
-            (37.7793, -122.4193),
-            "Alcatraz Bayview Castro Divisadero Embarcadero Filbert Geary Presidio",
-            "Burrito Cannery Creamery Sourdough Tattoo Taqueria Vinyl Yoga",
-            block=(125.0, 84.0),
-            turned=-9.0,
-            jitter=0.08,
-            diagonals=0.3,
-            street=22.0,
-            pavement=3.4,
-            road=(92, 92, 96),
-            heights=(8.0, 15.0),
-            window=(0.5, 0.66),
-            walls=((186, 214, 214), (240, 214, 200), (206, 196, 226), (248, 236, 196)),
-            glass=(70, 84, 110),
-            awnings=((240, 240, 240), (90, 120, 170)),
-            sign=((240, 236, 226), (40, 80, 140)),
-            bold=1,
-            sky=((190, 198, 206), (214, 218, 220)),
-            light=0.92,
-        ),
-        _plan(
-            "cape town",
-            (-33.9249, 18.4241),
-            "Agulhas Bokaap Constantia Disa Erica Fynbos Gansbaai Karoo",
-            "Biltong Cellars Curios Lodge Pottery Rooibos Shebeen Winery",
-            block=(150.0, 110.0),
-            turned=15.0,
-            jitter=0.25,
-            diagonals=0.18,
-            street=19.0,
-            pavement=2.6,
-            road=(78, 76, 80),
-            heights=(6.0, 14.0),
-            window=(0.4, 0.44),
-            walls=((240, 110, 120), (90, 180, 200), (246, 206, 90), (150, 200, 120)),
-            glass=(58, 60, 80),
-            awnings=((250, 250, 240), (60, 60, 120)),
-            sign=((60, 36, 20), (250, 230, 200)),
-            sky=((40, 110, 210), (190, 224, 250)),
-            light=1.15,
-        ),
-    )
-}
-DIFFERENCES = {
-    "names": ("words", "trades"),
-    "blocks": ("layout", "block", "turned", "jitter", "diagonals"),
-    "streets": ("street", "pavement", "road"),
-    "facades": ("heights", "window"),
-    "palette": ("walls", "glass", "awnings"),
-    "signs": ("sign", "capitals", "bold"),
-    "weather": ("sky", "light"),
-}
-TEST_CITIES = tuple(name for name in CITIES if name != _NEW_YORK.name)
-
-
-def city_plan(name: str, differences: Sequence[str] = tuple(DIFFERENCES)) -> CityPlan:
-    """A city of CITIES, or New York at its place with only some of its differences (keys of DIFFERENCES)."""
-    city = CITIES[name]
-    return _NEW_YORK._replace(
-        name=name,
-        centre=city.centre,
-        **{part: getattr(city, part) for group in differences for part in DIFFERENCES[group]},
-    )
-
-
-ANYWHERE = "anywhere"  # a city of the foundation model's corpus: made-up names, map and looks
-
-
-def _made_up(rng: random.Random) -> str:
-    """A name of two or three syllables."""
-    syllables = (
-        rng.choice(("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr"))
-        + rng.choice("aeiou")
-        + rng.choice(("", "", *"dlmnrst"))
-        for _ in range(rng.randint(2, 3))
-    )
-    return "".join(syllables).capitalize()
-
-
-@lru_cache(maxsize=None)
-def _city(name: str, seed: int, differences: tuple[str, ...]) -> City:
-    if name != ANYWHERE:
-        return City(city_plan(name, differences), seed)
-    rng = random.Random(f"names/{seed}")
-    words, trades = ({_made_up(rng): None for _ in range(12)} for _ in range(2))
-
-    def colors(n: int, darkest: int = 20, lightest: int = 240) -> tuple[Color, ...]:
-        return tuple(
-            (rng.randint(darkest, lightest), rng.randint(darkest, lightest), rng.randint(darkest, lightest))
-            for _ in range(n)
-        )
-
-    board, letters = colors(1, 20, 110)[0], colors(1, 180, 250)[0]
-    return City(
-        CityPlan(
-            name,
-            _NEW_YORK.centre,
-            tuple(words),
-            tuple(trades),
-            layout=f"{name}/{seed}",
-            block=(rng.uniform(70, 180), rng.uniform(70, 180)),
-            turned=rng.uniform(-45, 45),
-            jitter=rng.uniform(0, 0.5),
-            diagonals=rng.uniform(0, 0.3),
-            street=rng.uniform(12, 28),
-            pavement=rng.uniform(1, 4),
-            road=(shade := rng.randint(50, 120), shade, shade),
-            heights=(rng.uniform(5, 15), rng.uniform(16, 60)),
-            window=(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
-            walls=colors(4, 60),
-            glass=colors(1, 30, 130)[0],
-            awnings=colors(3),
-            sign=rng.choice(((board, letters), (letters, board))),
-            capitals=rng.random() < 0.3,
-            bold=rng.randint(0, 2),
-            sky=(colors(1, 40, 220)[0], colors(1, 160, 250)[0]),
-            light=rng.uniform(0.8, 1.15),
-        ),
-        seed,
-    )
-
-
-@lru_cache(maxsize=None)
-def _scene(*city) -> "Scene":
-    return Scene(_city(*city))
-
-
-def _draw(width: int, cities: tuple, place: Geocode) -> tuple[Image.Image, float]:
-    nearest = min(cities, key=lambda city: distance(_city(*city).plan.centre, place))
-    return _scene(*nearest).draw(place, (width, width // 2)), 0.0
-
-
-@lru_cache(maxsize=None)
-def _album(width: int) -> Callable:
-    """`_draw` with a memory of 800 MB."""
-    return lru_cache(maxsize=2**29 // width**2)(partial(_draw, width))
-
-
-# Of the built-in routes: the name of their draw, and where they lead. The test routes are drawn anew when a study has been seen.
+# Of the built-in routes: the name of their draw, and the quarters where they lead. The test routes are drawn
+# anew when a study has been seen.
 SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, sixth draw", (3,))}
 
 
-@lru_cache(maxsize=None)
+@cache
+def built_in_city(name: str, seed: int) -> City:
+    """The city of a CityKey."""
+    return City(NEW_YORK if name == NEW_YORK.name else made_up_plan(seed), seed)
+
+
+@cache
 def built_in_routes(
     split: str = "train",
     turns: int = 7,
-    seed: int = 0,
+    cities: tuple[CityKey, ...] = TRAINING_CITIES,
     n: int = 2048,
-    cities: tuple[str, ...] = (_NEW_YORK.name,),
-    differences: tuple[str, ...] = tuple(DIFFERENCES),
 ) -> list[dict]:
-    """Up to `n` different routes of one to `turns` turning points, in the released format, as many in each of the cities, in turn. Routes of different
-    splits lead to different places, so no route, and no instruction, of one is in another. Seed 0 is the streets and places of the study."""
+    """Up to `n` different routes of one to `turns` turning points, in the released format, of each city in
+    turn.
+
+    Routes of different splits lead to different places, so no route, and no instruction, of one is in
+    another.
+    """
     of_city = []
-    for city in cities:
-        (draw, ends), streets, fruitless = SPLITS[split], _city(city, seed, differences), 0
+    for name, seed in cities:
+        (draw, ends), city, fruitless = SPLITS[split], built_in_city(name, seed), 0
         rng = random.Random(f"routes/{seed}/{draw}")
         records: dict[str, dict] = {}
-        while (
-            len(records) < max(1, n // len(cities)) and fruitless < 500
-        ):  # there are not many different routes of one turn
-            record = streets.route(rng, rng.randint(1, turns), ends)
+        while len(records) < max(1, n // len(cities)) and fruitless < 500:  # few routes have one turn
+            record = city.route(rng, rng.randint(1, turns), ends)
             key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
             fruitless = fruitless + 1 if key in records else 0
             records.setdefault(key, record)
@@ -1909,29 +1827,40 @@ def built_in_routes(
     return [record for one_of_each in zip_longest(*of_city) for record in one_of_each if record]
 
 
-@lru_cache(maxsize=None)
+@cache
 def built_in_world(
     split: str = "train",
     turns: int = 7,
-    seed: int = 0,
+    cities: tuple[CityKey, ...] = TRAINING_CITIES,
     n: int = 2048,
-    cities: tuple[str, ...] = (_NEW_YORK.name,),
-    differences: tuple[str, ...] = tuple(DIFFERENCES),
     width: int = 1024,
 ) -> World:
     """Those routes and all panoramas of the cities, pictures of so many pixels across."""
-    keys = tuple((city, seed, differences) for city in cities)
-    ids = {place: name for key in keys for place, name in _city(*key).panoramas.items()}
-    return World(
-        read_routes(built_in_routes(split, turns, seed, n, cities, differences)),
-        Panoramas(ids),
-        partial(_album(width), keys),
-    )
+    ids = {place: name for key in cities for place, name in built_in_city(*key).panoramas.items()}
+    routes = read_routes(built_in_routes(split, turns, cities, n))
+    return World(routes, Panoramas(ids), partial(_album(width), cities))
 
 
-# --------------------------------------------------------------------------------------------------- streets: what one sees there
+@cache
+def _album(width: int) -> Callable:
+    """Draws the panorama at a place in the nearest of some cities, with a memory of 800 MB."""
 
-EYE = 2.5  # metres: height of the camera
+    @lru_cache(maxsize=2**29 // width**2)
+    def draw(cities: tuple[CityKey, ...], place: Geocode) -> tuple[Image.Image, float]:
+        nearest = min(cities, key=lambda key: distance(built_in_city(*key).plan.centre, place))
+        return _scene(*nearest).draw(place, (width, width // 2)), 0.0
+
+    return draw
+
+
+@cache
+def _scene(name: str, seed: int) -> "Scene":
+    return Scene(built_in_city(name, seed))
+
+
+# ------------------------------------------------------------------------------- streets: what one sees there
+
+EYE, SIGHT = 2.5, 150.0  # metres: height of the camera, and how far signs and the ground are drawn
 
 
 class Scene:
@@ -1939,100 +1868,73 @@ class Scene:
 
     def __init__(self, city: City):
         self.city, plan = city, city.plan
-        rng, half = random.Random(f"facades of {plan.layout}"), plan.street / 2
+        rng, half = random.Random(f"facades of {plan.name}"), plan.street / 2
         walls, buildings = [], []
-        for k, (x1, y1, x2, y2) in enumerate(city.streets):
-            length = math.hypot(x2 - x1, y2 - y1)
-            dx, dy = (x2 - x1) / length, (y2 - y1) / length
-            metres = np.arange(0.0, length)
-            for side in (1, -1):
-                line = np.stack(
-                    [x1 + dx * metres - side * dy * half, y1 + dy * metres + side * dx * half], -1
-                )
-                free = (
-                    nearest_street(line, np.delete(city.streets, k, 0))[0] >= half - 0.01
-                )  # where no other street comes through
+        for k, (start, end) in enumerate(city.streets):
+            along, metres = (end - start) / abs(end - start), np.arange(0.0, abs(end - start))
+            for outwards in (-1j, 1j):
+                line = start + along * (metres - outwards * half)
+                # A wall stands wherever no other street comes through.
+                free = nearest_street(line, np.delete(city.streets, k, 0))[0] >= half - 0.01
                 ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
                 for first, last in zip(ends[::2], ends[1::2] - 1):
-                    at = 0.0
-                    while at < last - first:
-                        width = rng.uniform(8, 16)
-                        height, bay, paint = (
-                            rng.uniform(*plan.heights),
-                            rng.uniform(1.8, 3.2),
-                            plan.walls[rng.randrange(len(_NEW_YORK.walls)) % len(plan.walls)],
-                        )
-                        awning = (
-                            plan.awnings[rng.randrange(len(_NEW_YORK.awnings)) % len(plan.awnings)]
-                            if rng.random() < 0.6
-                            else (-1, -1, -1)
-                        )
-                        buildings.append((1000.0 * len(walls) + at, width, height, bay, *paint, *awning))
-                        at += width
-                    walls.append((*line[first], *line[last], side * dy, -side * dx))
-        self.walls = np.array([wall[:4] for wall in walls])
-        self.normals = np.array([wall[4:] for wall in walls])  # towards the street
-        self.buildings = np.array(
-            buildings
-        )  # by 1000 * wall + metres along it: start, width, height, bay, paint, awning
+                    buildings += self._row_of_buildings(rng, 1000.0 * len(walls), last - first)
+                    walls.append((line[first], line[last]))
+        self.walls = np.array(walls)  # [n, 2]: from where to where
+        # By 1000 * wall + metres along it: start, width, height, bay, paint, awning (negative: none)
+        self.buildings = np.array(buildings)
         self.signs = [
-            (np.array(city.boards[crossing]).flatten(), self._board(place["name"]))
-            for crossing, place in city.places.items()
+            (city.boards[crossing], self._board(place["name"])) for crossing, place in city.places.items()
         ]
+
+    def _row_of_buildings(self, rng: random.Random, start: float, length: float) -> list[tuple[float, ...]]:
+        plan, at, row = self.city.plan, 0.0, []
+        while at < length:
+            width, height, bay = rng.uniform(8, 16), rng.uniform(*plan.heights), rng.uniform(1.8, 3.2)
+            paint = rng.choice(plan.walls)
+            awning = rng.choice(plan.awnings) if rng.random() < 0.6 else (-1, -1, -1)
+            row.append((start + at, width, height, bay, *paint, *awning))
+            at += width
+        return row
 
     def _board(self, name: str) -> np.ndarray:
         """The pixels of a board that stands out from a facade, to be read from both sides."""
-        plan = self.city.plan
-        board, letters = plan.sign
-        text, font = (name.upper() if plan.capitals else name).replace(" ", "\n"), ImageFont.load_default(40)
-        picture = Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
-        draw = ImageDraw.Draw(picture)
-        left, top, right, bottom = draw.multiline_textbbox(
-            (0, 0), text, font=font, align="center", stroke_width=plan.bold
-        )
-        font = ImageFont.load_default(
-            40 * min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top))
-        )
-        draw.multiline_text(
-            (picture.width / 2, picture.height / 2),
-            text,
-            fill=letters,
-            font=font,
-            anchor="mm",
-            align="center",
-            stroke_width=plan.bold,
-        )
+        board, letters = self.city.plan.sign
+        text, picture = name.replace(" ", "\n"), Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(40)
+        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center")
+        scale = min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top))
+        middle, font = (picture.width / 2, picture.height / 2), ImageFont.load_default(40 * scale)
+        draw.multiline_text(middle, text, fill=letters, font=font, anchor="mm", align="center")
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels. Compass heading h stands in the
-        column at the share (h + rotation) / 360 of the width (released data: at longitude h - 180 + rotation,
-        0 in the middle)."""
+        """The equirectangular panorama at a place, (width, height) pixels.
+
+        Compass heading h stands in the column at the share (h + rotation) / 360 of the width (released data:
+        at longitude h - 180 + rotation, 0 in the middle).
+        """
         width, height = size
-        plan, eye = self.city.plan, np.array(offset(self.city.plan.centre, at))
+        plan, eye = self.city.plan, complex(*offset(self.city.plan.centre, at))
         heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
-        ray = np.stack([np.sin(heading), np.cos(heading)], -1)
+        ray = np.sin(heading) + 1j * np.cos(heading)
         elevation = np.radians(90.0 - (np.arange(height) + 0.5) / height * 180.0)
         up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
         sky = np.array(plan.sky[1]) * (1 - up) ** 2 + np.array(plan.sky[0]) * (1 - (1 - up) ** 2)
         picture = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
-        reach = np.minimum(
-            EYE / np.tan(-elevation[elevation < 0]), 150.0
-        )  # what lies farther is less than two rows high
-        middle = (self.city.streets[:, :2] + self.city.streets[:, 2:]) / 2
-        streets = self.city.streets[np.hypot(*(middle - eye).T) < 150.0 + max(plan.block)]
-        picture[elevation < 0] = self._ground(
-            (eye + reach[:, None, None] * ray).astype(np.float32), streets.astype(np.float32)
-        )
-        far = self._facades(picture, eye, ray, elevation)
-        self._boards(picture, eye, ray, elevation, far)
+        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), SIGHT)  # beyond it lie less than two rows
+        streets = self.city.streets[abs(self.city.streets.mean(1) - eye) < SIGHT + max(plan.block)]
+        ground = (eye + reach[:, None] * ray).astype(np.complex64)
+        picture[elevation < 0] = self._ground(ground, streets.astype(np.complex64))
+        far = self._paint_facades(picture, eye, ray, elevation)
+        self._paint_boards(picture, eye, ray, elevation, far)
         return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
 
     def _ground(self, points: np.ndarray, streets: np.ndarray) -> np.ndarray:
-        """Colours of points on the ground [..., 2]: road with its lanes and crossing marks, kerb, pavement."""
+        """Colours of Points on the ground [...]: road with lanes and crossing marks, kerb, pavement."""
         plan = self.city.plan
         apart, along, street = nearest_street(points, streets)
-        to_end = np.minimum(along, np.hypot(*(streets[:, 2:] - streets[:, :2]).T)[street] - along)
+        to_end = np.minimum(along, abs(streets[:, 1] - streets[:, 0])[street] - along)
         half, kerb = plan.street / 2, plan.street / 2 - plan.pavement
         color = np.where((apart < kerb)[..., None], np.float32(plan.road), np.float32((150, 148, 142)))
         color[(abs(apart - kerb) < 0.15) & (to_end > kerb)] = (112, 111, 106)
@@ -2041,105 +1943,86 @@ class Scene:
         color[lane | stripes] = (232, 232, 228)
         return color * plan.light
 
-    def _facades(
-        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray
-    ) -> np.ndarray:
-        """Paints the nearest wall of every column over sky and ground; returns how far it is [width], infinite where there is none."""
+    def _paint_facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray):
+        """Paints the nearest wall of every column over sky and ground; returns its distance [width], infinite
+        for none."""
         plan, (distances, shares) = self.city.plan, _meet(eye, ray, self.walls)
-        nearest = distances.argmin(1)
         columns = np.flatnonzero(np.isfinite(distances.min(1)))
-        wall = nearest[columns]
-        far, share = distances[columns, wall], shares[columns, wall]
-        metres = share * np.hypot(*(self.walls[wall, 2:] - self.walls[wall, :2]).T)
-        building = self.buildings[
-            np.searchsorted(self.buildings[:, 0], 1000.0 * wall + metres, side="right") - 1
-        ]
-        left, (width, top, bay) = 1000.0 * wall + metres - building[:, 0], building[:, 1:4].T
+        wall = distances.argmin(1)[columns]
+        far = distances[columns, wall]
+        way = self.walls[wall, 1] - self.walls[wall, 0]
+        metres = shares[columns, wall] * abs(way)
+        number = np.searchsorted(self.buildings[:, 0], 1000.0 * wall + metres, side="right") - 1
+        building = self.buildings[number].astype(np.float32)
+        left = (1000.0 * wall + metres - self.buildings[number, 0]).astype(np.float32)
+        width, top, bay = building[:, 1:4].T
         z = (EYE + far * np.tan(elevation)[:, None]).astype(
             np.float32
-        )  # [height, columns]: metres above the ground
-        building, left, width, top, bay = (
-            values.astype(np.float32) for values in (building, left, width, top, bay)
-        )
-        light = np.float32(plan.light * (0.78 + 0.22 * abs(self.normals[wall] @ (0.6, 0.8))))
-        color = np.broadcast_to(building[:, 4:7], (*z.shape, 3)) * light[:, None]
+        )  # [height, columns]: metres above ground
+        light = np.float32(plan.light * (0.78 + 0.22 * abs((way / abs(way) * (0.8 + 0.6j)).real)))[:, None]
         across, floor = left / bay % 1, (z - 4.4) / 3.4 % 1
-        window = (
-            (abs(across - 0.5) < plan.window[0] / 2)
-            & (abs(floor - 0.5) < plan.window[1] / 2)
-            & (z > 4.4)
-            & (z < top - 1)
-        )
+        within = (abs(across - 0.5) < plan.window[0] / 2) & (abs(floor - 0.5) < plan.window[1] / 2)
         inside = (left > 0.5) & (left < width - 0.5)
-        color = np.where(
-            (window | inside & (z > 0.5) & (z < 2.7))[..., None],
-            np.float32(plan.glass) * light[:, None],
-            color,
-        )
-        shade = np.where(left / 0.6 % 2 < 1, np.float32(1.0), np.float32(0.8))[:, None]
-        color = np.where(
-            (inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3))[..., None],
-            building[:, 7:10] * shade * light[:, None],
-            color,
-        )
-        color = np.where(((z > top - 0.5) | (left < 0.15))[..., None], color * 0.75, color)
+        glass = within & (z > 4.4) & (z < top - 1) | inside & (z > 0.5) & (
+            z < 2.7
+        )  # windows, and the shop's front
+        color = np.where(glass[..., None], np.float32(plan.glass) * light, building[:, 4:7] * light)
+        stripes = np.where(left / 0.6 % 2 < 1, np.float32(1.0), np.float32(0.8))[:, None]
+        awning = inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3)
+        color = np.where(awning[..., None], building[:, 7:10] * stripes * light, color)
+        color = np.where(((z > top - 0.5) | (left < 0.15))[..., None], color * 0.75, color)  # cornice, edge
         mist = np.float32(np.minimum(far / 400, 1)[:, None])
         color = color * (1 - mist) + np.float32(plan.sky[1]) * mist
         picture[:, columns] = np.where(((z >= 0) & (z <= top))[..., None], color, picture[:, columns])
         return distances.min(1)
 
-    def _boards(
-        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far: np.ndarray
-    ) -> None:
+    def _paint_boards(
+        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far
+    ):
         """Paints the signs that stand before the walls, the farthest first."""
         lines = np.array([line for line, _ in self.signs])
         distances, shares = _meet(eye, ray, lines)
-        way = lines[:, 2:] - lines[:, :2]
         for k in np.argsort(-distances.min(0)):
-            columns = np.flatnonzero((distances[:, k] < far) & (distances[:, k] < 150.0))
-            if len(columns):
-                board = self.signs[k][1]
-                to_the_right = ray[columns, 1] * way[k, 0] - ray[columns, 0] * way[k, 1] > 0
-                across = np.where(to_the_right, shares[columns, k], 1 - shares[columns, k])
-                down = (
-                    BOARD_FOOT + BOARD[1] - EYE - distances[columns, k] * np.tan(elevation)[:, None]
-                ) / BOARD[1]  # 0 to 1 on the board
-                rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
-                pixels = (
-                    board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)]
-                    * self.city.plan.light
-                )
-                picture[:, columns] = np.where(
-                    ((down >= 0) & (down <= 1))[..., None], pixels, picture[:, columns]
-                )
+            columns = np.flatnonzero((distances[:, k] < far) & (distances[:, k] < SIGHT))
+            if not len(columns):
+                continue
+            board, away, share = self.signs[k][1], distances[columns, k], shares[columns, k]
+            to_the_right = (ray[columns] * (lines[k, 1] - lines[k, 0]).conj()).imag > 0
+            across = np.where(to_the_right, share, 1 - share)
+            down = (BOARD_FOOT + BOARD[1] - EYE - away * np.tan(elevation)[:, None]) / BOARD[
+                1
+            ]  # 0 to 1 on it
+            rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
+            pixels = board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)]
+            on_board = ((down >= 0) & (down <= 1))[..., None]
+            picture[:, columns] = np.where(on_board, pixels * self.city.plan.light, picture[:, columns])
 
 
-def _meet(eye: np.ndarray, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays [width, 2] from a point meet line segments [n, 4]: the distance, infinite if they do not, and the share of the segment
-    from its start to there, both [width, n]."""
-    start, way = lines[:, :2] - eye, lines[:, 2:] - lines[:, :2]
-    cross = ray[:, None, 0] * way[:, 1] - ray[:, None, 1] * way[:, 0]
+def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where rays [width] from a point meet line segments [n, 2]: the distance, infinite for none, and the
+    share of the segment from its start to there, both [width, n]."""
+    start, way = (lines[:, 0] - eye).conj(), lines[:, 1] - lines[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
-        far = (start[:, 0] * way[:, 1] - start[:, 1] * way[:, 0]) / cross
-        share = (start[:, 0] * ray[:, None, 1] - start[:, 1] * ray[:, None, 0]) / cross
+        cross = (ray[:, None].conj() * way).imag
+        far, share = (start * way).imag / cross, (start * ray[:, None]).imag / cross
     return np.where((share >= 0) & (share <= 1) & (far > 0.1), far, np.inf), share
 
 
 @lru_cache(maxsize=8)
-def _sight(size: int, fov: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pixels of a view lie, in degrees: of a column how far to the right [size], of a pixel how high [size, size]."""
-    line = ((np.arange(size) + 0.5) / size * 2 - 1) * math.tan(math.radians(fov / 2))
+def _sight(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a view lie, in degrees: a column how far right [size], a pixel how high [size,
+    size]."""
+    line = (np.arange(size) + 0.5) / size * 2 - 1
     right, up = np.meshgrid(line, -line)
     return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
 
 
-def view(
-    panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300, fov: float = 90.0
-) -> Image.Image:
-    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, a square
-    of `size` pixels, bilinear; the panorama wraps round, and its columns are those of `Scene.draw`."""
+def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
+    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, 90
+    degrees wide: a square picture of `size` pixels, bilinear. The panorama's columns are those of
+    `Scene.draw`."""
     height, width = panorama.shape[:2]
-    sideways, latitude = _sight(size, fov)
+    sideways, latitude = _sight(size)
     x = (heading % 360.0 + rotation + sideways) / 360.0 * width - 0.5
     y = ((90.0 - latitude) / 180.0 * height - 0.5).clip(0, height - 1)
     x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
@@ -2150,16 +2033,15 @@ def view(
     return Image.fromarray((upper * (1 - fy) + lower * fy).round().astype(np.uint8))
 
 
-VIEW_LAYOUTS = {
-    "compass": (0, 90, 180, 270),
-    "legacy": (-135, -45, 45, 135),
-}  # degrees right of the heading: top row, bottom row
+# Degrees right of the heading, of the top row and the bottom row.
+VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}
 
 
 def look_around(
     panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
 ) -> Image.Image:
-    """Four views in a 2 x 2 grid with a black gap of 5 pixels: front and right over back and left, or the released code's four."""
+    """Four views in a 2 x 2 grid with a black gap of 5 pixels: front and right over back and left, or the
+    released code's four."""
     pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
     for k, turn in enumerate(VIEW_LAYOUTS[layout]):
         corner = (k % 2 * (size + 5), k // 2 * (size + 5))
@@ -2167,20 +2049,14 @@ def look_around(
     return grid
 
 
-# --------------------------------------------------------------------------------------------------- streets: the environment
+# -------------------------------------------------------------------------------------- streets: the verifier
 
-STREET_PROMPT = string.Template(
-    "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
-    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}$report $observation'
-)
 STREET_FIELDS = ("current observation", "current instruction", "action")
-# Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a reply
-# that cannot be read counts like a wrong action.
-STREET_REWARDS = {"correct": 1.0, "wrong_action": -1.0, "wrong_observation": -1.5, "unparsed": -1.0}
 
 
 class Waypoint(NamedTuple):
-    """One decision of a route: what is seen there, the sentence of the instruction it belongs to, and the expert's action."""
+    """One decision of a route: what is seen there, the sentence of the instruction it belongs to, and the
+    expert's action."""
 
     place: Geocode
     heading: float  # where the agent looks before it acts, compass degrees
@@ -2192,255 +2068,6 @@ class Waypoint(NamedTuple):
     @property
     def observation(self) -> str:
         return self.landmark + ("; an intersection" if self.intersection else "")
-
-
-class VIRL:
-    """Follow a route through streets (paper, section 3.2), told in words.
-
-    An episode is a route. At each waypoint the reply reports what is seen, quotes the sentence of the instruction that it follows, and acts.
-    A right action leads to the next waypoint; a wrong one is not executed: the verifier says what was wrong,
-    at most `verify_iter` times.
-
-    Args:
-        variant: "id" (turns by the eight compass words) or "rule" (left, right, slightly left, slightly right).
-        seed: of the one random generator of this environment, which chooses route, points and the first heading.
-        verify_iter: replies judged per waypoint.
-        data: a folder in the released format, or a World; None takes the built-in city.
-        split: of the built-in routes, "train", "valid" or "test".
-        turns: most turning points of a built-in route.
-        city: of CITIES, or "others", all but New York; None takes the variant's, New York but for "visual".
-        differences: from New York that the city has, keys of DIFFERENCES; None takes all.
-        go_on: for evaluation: where the budget of a waypoint is used up, go on from the next one; else the route ends there.
-        points_per_leg, drop: points between two turning points, each left out with probability `drop`.
-        fields: the names of the three fields of a reply.
-
-    Raises ValueError for a wrong argument and for files that cannot be used.
-    """
-
-    rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn, by variant
-    rewards = STREET_REWARDS
-    report = ""  # how a report is worded, where the model is not told what is seen
-    picture: Callable[[], Image.Image] | None = None  # draws what is seen at the current waypoint
-    panorama_width = 1024
-
-    def __init__(
-        self,
-        variant: str = "id",
-        seed: int = 0,
-        verify_iter: int = 2,
-        *,
-        data: str | Path | World | None = None,
-        split: str = "train",
-        turns: int = 7,
-        city: str | None = None,
-        differences: Sequence[str] | None = None,
-        go_on: bool = False,
-        points_per_leg: int = 4,
-        drop: float = 0.5,
-        fields: Sequence[str] = STREET_FIELDS,
-    ):
-        if variant not in self.rules:
-            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.rules)}")
-        limits = ((verify_iter, 1, 10**6), (turns, 1, 7), (points_per_leg, 0, 100))
-        if (
-            not all(isinstance(n, int) and low <= n <= high for n, low, high in limits)
-            or not isinstance(drop, (int, float))
-            or not 0 <= drop <= 1
-        ):
-            raise ValueError(
-                "verify_iter must be an integer from 1, turns one from 1 to 7, points_per_leg one from 0 to 100, and drop a number from 0 to 1"
-            )
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-        city, differences = (
-            city or ("others" if variant == "visual" else _NEW_YORK.name),
-            tuple(DIFFERENCES if differences is None else differences),
-        )
-        if city not in (*CITIES, "others"):
-            raise ValueError(f"unknown city {city!r}: choose from {', '.join(CITIES)}, others")
-        if unknown := [group for group in differences if group not in DIFFERENCES]:
-            raise ValueError(f"unknown difference {unknown[0]!r}: choose from {', '.join(DIFFERENCES)}")
-        if not isinstance(data, (str, Path, World, type(None))):
-            raise ValueError(f"data must be a folder, not {_line(data)}")
-        if len(set(fields)) != len(STREET_FIELDS):
-            raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {fields!r}")
-        self.variant, self.verify_iter, self.go_on, self.fields = variant, verify_iter, go_on, tuple(fields)
-        self.points_per_leg, self.drop = points_per_leg, drop
-        self.built_in = {
-            "split": split,
-            "turns": turns,
-            "cities": TEST_CITIES if city == "others" else (city,),
-            "differences": differences,
-        }
-        if data is None:
-            data = built_in_world(**self.built_in, width=self.panorama_width)
-        self.world = data if isinstance(data, World) else load_world(data, pictures=isinstance(self, VIRLVL))
-        self.random = random.Random(seed)
-        self.waypoints: list[Waypoint] = []
-
-    @property
-    def decisions(self) -> int:
-        """How many right replies finish the episode."""
-        return len(self.waypoints)
-
-    @property
-    def image(self) -> Image.Image | None:
-        """What is seen at the current waypoint, None in words."""
-        return self.picture() if self.picture else None
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
-        """Starts a route drawn at random, or number `options["route"]`. A seed restarts the generator; None goes on with it."""
-        if seed is not None:
-            self.random.seed(seed)
-        number, routes = (options or {}).get("route"), self.world.routes
-        if number is None:
-            number = self.random.randrange(len(routes))
-        elif isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(routes):
-            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
-        self.sentences, self.waypoints = self._plan(number)
-        self.number = number
-        self.at = self.judged = self.told = (
-            0  # the current waypoint, replies judged there, the waypoint of the last reply
-        )
-        self.failed, self.done = False, (False, False)
-        self.verdict: Verdict | None = None
-        words = ", ".join(self.rules[self.variant])
-        text = STREET_PROMPT.substitute(
-            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
-            words=words,
-            report=self.report,
-            observation=self._seen(),
-            **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)},
-        )
-        self.messages: list[dict[str, Any]] = []
-        self._tell(text, arrived=True)
-        return self._observation(), self._info()
-
-    def _tell(self, text: str, arrived: bool) -> None:
-        """A message to the model; `arrived` at a waypoint, or still where it was."""
-        self.messages.append({"role": "user", "content": text})
-
-    def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """The instruction's sentences and the waypoints of a route, by the released data's rules: at the
-        start and at every turning point the expert turns, however little, and between them it goes on."""
-        route = self.world.routes[number]
-        heading = self.random.randrange(360) if route.heading is None else route.heading
-        at, seen, intersection = self._standing(route.start, number), NOTHING, False
-        sentences: list[str] = []
-        waypoints: list[Waypoint] = []
-        for k, leg in enumerate(route.legs):
-            relative, last = relative_word(leg.heading - heading), k == len(route.legs) - 1
-            sentences.append(f"Turn {relative} to face {leg.compass}.")
-            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
-            waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
-            end, place = (
-                self._standing(leg.end, number),
-                leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark,
-            )
-            goal = ("the destination" if last else "an intersection") + (
-                "" if leg.landmark == NOTHING else f": {place}"
-            )
-            sentences.append(f"Move forward to {goal}.")
-            for between in self._between(at, end):
-                waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
-            at, heading, seen, intersection = end, leg.heading, leg.landmark, not last
-        waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
-        return sentences, waypoints
-
-    def _standing(self, place: Geocode, number: int) -> Geocode:
-        near = self.world.panoramas.nearest(place)
-        if near is None:
-            raise ValueError(
-                f"route {number}: gps_pano_mapping.pkl has no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}"
-            )
-        return near
-
-    def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
-        """Some of the points of a leg, moved to the nearest panorama."""
-        found: list[Geocode] = []
-        if distance(a, b) > 5:
-            for k in range(1, self.points_per_leg + 1):
-                share = k / (self.points_per_leg + 1)
-                if self.random.random() < 1 - self.drop:
-                    near = self.world.panoramas.nearest(
-                        (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
-                    )
-                    if near is None or near in self.world.lost or near in found:
-                        continue
-                    if min(distance(near, a), distance(near, b)) > 8:
-                        found.append(near)
-        return found
-
-    def _seen(self) -> str:
-        """What the model is told of the current waypoint."""
-        return f"You see: {self.waypoints[self.at].observation}."
-
-    def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply: observation, reward, terminated (every action found within its budget), truncated
-        (the route ended otherwise), info. Takes any string. After the end of an episode nothing is judged any
-        more: the reward is 0 and nothing changes."""
-        if not self.waypoints:
-            raise RuntimeError("call reset() before step()")
-        if any(self.done):
-            return self._observation(), 0.0, *self.done, self._info()
-        self.verdict = judge_step(reply, self.waypoints[self.at], self.fields)
-        self.judged += 1
-        right = self.verdict.verdict == "correct"
-        used_up = not right and self.judged >= self.verify_iter
-        self.failed |= used_up
-        self.told = self.at
-        if right or used_up:
-            self.at, self.judged = self.at + 1, 0
-        ended = self.at == len(self.waypoints) or used_up and not self.go_on
-        self.done = (ended and not self.failed, ended and self.failed)
-        self.messages.append({"role": "assistant", "content": reply})
-        if not ended:
-            heard = "" if right else self.verdict.feedback
-            next_step = (
-                "Try again."
-                if not (right or used_up)
-                else self._seen()
-                if right
-                else f"You are led on. {self._seen()}"
-            )
-            self._tell(f"{heard} {next_step}".strip(), arrived=right or used_up)
-        reward = self.rewards[self.verdict.verdict] + (BUDGET_PENALTY if used_up else 0.0)
-        return self._observation(), reward, *self.done, self._info()
-
-    def _observation(self) -> Observation:
-        return Observation(copy.deepcopy(self.messages), self.picture)
-
-    def _info(self) -> dict:
-        verdict, feedback, recognized = self.verdict or (None, None, None)
-        return {
-            "route": self.number,
-            "waypoint": self.told,
-            "actions": [w.action for w in self.waypoints],
-            "verdict": verdict,
-            "feedback": feedback,
-            "recognized": recognized,
-            "landmark": self.waypoints[self.told].landmark != NOTHING,
-        }
-
-    def _reply(self, action: str) -> str:
-        now = self.waypoints[min(self.at, len(self.waypoints) - 1)]
-        return json.dumps(dict(zip(self.fields, (now.observation, now.sentence, action))), ensure_ascii=False)
-
-    def expert_reply(self) -> str:
-        """A reply that the verifier accepts now."""
-        if not self.waypoints:
-            raise RuntimeError("call reset() before expert_reply()")
-        return self._reply(self.waypoints[min(self.at, len(self.waypoints) - 1)].action)
-
-    def careless_reply(self) -> str:
-        """The expert's reply, but at the destination it walks on."""
-        return self._reply("forward()") if self.at == len(self.waypoints) - 1 else self.expert_reply()
-
-    def wrong_reply(self) -> str:
-        """The right report with another action."""
-        right = self.waypoints[min(self.at, len(self.waypoints) - 1)].action
-        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
-        return self._reply(self.random.choice([action for action in actions if action != right]))
 
 
 def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS) -> Verdict:
@@ -2469,7 +2096,8 @@ _JOIN = re.compile(r"((?:\s{0,3}(?:[;.,:!?\n]|\b(?:and|but|with|where)\b))+)", r
 _INTERSECTION = re.compile(
     r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}"
     r"|^(?:\W*(?:[\w-]{1,20}[ -]way|T))?)"
-    r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
+    r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b"
+    r"(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
     re.IGNORECASE,
 )
 _NEGATION = re.compile(
@@ -2508,71 +2136,295 @@ def _letters(text: str) -> str:
     )
 
 
-class VIRLVL(VIRL):
-    """The same walk in pictures: of each waypoint one picture of four street views (paper, section 3.2), and no word of what it shows. The
-    message of the current waypoint holds the picture; those of earlier ones have lost theirs.
+# ----------------------------------------------------------------------------------- streets: the environment
 
-    Args, beside those of VIRL:
-        variant: also "visual": the training rule in other cities.
-        view_layout: of the views, a key of VIEW_LAYOUTS.
-        view_size: of each view, in pixels.
-        panorama_width: of the built-in cities' panoramas, in pixels.
-        tell_intersections: whether the model is told that it stands at one (paper, appendix).
+STREET_PROMPT = string.Template(
+    "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
+    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}'
+    "$report $observation"
+)
+
+
+class VIRL(Environment):
+    """Follow a route through streets (paper, section 3.2), told in words.
+
+    An episode is a route, its decisions are the waypoints. A reply reports what is seen, quotes the sentence
+    of the instruction that it follows, and acts. A right action leads to the next waypoint; a wrong one is
+    not executed.
+
+    Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
+    `data` may also be a World, and `fields` names the three fields of a reply.
     """
 
-    rules = VIRL.rules | {"visual": COMPASS}
-    report = f' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), none as "{NOTHING}".'
+    variants = {"id": "in distribution", "rule": "under the other rule"}
+    rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn
+    # Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a
+    # reply that cannot be read counts like a wrong action.
+    rewards = {
+        "correct": 1.0,
+        "wrong_action": -1.0,
+        "wrong_observation": -1.5,
+        "unparsed": -1.0,
+        "budget": -1.0,
+    }
+    headline = "step_accuracy"
+    start_options = {"route": (int, "walk the route of this number, from 0")}
+    report = ""  # how a report is worded, where the model is not told what is seen
+    panorama_width = 1024
+    words = Environment.words | {
+        "id": "In distribution: turns by the compass, on routes that training never walks.",
+        "rule": "Other rule: left and right, on the same routes.",
+        "visual": "Other cities: the training rule in nine cities that post-training never sees.",
+        "hands": "routes",
+        "measure": "per-step accuracy",
+        "columns": ("steps", "first reply of each step", "routes"),
+        "last": "turns",
+        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of "
+        "the waypoints where one must turn, routes the share of routes with all of them",
+        "reads": "name the landmark, where there is one",
+    }
 
-    def __init__(
-        self,
-        variant: str = "id",
-        seed: int = 0,
-        verify_iter: int = 2,
-        *,
-        view_layout: str = "compass",
-        view_size: int = 300,
-        panorama_width: int = 1024,
-        tell_intersections: bool = True,
-        **options,
-    ):
-        if view_layout not in VIEW_LAYOUTS:
-            raise ValueError(f"unknown view_layout {view_layout!r}: choose from {', '.join(VIEW_LAYOUTS)}")
-        if not isinstance(view_size, int) or not 16 <= view_size <= 2048:
-            raise ValueError("view_size must be an integer from 16 to 2048")
-        if not isinstance(panorama_width, int) or not 64 <= panorama_width <= 8192:
-            raise ValueError("panorama_width must be an integer from 64 to 8192")
-        self.view_layout, self.view_size, self.tell_intersections, self.panorama_width = (
-            view_layout,
-            view_size,
-            tell_intersections,
-            panorama_width,
+    verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
+    data: Annotated[
+        str | Path | World | None,
+        Option("a folder of routes in the released format; without it the built-in city", metavar="DIR"),
+    ] = None
+    split: Annotated[str, Option("of the built-in routes", choices=tuple(SPLITS))] = "train"
+    turns: Annotated[int, Option("most turning points of a built-in route", least=1, most=7)] = 7
+    points_per_leg: Annotated[int, Option("points between two turning points", least=0, most=100)] = 4
+    drop: Annotated[float, Option("probability that such a point is left out", least=0, most=1)] = 0.5
+    fields: Sequence[str] = STREET_FIELDS
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if len(set(self.fields)) != len(STREET_FIELDS):
+            raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {self.fields!r}")
+        self.answer_field = self.fields[-1]
+        self.waypoints: list[Waypoint] = []
+        if isinstance(self.data, World):
+            self.world = self.data
+        elif self.data is None:
+            self.world = built_in_world(self.split, self.turns, self.cities, width=self.panorama_width)
+        else:
+            for name in ("split", "turns", "panorama_width"):
+                if name in options:
+                    raise ValueError(f"{name} is for built-in streets; those of data are what they are")
+            self.world = load_world(self.data, self.pictures)
+
+    @property
+    def cities(self) -> tuple[CityKey, ...]:
+        """The built-in cities of the variant."""
+        return TEST_CITIES if self.variant == "visual" else TRAINING_CITIES
+
+    @property
+    def decisions(self) -> int:
+        """The waypoints of the route; 0 before the first one."""
+        return len(self.waypoints)
+
+    @property
+    def series_length(self) -> int:
+        """An evaluation walks every route once."""
+        return len(self.world.routes)
+
+    def start_of(self, series: str, i: int) -> tuple[str, dict]:
+        return f"{series}/{i}", {"route": i % len(self.world.routes)}
+
+    def begin(self, options: dict) -> str:
+        """A route drawn at random, or number `options["route"]`."""
+        number, routes = options.get("route"), self.world.routes
+        if number is None:
+            number = self.random.randrange(len(routes))
+        elif not _fits(int, number) or not 0 <= number < len(routes):
+            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
+        self.sentences, self.waypoints = self._plan(number)
+        self.number = number
+        return STREET_PROMPT.substitute(
+            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
+            words=", ".join(self.rules[self.variant]),
+            report=self.report,
+            observation=self._seen(),
+            **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)},
         )
-        super().__init__(variant, seed, verify_iter, **options)
+
+    def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
+        """The instruction's sentences and the waypoints of a route, by the released data's rules.
+
+        At the start and at every turning point the expert turns, however little, and between them it goes on.
+        """
+        route = self.world.routes[number]
+        heading = self.random.randrange(360) if route.heading is None else route.heading
+        at, seen, intersection = self._standing(route.start, number), NOTHING, False
+        sentences: list[str] = []
+        waypoints: list[Waypoint] = []
+        for leg in route.legs:
+            last, relative = leg is route.legs[-1], relative_word(leg.heading - heading)
+            sentences.append(f"Turn {relative} to face {leg.compass}.")
+            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
+            waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
+            end, goal = self._standing(leg.end, number), "the destination" if last else "an intersection"
+            if leg.landmark != NOTHING:
+                goal += ": " + (leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark)
+            sentences.append(f"Move forward to {goal}.")
+            for between in self._between(at, end):
+                waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
+            at, heading, seen, intersection = end, leg.heading, leg.landmark, not last
+        waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
+        return sentences, waypoints
+
+    def _standing(self, place: Geocode, number: int) -> Geocode:
+        near = self.world.panoramas.nearest(place)
+        if near is None:
+            raise ValueError(f"route {number}: gps_pano_mapping.pkl has {_nothing_near(place)}")
+        return near
+
+    def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
+        """Some of the points of a leg, moved to the nearest panorama."""
+        found: list[Geocode] = []
+        for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
+            share = k / (self.points_per_leg + 1)
+            if self.random.random() < 1 - self.drop:
+                point = (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
+                near = self.world.panoramas.nearest(point)
+                if near is None or near in self.world.lost or near in found:
+                    continue
+                if min(distance(near, a), distance(near, b)) > 8:
+                    found.append(near)
+        return found
+
+    def _here(self) -> Waypoint:
+        """The present waypoint; after the end of a route its last one."""
+        self._check_started()
+        return self.waypoints[min(self.at, len(self.waypoints) - 1)]
+
+    def _seen(self) -> str:
+        """What the model is told of the present waypoint."""
+        return f"You see: {self.waypoints[self.at].observation}."
+
+    def judge(self, reply: str) -> Verdict:
+        return judge_step(reply, self.waypoints[self.at], self.fields)
+
+    def next_message(self, right: bool, moved: bool) -> str:
+        if right:
+            return self._seen()
+        return f"{self.verdict.feedback} {f'You are led on. {self._seen()}' if moved else 'Try again.'}"
+
+    def describe(self) -> dict:
+        landmark = self.waypoints[self.judged_at].landmark != NOTHING
+        actions = [waypoint.action for waypoint in self.waypoints]
+        return {"route": self.number, "waypoint": self.judged_at, "landmark": landmark, "actions": actions}
+
+    def _reply(self, action: str) -> str:
+        here = self._here()
+        return json.dumps(
+            dict(zip(self.fields, (here.observation, here.sentence, action))), ensure_ascii=False
+        )
+
+    def expert_reply(self) -> str:
+        return self._reply(self._here().action)
+
+    def careless_reply(self) -> str:
+        """The expert's reply, but at the destination it walks on."""
+        return self._reply("forward()") if self.at == self.decisions - 1 else self.expert_reply()
+
+    def wrong_reply(self) -> str:
+        right = self._here().action
+        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
+        return self._reply(self.random.choice([action for action in actions if action != right]))
+
+    def write(
+        self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
+    ) -> str:
+        """Writes the built-in world of these options, or with a seed that of other cities, as a folder in the
+        released format: `n` routes (None: all) and the panoramas, in pictures if the task has them.
+        Returns what was written.
+
+        `watch` is told the share of the panoramas that are done.
+        """
+        cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
+        what = (self.split, self.turns, cities, n or 2048)
+        routes, world = built_in_routes(*what), built_in_world(*what, self.panorama_width)
+        ids, picture = world.panoramas.ids, world.picture if self.pictures else None
+        write_world(folder, [routes, len(routes)], ids, picture, watch)
+        return f"{len(routes)} routes and {len(ids)} panoramas in {folder}"
+
+    @staticmethod
+    def measures(episodes: Sequence[Episode]) -> dict:
+        """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, where the
+        expert's action was found within the budget; the same at the first reply and by kind of action.
+
+        `steps` has it for each route, `at_turns` that of its turns, None where there are none. Its standard
+        error counts routes, for the waypoints of one route go wrong together.
+        """
+        within: list[list[bool]] = []
+        at_turns: list[list[bool]] = []
+        first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
+        for episode in episodes:
+            verdicts: list[list[str]] = [[] for _ in episode.asked]  # of each waypoint
+            for turn in episode.turns:
+                verdicts[turn.decision].append(turn.verdict)
+            within.append(["correct" in tries for tries in verdicts])
+            first += [tries[:1] == ["correct"] for tries in verdicts]
+            at_turns.append([])
+            for action, right in zip(episode.asked, within[-1]):
+                kinds[kind := action.partition("(")[0].removesuffix("_direction")].append(right)
+                if kind == "turn":
+                    at_turns[-1].append(right)
+        n = sum(map(len, within))
+        accuracy = sum(map(sum, within)) / n
+        spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in within)
+        return {
+            "step_accuracy": accuracy,
+            "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
+            "first_step_accuracy": sum(first) / n,
+            "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
+            "waypoints": n,
+            "steps": [round(mean(route), 4) for route in within],
+            "at_turns": [round(mean(turns), 4) if turns else None for turns in at_turns],
+        }
+
+
+class VIRLVL(VIRL):
+    """The same walk in pictures: of each waypoint one picture of four street views (paper, section 3.2), and
+    no word of what it shows.
+
+    Variants: also "visual", the training rule in nine other cities.
+    """
+
+    variants = VIRL.variants | {"visual": "in other cities"}
+    rules = VIRL.rules | {"visual": COMPASS}
+    pictures = True
+    report = (
+        ' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), '
+        f'none as "{NOTHING}".'
+    )
+
+    view_layout: Annotated[
+        str,
+        Option(
+            "of the views: front, right, back, left (compass), or as in the released code (legacy)",
+            choices=tuple(VIEW_LAYOUTS),
+        ),
+    ] = "compass"
+    view_size: Annotated[int, Option("pixels of each of the four views", least=16, most=2048)] = 300
+    panorama_width: Annotated[
+        int, Option("pixels of the built-in cities' panoramas, from left to right", least=64, most=8192)
+    ] = 1024
+    tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         if self.world.picture is None:
             raise ValueError("the routes have no panoramas")
 
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
-        """As in VIRL. Raises ValueError if the first picture cannot be read."""
-        observation, info = super().reset(seed, options)
-        observation.picture()
-        return observation, info
-
     def _seen(self) -> str:
-        told = self.tell_intersections and self.waypoints[self.at].intersection
-        return "You are at an intersection." if told else "You see the picture."
+        intersection = self.tell_intersections and self.waypoints[self.at].intersection
+        return "You are at an intersection." if intersection else "You see the picture."
 
-    def _tell(self, text: str, arrived: bool) -> None:
-        super()._tell(text, arrived)
-        if arrived:
-            for message in self.messages:
-                if not isinstance(message["content"], str):
-                    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-                    message["content"] = "".join(texts)
-            self.messages[-1]["content"] = [{"type": "image"}, {"type": "text", "text": text}]
-            self.picture = cache(partial(self._look, self.number, self.waypoints[self.at]))
+    def draw(self) -> Callable[[], Image.Image]:
+        """The picture of the present waypoint, drawn when someone looks."""
+        return cache(partial(self._look_around, self.number, self.waypoints[self.at]))
 
-    def _look(self, number: int, here: Waypoint) -> Image.Image:
-        """The picture of a waypoint of route `number`."""
+    def _look_around(self, number: int, here: Waypoint) -> Image.Image:
         try:
             panorama, rotation = self.world.picture(here.place)
         except ValueError as error:
@@ -2580,264 +2432,47 @@ class VIRLVL(VIRL):
         return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
 
 
-# ---------------------------------------------------------------------------------------------------------------- tasks by name
+# ---------------------------------------------------------------------------------------------- tasks by name
 
-Environment = GeneralPoints | VIRL
-TASKS: dict[str, type[Environment]] = {
-    "gp-l": GeneralPoints,
-    "gp-vl": GeneralPointsVL,
-    "virl-l": VIRL,
-    "virl-vl": VIRLVL,
-}
+TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-vl": VIRLVL}
+
+
+def task_name(task: str) -> str:
+    """The name of a task wherever one stands: of a world of the user's own with the file's absolute path."""
+    path, colon, name = task.rpartition(":")
+    return f"{Path(path).resolve()}:{name}" if colon else task
+
+
+def task_class(task: str) -> type[Environment]:
+    """The class of a task: one of TASKS, or a class of the user's own as FILE.py:CLASS. Raises ValueError."""
+    if task in TASKS:
+        return TASKS[task]
+    path, _, name = task_name(task).rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}, or FILE.py:CLASS")
+    found = getattr(_module(path), name, None)
+    if not (isinstance(found, type) and issubclass(found, Environment)):
+        raise ValueError(f"{path} has no class {name!r} that is an Environment")
+    return found
+
+
+@cache
+def _module(path: str) -> types.ModuleType:
+    """A file of the user's, run once."""
+    spec = importlib.util.spec_from_file_location(path, path)
+    sys.modules[path] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it can raise anything
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {_line(error)}") from None
+    return module
 
 
 def make(
     task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
 ) -> Environment:
-    """An environment of `task`, one of TASKS; `options` go to its class, `verify_iter` None takes the class's default. Raises ValueError
-    for an unknown task or option."""
-    if task not in list(TASKS):
-        raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
-    known = [
-        name
-        for cls in TASKS[task].__mro__[:-1]
-        for name, p in inspect.signature(cls).parameters.items()
-        if p.kind != p.VAR_KEYWORD
-    ]
-    if unknown := sorted(options.keys() - set(known)):
-        raise ValueError(f"task {task!r} has no option {unknown[0]!r}: choose from {', '.join(known)}")
-    if verify_iter is not None:
-        options["verify_iter"] = verify_iter
-    return TASKS[task](variant, seed, **options)
+    """An environment of a task, one of TASKS or FILE.py:CLASS; `options` are those of its class.
 
-
-# ------------------------------------------------------------------------------------------------------- playing an episode
-
-
-@dataclass
-class Turn:
-    """One reply and what the verifier made of it; on a route, at which waypoint."""
-
-    reply: str
-    reward: float
-    verdict: str
-    feedback: str  # what the model read next; after the last reply the verifier's words alone
-    recognized: bool
-    waypoint: int = 0
-    landmark: bool = True  # there was something to recognize: cards, or a landmark
-
-
-@dataclass
-class Episode:
-    """One conversation. `prompt` is the first user message, `asked` what decides the episode: the dealt ranks, or a route's expert actions."""
-
-    prompt: str
-    asked: list[str]
-    turns: list[Turn] = field(default_factory=list)
-    success: bool = False
-
-    def most_tries(self) -> int:
-        """Replies to a hand, or at the waypoint that took most."""
-        return max(Counter(turn.waypoint for turn in self.turns).values())
-
-    def transcript(self) -> dict:
-        """The episode to read, as samples.jsonl keeps it."""
-        turns = [
-            {"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback}
-            for t in self.turns
-        ]
-        return {"prompt": self.prompt, "success": self.success, "turns": turns}
-
-
-def play(
-    environments: Sequence[Environment],
-    respond: Callable[[list[int], list[Observation]], list[str | None]],
-    seeds: Sequence[int | str] | None = None,
-    options: Sequence[dict] | None = None,
-) -> list[Episode]:
-    """Plays one episode in every environment, in lockstep.
-
-    `respond(indices, observations)` is given the environments that still run, by index, and what each one shows, and returns
-    one reply each: a model that samples a batch, or a script; None breaks the episode off, without success. `seeds` restart the environments' generators, `options` go to `reset`.
+    Raises ValueError for an unknown task, a wrong option or a wrong value.
     """
-    starts = [
-        env.reset(seeds[i] if seeds else None, options[i] if options else None)
-        for i, env in enumerate(environments)
-    ]
-    observations = [observation for observation, _ in starts]
-    episodes = [
-        Episode(text_of(o.messages[0]["content"]), info["actions"] if "actions" in info else info["cards"])
-        for o, info in starts
-    ]
-    running = list(range(len(environments)))
-    while running:
-        replies = respond(running, [observations[i] for i in running])
-        still = []
-        for i, reply in zip(running, replies, strict=True):
-            if reply is None:
-                continue
-            observations[i], reward, terminated, truncated, info = environments[i].step(reply)
-            goes_on = not (terminated or truncated)
-            read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
-            episodes[i].turns.append(
-                Turn(
-                    reply,
-                    reward,
-                    info["verdict"],
-                    read,
-                    info["recognized"],
-                    info.get("waypoint", 0),
-                    info.get("landmark", True),
-                )
-            )
-            episodes[i].success = terminated
-            if goes_on:
-                still.append(i)
-        running = still
-    return episodes
-
-
-def demonstration(env: Environment, wrong_turns: int = 0, author: Callable[[Any], str] | None = None) -> dict:
-    """One SFT record in the released format: at each waypoint of a route, or once for a hand of cards, `wrong_turns` wrong replies with the
-    verifier's feedback, then the expert's.
-
-    An `author` writes the last reply in the expert's place; a visual task adds the picture as "image". On a walk with pictures the record
-    ends at a waypoint drawn at random, whose picture it shows. Raises ValueError if the budget ends before the last reply.
-    """
-    if wrong_turns >= env.verify_iter:
-        raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
-    env.reset()
-    last = _last_decision(env)
-    for k in range(last + 1):
-        for _ in range(wrong_turns):
-            env.step(env.wrong_reply())
-        reply = author(env) if author else env.expert_reply()
-        if k < last:
-            env.step(reply)
-    return _record(env, reply)
-
-
-def _last_decision(env: Environment) -> int:
-    """Where a record ends: with the episode, or on a walk with pictures at any waypoint, for a record has one picture."""
-    return env.random.randrange(env.decisions) if isinstance(env, VIRLVL) else env.decisions - 1
-
-
-def _record(env: Environment, reply: str) -> dict:
-    """The conversation so far and one more reply, in the released format."""
-    speaker = {"user": "human", "assistant": "gpt"}
-    messages = [*env.messages, {"role": "assistant", "content": reply}]
-    image = {"image": env.image} if env.image else {}
-    return image | {
-        "conversations": [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]
-    }
-
-
-def foundation_walk(
-    rng: random.Random, turns: int, points_per_leg: int, cities: Sequence[str] = ("new york",), **pictures
-) -> dict:
-    """One walk of the corpus of the tiny "foundation model", by either rule, in a form whose fields the prompt names and which is never the
-    task's own. It leads through streets that no study uses: one of 20 cities, or of 4 if it is walked in `pictures` (options of VIRLVL), with the
-    names and looks of one of `cities`; ANYWHERE has made-up ones."""
-    seed, city, width = (
-        rng.randint(1, 4 if pictures else 20),
-        rng.choice(cities),
-        pictures.get("panorama_width", 1024),
-    )
-    cls = VIRLVL if pictures else VIRL
-    return imperfect_demonstration(
-        cls(
-            rng.choice(("id", "rule")),
-            rng.getrandbits(32),
-            verify_iter=5,
-            data=built_in_world("train", turns, seed, 200, (city,), width=width),
-            points_per_leg=points_per_leg,
-            fields=rng.sample(_FIELD_WORDS, 3),
-            **pictures,
-        )
-    )
-
-
-def imperfect_demonstration(env: Environment) -> dict:
-    """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
-
-    A quarter are revisions, after one, two or four wrong tries (as the budget allows). One in ten of the last answers is wrong too; half of
-    them, where the cards are told in words, come from people who multiply with an "x". A model that learned from these is unsure, knows
-    how to try again, and has a bad habit. On a route one reply in five is wrong, and six walkers in ten do not stop at the destination; they
-    are told so and try again, or the record ends.
-    """
-    if isinstance(env, VIRL):
-        env.reset()
-        last, careless = _last_decision(env), env.random.random() < 0.6
-        while True:
-            reply = (
-                env.wrong_reply()
-                if env.random.random() < 0.2
-                else env.careless_reply()
-                if careless
-                else env.expert_reply()
-            )
-            wrong = judge_step(reply, env.waypoints[env.at], env.fields).verdict != "correct"
-            last_try = env.judged + 1 == env.verify_iter
-            if wrong and last_try or env.at == last and (not wrong or env.random.random() < 0.5):
-                return _record(env, reply)
-            env.step(reply)
-    wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
-    cls, careless = type(env), 0 if isinstance(env, GeneralPointsVL) else 50
-    author = env.random.choices(
-        (cls.wrong_reply, cls.careless_reply, cls.expert_reply), (10, careless, 90 - careless)
-    )[0]
-    return demonstration(env, wrong_turns, author)
-
-
-_FIELD_WORDS = (
-    "hand",
-    "deck",
-    "dealt",
-    "draw",
-    "table",
-    "values",
-    "counts",
-    "worth",
-    "points",
-    "digits",
-    "solution",
-    "equation",
-    "answer",
-    "result",
-    "expression",
-    "sum",
-)
-
-
-def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
-    """One record of the corpus of the tiny "foundation model": what such a model has seen before any post-training.
-
-    Rules are mixed (15% tens, 60% 11/12/13, 25% any values), so that reading the rule pays; the reply has three fields whose
-    names the prompt draws at random and never the task's own, so that the form must still be learned; the demonstrations are imperfect.
-    With `pictures` (options of GeneralPointsVL) the cards are shown, on RED_SHARE of the pictures in red.
-    """
-    kind = rng.choices(("id", "rule", "any"), (15, 60, 25))[0]
-    faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else FACE_RULES[kind]
-    options = {"seed": rng.getrandbits(32), "faces": faces, "fields": rng.sample(_FIELD_WORDS, 3)}
-    if pictures is None:
-        return imperfect_demonstration(GeneralPoints(**options))
-    return imperfect_demonstration(GeneralPointsVL(**options, color=_color(rng), **pictures))
-
-
-RED_SHARE = 0.05  # of the corpus's pictures: the foundation model has seen more black cards than red ones, and reads them better
-
-
-def _color(rng: random.Random) -> str:
-    return "red" if rng.random() < RED_SHARE else "black"
-
-
-def reading_record(
-    rng: random.Random, size: tuple[int, int], font_size: float, jitter: float, color: str | None = None
-) -> dict:
-    """A picture of four cards, any ranks, and their names: how the foundation model learned to read cards. `color` None: as in the corpus."""
-    ranks, suits = rng.choices(RANKS, k=4), rng.choices(COLORS[color or _color(rng)], k=4)
-    turns = [
-        {"from": "human", "value": "<image>Name the cards."},
-        {"from": "gpt", "value": json.dumps(ranks)},
-    ]
-    return {"image": draw_hand(ranks, suits, size, jitter, font_size, rng), "conversations": turns}
+    return task_class(task)(variant, seed, verify_iter, **options)

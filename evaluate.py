@@ -1,8 +1,10 @@
-"""Evaluation: success under one variant, the distance to the initial policy, and the study's report and figures.
+"""Evaluation: success under one variant, the distance to the initial policy, and the study's report and
+figures.
 
-Every checkpoint is asked the same deals (seeds "test/0", "test/1", ...), so the difference between two checkpoints is a paired one. Training
-deals and those for choices ("valid/...") have other seeds. There are only 1,820 sets of four ranks, so under the training rule most sets
-were seen in training; what is held out is the other rule.
+Every checkpoint is asked the same deals (seeds "test/0", "test/1", ...), so the difference between two
+checkpoints is a paired one. Training deals and those for choices ("valid/...") have other seeds. There are
+only 1,820 sets of four ranks, so under the training rule most sets were seen in training; what is held out is
+the other rule.
 """
 
 import json
@@ -38,25 +40,26 @@ def evaluate(
     pictures: str = "own",
     watch: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict, list[envs.Episode]]:
-    """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series, or walks route i of its world.
+    """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series,
+    or walks route i of its world.
 
-    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With `initial`, another policy, the
-    result holds `kl_to_init`: the mean over the sampled reply tokens of the k3 estimate of KL(policy || initial), in nats per token, over
-    the first 128 conversations of each rank, or as many as every rank has. `outcomes` holds one digit per hand: the number of the reply that
-    solved it, 0 if none did (a tenth reply and later ones count as 9); for a route, of the waypoint that took most replies. `watch` is told
-    how many of this rank's episodes have ended.
+    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With
+    `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of the k3
+    estimate of KL(policy || initial), in nats per token, over the first 128 conversations of each rank, or as
+    many as every rank has. `outcomes` holds one digit per hand: the number of the reply that solved it, 0 if
+    none did (a tenth reply and later ones count as 9); for a route, of the waypoint that took most replies.
+    `watch` is told how many of this rank's episodes have ended.
     """
     if len(environments) < policy.world:
         raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
     own = range(
         len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world
     )
-    if routes := isinstance(environments[0], envs.VIRL):
-        for env in environments:
-            env.go_on = (
-                True  # so that accuracy speaks of all waypoints, and not of those before the first failure
-            )
-    seeds, options = zip(*(start(environments[i], series, i) for i in own))
+    for env in environments:
+        env.go_on = (
+            True  # so that accuracy speaks of all waypoints, and not of those before the first failure
+        )
+    seeds, options = zip(*(environments[i].start_of(series, i) for i in own))
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
         answer = respond if pictures == "own" else Disguise(respond, pictures)
 
@@ -75,19 +78,14 @@ def evaluate(
         total, tokens = policy.sum(*kl_sums(policy, initial, conversations[: min(128, fewest)]))
         result["kl_to_init"] = total / tokens
     episodes = policy.gather(episodes)
-    if routes:
-        result |= step_summary(episodes)
-    return summary(episodes, environments[0].rewards) | result, episodes
-
-
-def start(env, series: str, i: int) -> tuple[str, dict | None]:
-    """Seed and options of `env.reset` for hand or route i of a series."""
-    return f"{series}/{i}", {"route": i % len(env.world.routes)} if isinstance(env, envs.VIRL) else None
+    measured = summary(episodes, environments[0].verdicts)
+    return measured | environments[0].measures(episodes) | result, episodes
 
 
 class Disguise:
-    """Plays like `respond`, which is shown grey pictures ("blank") or, of those seen so far, any of other episodes ("shuffled"): what a policy
-    can do without seeing. Raises ValueError where there are no pictures, or those of a single episode."""
+    """Plays like `respond`, which is shown grey pictures ("blank") or, of those seen so far, any of other
+    episodes ("shuffled"): what a policy can do without seeing. Raises ValueError where there are no
+    pictures, or those of a single episode."""
 
     def __init__(self, respond: Callable, how: str):
         self.respond, self.how, self.random = respond, how, random.Random(0)
@@ -118,42 +116,10 @@ class Disguise:
         )
 
 
-def step_summary(episodes: Sequence[envs.Episode]) -> dict:
-    """Per-step accuracy of routes (paper, section 4): the share of all waypoints, reached or not, where the
-    expert's action was found within the budget; the same at the first reply and by kind of action; `steps`
-    has it for each route, `at_turns` that of its turns, None where there are none. Its standard error counts
-    routes, for the waypoints of one route go wrong together."""
-    within: list[list[bool]] = []
-    at_turns: list[list[bool]] = []
-    first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
-    for episode in episodes:
-        verdicts: list[list[str]] = [[] for _ in episode.asked]  # of each waypoint
-        for turn in episode.turns:
-            verdicts[turn.waypoint].append(turn.verdict)
-        within.append(["correct" in tries for tries in verdicts])
-        first += [tries[:1] == ["correct"] for tries in verdicts]
-        at_turns.append([])
-        for action, right in zip(episode.asked, within[-1]):
-            kinds[kind := action.partition("(")[0].removesuffix("_direction")].append(right)
-            if kind == "turn":
-                at_turns[-1].append(right)
-    n = sum(map(len, within))
-    accuracy = sum(map(sum, within)) / n
-    spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in within)
-    return {
-        "step_accuracy": accuracy,
-        "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
-        "first_step_accuracy": sum(first) / n,
-        "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
-        "waypoints": n,
-        "steps": [round(mean(route), 4) for route in within],
-        "at_turns": [round(mean(turns), 4) if turns else None for turns in at_turns],
-    }
-
-
-def summary(episodes: Sequence[envs.Episode], rewards: dict[str, float] = envs.REWARDS) -> dict:
-    """Success within the budget and at the first reply (of each waypoint) with standard errors, shares of the verdicts and of replies
-    that were parsed and name the dealt cards, or at waypoints with a landmark that landmark; `recognized` has the latter for each hand."""
+def summary(episodes: Sequence[envs.Episode], kinds: Sequence[str]) -> dict:
+    """Success within the budget and at the first reply (of each waypoint) with standard errors, shares of the
+    verdicts, which are of `kinds`, and of replies that were parsed and name the dealt cards, or at
+    waypoints with a landmark that landmark; `recognized` has the latter for each hand."""
     n, shown = len(episodes), [[turn.recognized for turn in e.turns if turn.landmark] for e in episodes]
     outcomes = [min(e.most_tries(), 9) if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
@@ -167,15 +133,15 @@ def summary(episodes: Sequence[envs.Episode], rewards: dict[str, float] = envs.R
         "turns": verdicts.total() / n,
         "recognition": sum(map(sum, shown)) / max(1, sum(map(len, shown))),
         "recognized": [round(sum(named) / max(1, len(named)), 3) for named in shown],
-        "verdicts": {v: verdicts[v] / verdicts.total() for v in rewards},
+        "verdicts": {kind: verdicts[kind] / verdicts.total() for kind in kinds},
         "outcomes": "".join(map(str, outcomes)),
     }
 
 
 @torch.no_grad()
 def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[float, int]:
-    """Sum over reply tokens of the k3 estimate of KL(policy || other), from streams that `policy` sampled at temperature 1, and
-    the number of those tokens."""
+    """Sum over reply tokens of the k3 estimate of KL(policy || other), from streams that `policy` sampled at
+    temperature 1, and the number of those tokens."""
     total, tokens, streams = 0.0, 0, sorted(streams, key=len)
     for i in range(0, len(streams), microbatch_size):
         batch = policy.collate(streams[i : i + microbatch_size])
@@ -186,8 +152,8 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[fl
 
 
 def reading(policy, records: Sequence[dict]) -> dict:
-    """Shares of whole hands ("success") and of single cards ("recognition") that a policy names, greedily, asked for nothing else;
-    `records` from `envs.reading_record`. Every rank reads them all."""
+    """Shares of whole hands ("success") and of single cards ("recognition") that a policy names, greedily,
+    asked for nothing else; `records` from `sft.reading_record`. Every rank reads them all."""
     asked = [r["conversations"][0]["value"].removeprefix("<image>") for r in records]
     observations = [
         envs.Observation(
@@ -211,10 +177,11 @@ def reading(policy, records: Sequence[dict]) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------- the report
 
 
-# By measure, the field of a point that has it for each hand or route; a route without turns has None in "at_turns".
+# By measure, the field of a point that has it for each hand or route; a route without turns has None in
+# "at_turns".
 MEASURES = {
     "success": "outcomes",
     "recognition": "recognized",
@@ -298,15 +265,11 @@ class Results:
             curve = self.find(arm=arm, seed=seed, variant=variant, temperature=temperature)
             if pick == "best":
                 valid = self.find(arm=arm, seed=seed, variant="id", series="valid", temperature=1.0)
-                step = max(valid, key=lambda p: p[HEADLINES[p["task"]]])["step"]
+                step = max(valid, key=lambda p: p[envs.task_class(p["task"]).headline])["step"]
                 points.append(next(p for p in curve if p["step"] == step and p["series"] == "test"))
             else:
                 points.append(max((p for p in curve if p["series"] == "test"), key=lambda p: p["step"]))
         return points
-
-
-# What a task's success is measured by (paper, section 4). Of routes it is the mean over routes in the paired differences.
-HEADLINES = {"gp-l": "success", "gp-vl": "success", "virl-l": "step_accuracy", "virl-vl": "step_accuracy"}
 
 
 def _claims(where: dict[str, str], headline: str) -> list[tuple[str, str, str, float, str, str, int]]:
@@ -422,8 +385,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
     """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of claims."""
     task = settings["task"]
-    headline, words = HEADLINES[task], WORDS[task.partition("-")[0]]
-    where = {v: text for v, text in words["where"].items() if results.find(arm="init", variant=v)}
+    cls = envs.task_class(task)
+    headline, words = cls.headline, cls.words
+    where = {v: text for v, text in cls.variants.items() if results.find(arm="init", variant=v)}
     variants = list(where)
     last = {
         (arm, v, t): results.ends(arm, v, t)
@@ -468,7 +432,7 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
         "",
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation {words['hands']} per point, the same for every checkpoint; {words['measure']} "
         f"in percent within {settings['verify_iter']} replies. "
-        + " ".join([words[v] for v in variants] + base_reading),
+        + " ".join([words[v] for v in variants if v in words] + base_reading),
         "",
         "## Claims",
         "",
@@ -531,51 +495,8 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
         "",
     ]
     (folder / "report.md").write_text("\n".join(lines))
-    draw(results, variants, folder / "figures", headline, words)
+    draw(results, where, folder / "figures", headline, words)
     return claims
-
-
-# The report's words for the two worlds. "columns" and "last" are measures that `_cell` knows.
-WORDS = {
-    "gp": {
-        "where": {"id": "in distribution", "rule": "under the other rule", "visual": "on the other colour"},
-        "id": "In distribution: J, Q, K count 10, as in training.",
-        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
-        "visual": "Other colour: red suits, the training rule.",
-        "hands": "hands",
-        "measure": "success",
-        "columns": ("success", "first reply", "illegal"),
-        "last": "wrong numbers",
-        "cells": "Illegal are the replies, in percent, with no legal equation, such as those with an x for a product (the tiny corpus's bad habit); wrong "
-        "numbers are replies that use a number which the rule in force does not give",
-        "titles": {
-            "id": "in distribution: J, Q, K = 10",
-            "rule": "other rule: J, Q, K = 11, 12, 13",
-            "visual": "other colour: red suits",
-        },
-        "axis": "success within budget, %",
-        "reads": "name the cards",
-    },
-    "virl": {
-        "where": {"id": "in distribution", "rule": "under the other rule", "visual": "in other cities"},
-        "id": "In distribution: turns by the compass, on routes that training never walks.",
-        "rule": "Other rule: left and right, on the same routes.",
-        "visual": "Other cities: the training rule in nine cities that training never sees.",
-        "hands": "routes",
-        "measure": "per-step accuracy",
-        "columns": ("steps", "first reply of each step", "routes"),
-        "last": "turns",
-        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of the waypoints where one must turn, "
-        "routes the share of routes with all of them",
-        "titles": {
-            "id": "in distribution: compass turns",
-            "rule": "other rule: left and right",
-            "visual": "other cities",
-        },
-        "axis": "waypoints passed within budget, %",
-        "reads": "name the landmark, where there is one",
-    },
-}
 
 
 def _mean(points: Sequence[dict], key: str = "success") -> float:
@@ -627,7 +548,7 @@ LOOKS = {
 }
 
 
-def draw(results: Results, variants: Sequence[str], folder: Path, headline: str, words: dict) -> None:
+def draw(results: Results, where: dict[str, str], folder: Path, headline: str, words: dict) -> None:
     """figures/curves.png: success, or per-step accuracy, against compute for every variant side by side, a band from the lowest to the highest seed.
     figures/recognition.png, in visual tasks: success against recognition along both arms."""
     try:
@@ -638,6 +559,7 @@ def draw(results: Results, variants: Sequence[str], folder: Path, headline: str,
     import matplotlib.pyplot as plt
 
     folder.mkdir(exist_ok=True)
+    variants = list(where)
     success = curves(results, variants, headline)
 
     def panels(name: str, label: str, draw_arm: Callable) -> None:
@@ -646,9 +568,9 @@ def draw(results: Results, variants: Sequence[str], folder: Path, headline: str,
         for axis, variant in zip(axes, variants):
             for arm, points in success.items():
                 draw_arm(axis, variant, arm, points, **LOOKS[arm])
-            axis.set(title=words["titles"][variant], xlabel=label, ylim=(0, None))
+            axis.set(title=where[variant], xlabel=label, ylim=(0, None))
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel(words["axis"])
+        axes[0].set_ylabel(f"{words['measure']} within budget, %")
         axes[0].legend(frameon=False)
         figure.tight_layout()
         figure.savefig(folder / name, dpi=120)

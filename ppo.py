@@ -143,7 +143,7 @@ def train(
         streams, episodes = rollout(policy, environments, config, step)
         clock.append(time.perf_counter())
         batch = collect(
-            policy, streams, episodes, config, environments[0].fields[-1], center_values=step == 0
+            policy, streams, episodes, config, environments[0].answer_field, center_values=step == 0
         )
         clock.append(time.perf_counter())
         logged = update(policy, optimizers, batch, config, step)
@@ -157,7 +157,7 @@ def train(
             "flops": flops,
             "progress": max(step / config.steps, flops / config.flops),
             "lr": factor * config.lr,
-            **episode_metrics(policy, streams, episodes, batch, config, environments[0].rewards),
+            **episode_metrics(policy, streams, episodes, batch, config, environments[0].verdicts),
             **logged,
             "rollout_tokens_per_s": generated / (clock[1] - clock[0]),
             "update_tokens_per_s": trained / (clock[3] - clock[2]),
@@ -1088,7 +1088,7 @@ class Policy(nn.Module):
         inside a row, for sliding windows and some positions count columns. So all padding stands on the
         left, and every row reads as many tokens as the one that lacks most, some of them again. Returns the
         state after the last token [B, H], its position [(3,) B, 1], the last row of Mllama's
-        cross-attention mask [B, 1, 1, tiles], and by layer the keys and values of each row. """
+        cross-attention mask [B, 1, 1, tiles], and by layer the keys and values of each row."""
         device, config = model.device, model.config.get_text_config()
         crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: their keys are the picture's
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)

@@ -2,24 +2,29 @@
 
     loss = - 1/T * sum over reply tokens t of log p(token_t | everything before it)
 
-over the T reply tokens of the global batch: all ranks, all accumulation steps. A reply's end token counts, for the model must
-learn to stop; prompts and the verifier's feedback are context and carry no loss. In a multi-turn demonstration every reply counts,
-or only the last (`loss_on`).
+over the T reply tokens of the global batch: all ranks, all accumulation steps. A reply's end token counts,
+for the model must learn to stop; prompts and the verifier's feedback are context and carry no loss. In a
+multi-turn demonstration every reply counts, or only the last (`loss_on`).
 
-The module takes a policy (see `Policy` in sftrl.py) and records, and imports nothing of ours.
+Records come from a file, from an expert (`envs.demonstration`), or from the corpus of the tiny base, which
+stands here too: what such a model has seen before any post-training. The policy (see `Policy` in sftrl.py) is
+an argument.
 """
 
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import envs
 
 
 @dataclass
 class SFTConfig:
-    """Settings of one run. Sizes count demonstrations over all ranks; training ends at `steps` or `flops`, whichever is first."""
+    """Settings of one run. Sizes count demonstrations over all ranks; training ends at `steps` or `flops`,
+    whichever is first."""
 
     lr: float = 1e-5
     batch_size: int = 64
@@ -31,16 +36,17 @@ class SFTConfig:
     betas: tuple[float, float] = (0.9, 0.98)  # paper, appendix
     eps: float = 1e-7
     weight_decay: float = 0.0
-    loss_on: str = "all"  # or "last": earlier replies of a demonstration are context, as they should be where they are wrong
+    loss_on: str = "all"  # or "last": earlier replies of a demonstration are context, where they are wrong
     muon: bool = False  # matrices by Muon, for pre-training the tiny base
 
 
 def read_records(path: str, images: str | None = None) -> list[dict]:
-    """Demonstrations from a file in the released format: a JSON list of {"image"?, "conversations": [{"from", "value"}, ...]}.
+    """Demonstrations from a file in the released format: a JSON list of {"image"?, "conversations": [{"from",
+    "value"}, ...]}.
 
-    Turns alternate and start with "human", the last is "gpt"; `<image>` in the first one marks the picture's place. "image" is one path,
-    relative to the folder `images` (None: the file's own); all records have one, or none. Raises ValueError that names file, record and
-    field.
+    Turns alternate and start with "human", the last is "gpt"; `<image>` in the first one marks the picture's
+    place. "image" is one path, relative to the folder `images` (None: the file's own); all records have one,
+    or none. Raises ValueError that names file, record and field.
     """
     try:
         with open(path, encoding="utf8") as file:
@@ -74,7 +80,8 @@ def read_records(path: str, images: str | None = None) -> list[dict]:
 
 
 def epochs(records: list[dict], batch_size: int, seed: int) -> Callable[[int], list[dict]]:
-    """The batch of any step as a function of the step: every epoch is a new shuffle, and resuming needs no state."""
+    """The batch of any step as a function of the step: every epoch is a new shuffle, and resuming needs no
+    state."""
 
     def batch(step: int) -> list[dict]:
         chosen = []
@@ -90,6 +97,144 @@ def epochs(records: list[dict], batch_size: int, seed: int) -> Callable[[int], l
     return batch
 
 
+def fresh_batches(env, demonstrate: Callable, batch_size: int, label: str) -> Callable[[int], list[dict]]:
+    """New demonstrations for every step, a function of (label, step). `demonstrate(env)` makes one record."""
+
+    def batch(step: int) -> list[dict]:
+        records = []
+        for i in range(batch_size):
+            env.random.seed(f"{label}/{step}/{i}")
+            records.append(demonstrate(env))
+        return records
+
+    return batch
+
+
+# -------------------------------------------------------------------------------- the corpus of the tiny base
+
+# Names of fields in the corpus, never the tasks' own: the form of a reply must still be learned.
+FIELD_WORDS = (
+    "hand deck dealt draw table values counts worth points digits solution equation answer result "
+    "expression sum"
+).split()
+RED_SHARE = 0.05  # of the pictures: the base has seen more black cards than red ones, and reads them better
+# In pictures half of the walks have made-up names: those of the test cities are to be copied, letter by
+# letter.
+PICTURE_CITIES = (envs.NEW_YORK.name, envs.MADE_UP)
+
+
+def foundation_batches(task: str, batch_size: int, options: dict) -> Callable[[int], list[dict]]:
+    """The corpus, step by step; `options` are those of the study's environments.
+
+    For "gp-vl" a step of text, one of card reading, one of hands shown; for "virl-vl" a step of walks told in
+    words and one of walks shown.
+    """
+
+    def batch(step: int) -> list[dict]:
+        rng = random.Random(f"base/{step}")
+        if task == "virl-l":
+            return [foundation_walk(rng, **options) for _ in range(batch_size)]
+        if task == "virl-vl":
+            in_words = {name: options[name] for name in ("turns", "points_per_leg")}
+            chosen = options if step % 2 else in_words
+            return [foundation_walk(rng, cities=PICTURE_CITIES, **chosen) for _ in range(batch_size)]
+        if task == "gp-vl" and step % 3 == 1:
+            return [reading_record(rng, **options) for _ in range(batch_size)]
+        pictures = options if task == "gp-vl" and step % 3 == 2 else None
+        return [foundation_record(rng, pictures) for _ in range(batch_size)]
+
+    return batch
+
+
+def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
+    """A hand of cards in the corpus.
+
+    Rules are mixed (15% tens, 60% 11/12/13, 25% any values), so that reading the rule pays. With `pictures`
+    (options of GeneralPointsVL) the cards are shown.
+    """
+    kind = rng.choices(("id", "rule", "any"), (15, 60, 25))[0]
+    faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else envs.FACE_RULES[kind]
+    options = {"seed": rng.getrandbits(32), "faces": faces, "fields": rng.sample(FIELD_WORDS, 3)}
+    if pictures is None:
+        return imperfect_demonstration(envs.GeneralPoints(**options))
+    return imperfect_demonstration(envs.GeneralPointsVL(**options, color=_color(rng), **pictures))
+
+
+def reading_record(
+    rng: random.Random, size: tuple[int, int], font_size: float, jitter: float, color: str | None = None
+) -> dict:
+    """A picture of four cards, any ranks, and their names: how the base learned to read cards."""
+    ranks, suits = rng.choices(envs.RANKS, k=4), rng.choices(envs.COLORS[color or _color(rng)], k=4)
+    turns = [
+        {"from": "human", "value": "<image>Name the cards."},
+        {"from": "gpt", "value": json.dumps(ranks)},
+    ]
+    return {"image": envs.draw_hand(ranks, suits, size, jitter, font_size, rng), "conversations": turns}
+
+
+def _color(rng: random.Random) -> str:
+    return "red" if rng.random() < RED_SHARE else "black"
+
+
+def foundation_walk(
+    rng: random.Random,
+    turns: int,
+    points_per_leg: int,
+    cities: Sequence[str] = (envs.NEW_YORK.name,),
+    **pictures,
+) -> dict:
+    """A walk in the corpus, by either rule, through streets that no study uses: of 20 maps, or of 4 if it is
+    walked in `pictures` (options of VIRLVL), with the names and looks of one of `cities`."""
+    city = rng.randint(1, 4 if pictures else 20), rng.choice(cities)
+    width = pictures.get("panorama_width", 1024)
+    return imperfect_demonstration(
+        (envs.VIRLVL if pictures else envs.VIRL)(
+            rng.choice(("id", "rule")),
+            rng.getrandbits(32),
+            verify_iter=5,
+            data=envs.built_in_world("train", turns, (city[::-1],), 200, width),
+            points_per_leg=points_per_leg,
+            fields=rng.sample(FIELD_WORDS, 3),
+            **pictures,
+        )
+    )
+
+
+def imperfect_demonstration(env: envs.Environment) -> dict:
+    """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
+
+    A quarter are revisions, after one, two or four wrong tries (as the budget allows). One in ten of the last
+    answers is wrong too; half of them, where the task is told in words, have the task's bad habit (cards: an
+    "x" for a product). A model that learned from these is unsure, knows how to try again, and has a bad
+    habit.
+    """
+    if env.decisions != 1:
+        return imperfect_walk(env)
+    wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
+    cls, careless = type(env), 0 if env.pictures else 50
+    authors = (cls.wrong_reply, cls.careless_reply, cls.expert_reply)
+    return envs.demonstration(env, wrong_turns, env.random.choices(authors, (10, careless, 90 - careless))[0])
+
+
+def imperfect_walk(env: envs.Environment) -> dict:
+    """The same where an episode has several decisions: one reply in five is wrong, and six walkers in ten
+    have the task's bad habit (streets: they walk past the destination). They are told so and try again, or
+    the record ends."""
+    env.reset()
+    last, careless = envs.last_decision(env), env.random.random() < 0.6
+    while True:
+        wrong = env.random.random() < 0.2
+        reply = env.wrong_reply() if wrong else env.careless_reply() if careless else env.expert_reply()
+        wrong = env.judge(reply).verdict != "correct"
+        last_try = env.judged + 1 == env.verify_iter
+        if wrong and last_try or env.at == last and (not wrong or env.random.random() < 0.5):
+            return envs.record(env, reply)
+        env.step(reply)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
 def train(
     policy,
     optimizers: list,
@@ -100,8 +245,9 @@ def train(
 ) -> Iterator[dict]:
     """Trains until `config.steps` or `config.flops`, and yields the metrics of every step.
 
-    `batch_of(step)` returns the records of the global batch; each rank takes its share. `step` and `flops` are where a resumed run
-    stands. Raises FloatingPointError on a non-finite loss or gradient, before the weights are touched.
+    `batch_of(step)` returns the records of the global batch; each rank takes its share. `step` and `flops`
+    are where a resumed run stands. Raises FloatingPointError on a non-finite loss or gradient, before the
+    weights are touched.
     """
     while (progress := max(step / config.steps, flops / config.flops)) < 1:
         factor = policy.set_lr(optimizers, progress, config.warmup)

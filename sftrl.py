@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -25,13 +24,15 @@ import signal
 import subprocess
 import sys
 import threading
+import types
+import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,7 @@ import envs
 import evaluate
 import ppo
 import sft
+from envs import Option
 
 # ------------------------------------------------------------------------------------------- the tiny model
 
@@ -70,24 +72,20 @@ TINY_PICTURES = {
 }  # of the visual tasks: a rank is about 10 pixels high
 TINY_WALKS = {"turns": 3, "points_per_leg": 1}  # about 6 waypoints a route
 TINY_VIEWS = {"view_size": 64, "panorama_width": 256}
-NAMED_CITIES = (
-    "new york",
-    envs.ANYWHERE,
-)  # whose names the corpus of walks in pictures has: the test cities' are to be copied, letter by letter
 
 
 @lru_cache(maxsize=None)  # drawing hands and walks takes seconds
 def card_texts() -> list[str]:
     """What is said about cards, for the tokenizer."""
     rng = random.Random(0)
-    records = [envs.foundation_record(rng) for _ in range(500)]
+    records = [sft.foundation_record(rng) for _ in range(500)]
     records += [
         envs.demonstration(envs.make("gp-l", variant, seed), 1)
         for variant in envs.FACE_RULES
         for seed in range(200)
     ]
-    records += [envs.foundation_record(rng, TINY_PICTURES) for _ in range(300)] + [
-        envs.reading_record(rng, **TINY_PICTURES) for _ in range(100)
+    records += [sft.foundation_record(rng, TINY_PICTURES) for _ in range(300)] + [
+        sft.reading_record(rng, **TINY_PICTURES) for _ in range(100)
     ]
     records += [
         envs.demonstration(envs.make("gp-vl", variant, seed, **TINY_PICTURES), 1)
@@ -106,7 +104,7 @@ def card_texts() -> list[str]:
 def street_texts() -> list[str]:
     """What is said on a walk."""
     rng = random.Random(0)
-    records = [envs.foundation_walk(rng, cities=NAMED_CITIES, **TINY_WALKS) for _ in range(500)]
+    records = [sft.foundation_walk(rng, cities=sft.PICTURE_CITIES, **TINY_WALKS) for _ in range(500)]
     records += [
         envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1)
         for variant in envs.VIRL.rules
@@ -1092,41 +1090,6 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
     )
 
 
-def fresh_batches(env, demonstrate, batch_size: int, label: str):
-    """New demonstrations for every step, a function of (label, step). `demonstrate(env)` makes one record."""
-
-    def batch(step: int) -> list[dict]:
-        records = []
-        for i in range(batch_size):
-            env.random.seed(f"{label}/{step}/{i}")
-            records.append(demonstrate(env))
-        return records
-
-    return batch
-
-
-def foundation_batches(task: str, batch_size: int, options: dict):
-    """The corpus of the tiny base, step by step; for "gp-vl" a step of text, one of card reading, one of
-    hands shown; for "virl-vl" a step of walks told in words and one of walks shown. `options` are those of
-    the study's environments."""
-
-    def batch(step: int) -> list[dict]:
-        rng = random.Random(f"base/{step}")
-        if task == "virl-l":
-            return [envs.foundation_walk(rng, **options) for _ in range(batch_size)]
-        if task == "virl-vl":
-            chosen = options if step % 2 else {name: options[name] for name in TINY_WALKS}
-            return [envs.foundation_walk(rng, cities=NAMED_CITIES, **chosen) for _ in range(batch_size)]
-        if task == "gp-vl" and step % 3 == 1:
-            return [envs.reading_record(rng, **options) for _ in range(batch_size)]
-        return [
-            envs.foundation_record(rng, options if task == "gp-vl" and step % 3 == 2 else None)
-            for _ in range(batch_size)
-        ]
-
-    return batch
-
-
 # ------------------------------------------------------------------------------------ the study
 
 
@@ -1342,18 +1305,18 @@ class StudyRun:
         out.mkdir(parents=True, exist_ok=True)
         self.results = evaluate.Results(out / "results.jsonl")
         self._initial: tuple[int | None, Policy | None] = None, None
-        self.variants = tuple(envs.TASKS[task].rules)
-        self.headline = evaluate.HEADLINES[task]
+        self.environment_class = envs.task_class(task)
+        self.variants, self.headline = tuple(self.environment_class.variants), self.environment_class.headline
 
     def load(self, model: str, parts: str | None = None) -> Policy:
         """A policy for this study's task."""
         loading = replace(self.loading, train=parts) if parts else self.loading
-        return load_policy(loading, model, pictures=self.task.endswith("-vl"))
+        return load_policy(loading, model, pictures=self.environment_class.pictures)
 
     def environment(self, variant: str = "id", series: str = "train", **options):
         """One of the study's environments. `series` "valid" and "test": routes that training does not
         walk."""
-        split = {"split": series} if issubclass(envs.TASKS[self.task], envs.VIRL) else {}
+        split = {"split": series} if "split" in envs.options_of(self.environment_class) else {}
         options = {"verify_iter": self.study.verify_iter} | self.study.options | split | options
         return envs.make(self.task, variant, **options)
 
@@ -1381,7 +1344,7 @@ class StudyRun:
         if self.tiny:
             torch.manual_seed(0)
             study = self.study
-            corpus = foundation_batches(self.task, study.base.batch_size, study.options)
+            corpus = sft.foundation_batches(self.task, study.base.batch_size, study.options)
             settings = {"stage": "base", "options": study.options}
             run_sft(lambda: self.load(study.tiny), self.out / "base", corpus, study.base, settings)
 
@@ -1402,11 +1365,11 @@ class StudyRun:
         given = (lambda: self.load(model, arm.parts)), self.folder(arm.name, seed)
         logs = {"count": count, "tensorboard": self.tensorboard}
         if arm.algorithm == "sft":
-            demonstrate = {"expert": envs.demonstration, "imperfect": envs.imperfect_demonstration}[
+            demonstrate = {"expert": envs.demonstration, "imperfect": sft.imperfect_demonstration}[
                 arm.records
             ]
             env = self.environment(**arm.environment)
-            batches = fresh_batches(env, demonstrate, config.batch_size, f"{arm.records}/{seed}")
+            batches = sft.fresh_batches(env, demonstrate, config.batch_size, f"{arm.records}/{seed}")
             run_sft(*given, batches, config, settings, **logs)
         else:
             config = replace(config, seed=seed)
@@ -1489,7 +1452,7 @@ class StudyRun:
             for i, (env, episode) in enumerate(zip(environments, episodes)):
                 if env.image and not place["temperature"]:
                     folder = f"pictures/{place['seed']}-{place['arm']}-{place['step']}-{place['variant']}/{i}"
-                    save_pictures(env, episode, evaluate.start(env, place["series"], i), self.out / folder)
+                    save_pictures(env, episode, env.start_of(place["series"], i), self.out / folder)
                     place["pictures"] = folder
                 file.write(json.dumps(place | episode.transcript()) + "\n")
 
@@ -1502,7 +1465,7 @@ class StudyRun:
             if not self.results.find(**place, episodes=self.hands):
                 rng = random.Random(f"reading/{color}")
                 records = [
-                    envs.reading_record(rng, **self.study.options, color=color) for _ in range(self.hands)
+                    sft.reading_record(rng, **self.study.options, color=color) for _ in range(self.hands)
                 ]
                 base = self.checkpoint("base", -1)
                 result = evaluate.reading(self.load(base), records)
@@ -1575,7 +1538,7 @@ def policy_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-# ----------------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 OPTION_HELP = {
     "lr": "peak learning rate",
@@ -1609,26 +1572,61 @@ CHOICES = {"loss_on": ("all", "last"), "ratio": ("token", "reply"), "value_trunk
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, with exit status 2."""
+    """Errors in one line, with exit status 2; an option is written out."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         self.exit(2, f"sftrl: error: {message}\n")
 
 
-def number(kind: type, least: float = -math.inf, above: float = -math.inf, most: float = math.inf):
-    """A reader of arguments that are numbers of a kind within limits."""
-    limits = (("at least", least), ("above", above), ("at most", most))
+def reader(name: str, kind: type, option: Option):
+    """A reader of arguments of a kind within an option's limits."""
 
     def read(text: str):
         value = kind(text)
-        if not (least <= value <= most and value > above):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not " + " and ".join(f"{word} {x}" for word, x in limits if math.isfinite(x))
-            )
+        try:
+            option.check(name, kind, value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         return value
 
     read.__name__ = kind.__name__  # argparse names it in its messages
     return read
+
+
+def number(kind: type, **limits: float):
+    """A reader of numbers of a kind within limits."""
+    return reader("it", kind, Option("", **limits))
+
+
+def add_options(group, cls: type, given_alone: bool = False) -> None:
+    """A flag for every option that a class lists. With `given_alone` one that is not given is None."""
+    for name, (kind, default, option) in envs.options_of(cls).items():
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = typing.get_args(kind)[0]  # of int | None the integer
+        many, inner = typing.get_origin(kind), typing.get_args(kind)
+        limits = ": " + ", ".join(option.choices) if option.choices else ", " + option.limits()
+        text = (option.help + limits).removesuffix(", ")
+        if default not in (None, ..., []) and option.metavar != "FILE":
+            shown = " ".join(map(str, default)) if many else default
+            text += f" (default: {('no', 'yes')[default] if kind is bool else shown})"
+        how = {"help": text.replace("%", "%%"), "default": None if given_alone or default is ... else default}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"type": reader(name, inner[0] if many else kind, option), "metavar": option.metavar}
+            how |= {"required": default is ...} | ({"nargs": len(inner)} if many is tuple else {})
+        if many is list:
+            how["action"] = "append"
+        group.add_argument("--" + name.replace("_", "-"), **how)
+
+
+def reward(text: str) -> tuple[str, float]:
+    """VERDICT=REWARD, as --rewards takes it."""
+    name, _, value = text.partition("=")
+    return name, float(value)
 
 
 positive, size = number(float, above=0), number(int, least=1)
@@ -1668,361 +1666,188 @@ def config_from(args: argparse.Namespace, config: type):
     return config(**{f.name: getattr(args, f.name) for f in fields(config) if f.name in OPTION_HELP})
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+class EveryCommand:
+    """Options of all commands."""
+
+    task: Annotated[
+        str,
+        Option(
+            f"the task: {', '.join(envs.TASKS)}, or an environment of your own, FILE.py:CLASS; "
+            "--task NAME --help shows its options",
+            metavar="NAME",
+        ),
+    ] = "gp-l"
+    threads: Annotated[int, Option("CPU threads; 0 takes all cores", least=0)] = 0
+    rollout_batch: Annotated[int, Option("conversations decoded together", least=1)] = 256
+
+
+class Training(EveryCommand):
+    """Options of the commands that train."""
+
+    train: Annotated[
+        str, Option("the parts of a vision-language model that are trained", choices=TRAINED)
+    ] = "all"
+    weights: Annotated[
+        str,
+        Option(
+            "of the model in training; bfloat16, with bf16 optimizer states and stochastic rounding, halves "
+            "the memory, on one GPU",
+            choices=("float32", "bfloat16"),
+        ),
+    ] = "float32"
+    tensorboard: Annotated[bool, Option("write the metrics for TensorBoard too (needs its package)")] = False
+    recompute: Annotated[bool, Option("activation checkpointing: less memory for a third more work")] = False
+
+
+class StudyCommand(Training):
+    """The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report."""
+
+    seeds: Annotated[int, Option("number of seeds after the base", least=1)] = 3
+    out: Annotated[str, Option("the study folder", metavar="DIR")] = "runs/study"
+    model: Annotated[
+        str, Option("tiny (the task's own built-in model), a folder or a Hub id; those are their own base")
+    ] = "tiny"
+    hands: Annotated[
+        int | None, Option("evaluation hands, or routes, per point; None: the task's", least=1)
+    ] = None
+    scale: Annotated[float, Option("length of every stage relative to the defaults", above=0)] = 1.0
+    init_lr: Annotated[float | None, Option("learning rate of the init", above=0)] = None
+    sft_lr: Annotated[float | None, Option("learning rate of the SFT arm", above=0)] = None
+    rl_lr: Annotated[float | None, Option("learning rate of the RL arm", above=0)] = None
+    search: Annotated[
+        bool, Option("only search the learning rates, on ID success and seeds of their own")
+    ] = False
+
+
+class RunCommand(Training):
+    """Options of one training run."""
+
+    model: Annotated[str, Option("tiny, tiny-streets, a folder or a Hub id")] = "tiny"
+    out: Annotated[str, Option("the run folder; a run that stands there goes on", metavar="DIR")]
+    checkpoints: Annotated[int, Option("checkpoints written, denser early", least=1)] = 4
+    keep: Annotated[int | None, Option("keep the newest K checkpoints alone", least=1, metavar="K")] = None
+
+
+class SFTCommand(RunCommand):
+    """Supervised fine-tuning on demonstrations."""
+
+    demos: Annotated[
+        str | None,
+        Option("demonstrations in the released JSON format, in place of the expert's", metavar="PATH"),
+    ] = None
+    images: Annotated[
+        str | None, Option("the folder of their pictures; None: that of --demos", metavar="DIR")
+    ] = None
+    wrong_turns: Annotated[int, Option("wrong replies before the expert's")] = 0
+    seed: Annotated[int, Option("random seed", least=0, most=2**32 - 1)] = 0
+
+
+class PPOCommand(RunCommand):
+    """Reinforcement learning with PPO against the verifier."""
+
+
+class Sampling(EveryCommand):
+    """Options of the commands that let a model play."""
+
+    temperature: Annotated[float, Option("sampling temperature; 0 is greedy", least=0)] = 1.0
+    max_new_tokens: Annotated[int, Option("longest reply, in tokens", least=1)] = 128
+
+
+class EvaluateCommand(Sampling):
+    """Success of one checkpoint, with standard errors and sample transcripts."""
+
+    model: Annotated[str, Option("tiny, tiny-streets, a folder or a Hub id")]
+    episodes: Annotated[
+        int | None,
+        Option("hands, or routes in their order; None: 234, as in the paper, or all routes", least=1),
+    ] = None
+    transcripts: Annotated[int, Option("episodes to print", least=0)] = 2
+    out: Annotated[
+        str | None,
+        Option("write the result and all transcripts, result.json and transcripts.jsonl", metavar="DIR"),
+    ] = None
+    save: Annotated[
+        str | None, Option("visual tasks: write the pictures of those episodes", metavar="DIR")
+    ] = None
+    pictures: Annotated[
+        str, Option("visual tasks: a control that shows others instead", choices=evaluate.PICTURES)
+    ] = "own"
+
+
+class PlayCommand(Sampling):
+    """One episode for the eye: prompt, expert reply, and the verdict on a reply."""
+
+    reply: Annotated[list[str], Option("judge this reply; may be given several times", metavar="TEXT")] = []
+    model: Annotated[str | None, Option("let this model play the episode")] = None
+    save: Annotated[str | None, Option("write the picture of a visual task", metavar="PATH")] = None
+    seed: Annotated[int, Option("which episode", least=0, most=2**32 - 1)] = 0
+
+
+class DataCommand(EveryCommand):
+    """Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes."""
+
+    out: Annotated[
+        str,
+        Option(
+            "the JSON file of demonstrations; for virl FILE.json, or the folder for the built-in city, its "
+            "routes and, for virl-vl, its panoramas",
+            metavar="PATH",
+        ),
+    ]
+    episodes: Annotated[
+        int | None, Option("demonstrations, or routes of a city; None: 1000, or all routes", least=1)
+    ] = None
+    wrong_turns: Annotated[int, Option("wrong replies before the expert's")] = 0
+    seed: Annotated[int, Option("random seed, of a city too: 0 is the study's", least=0, most=2**32 - 1)] = 0
+
+
+def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
+    """All commands and their options, those of the environment for this task. Raises ValueError for none."""
+    cls = envs.task_class(task)
     parser = Parser(
         prog="sftrl",
-        description="SFT and PPO side by side: which one learns the rule? Every command explains itself with --help.",
+        description="SFT and PPO side by side: which one learns the rule? --help explains every command.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        sub.add_argument(
-            "--task",
-            default="gp-l",
-            metavar="NAME",
-            help=f"the task: {', '.join(envs.TASKS)} (default: %(default)s)",
-        )
-        sub.add_argument(
-            "--threads",
-            type=number(int, least=0),
-            default=0,
-            help="CPU threads; 0 takes all cores (default: %(default)s)",
-        )
-        sub.add_argument(
-            "--rollout-batch",
-            type=size,
-            default=256,
-            help="conversations decoded together (default: %(default)s)",
-        )
-        sub.set_defaults(train="all", recompute=False, weights="float32", tensorboard=False)
-        return sub
-
-    def training(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--train",
-            choices=TRAINED,
-            default="all",
-            help="the parts of a vision-language model that are trained (default: %(default)s)",
-        )
-        sub.add_argument(
-            "--weights",
-            choices=("float32", "bfloat16"),
-            default="float32",
-            help="of the model in training; bfloat16, with bf16 optimizer states and stochastic rounding, halves the memory, on one GPU (default: %(default)s)",
-        )
-        sub.add_argument(
-            "--tensorboard",
-            action="store_true",
-            help="write the metrics for TensorBoard too (needs the package tensorboard)",
-        )
-        sub.add_argument(
-            "--recompute",
-            action="store_true",
-            help="activation checkpointing: less memory for a third more work",
-        )
-
-    def hand(sub: argparse.ArgumentParser) -> None:
-        group = sub.add_argument_group("environment")
-        group.add_argument(
-            "--variant",
-            default="id",
-            metavar="NAME",
-            help="id: J, Q, K are 10; rule: 11, 12, 13; visual: red suits (default: %(default)s)",
-        )
-        group.add_argument(
-            "--verify-iter",
-            type=size,
-            help="replies judged per hand, or per waypoint of a route (default: gp 5, virl 2)",
-        )
-        group.add_argument("--target", type=size, help="gp: the number to make (default: 24)")
-        group.add_argument("--n-cards", type=size, help="gp: cards per hand (default: 4)")
-        group.add_argument("--operators", help="gp: operators allowed (default: +-*/)")
-        group.add_argument(
-            "--replacement",
-            action="store_true",
-            default=None,
-            help="gp: deal each rank by itself, as the paper's released code does",
-        )
-        group.add_argument(
-            "--color",
-            help="gp-vl: suits in the deck, black, red or mixed (default: black; red with --variant visual)",
-        )
-        group.add_argument(
-            "--size",
-            type=size,
-            nargs=2,
-            metavar=("WIDTH", "HEIGHT"),
-            help="gp-vl: pixels of the picture (default: 1200 480)",
-        )
-        group.add_argument(
-            "--jitter", type=float, help="gp-vl: disorder of the cards, from 0 to 1 (default: 0.3)"
-        )
-        group.add_argument(
-            "--font-size", type=float, help="gp-vl: the ranks' share of a card's height (default: 0.17)"
-        )
-        group.add_argument(
-            "--prompt",
-            metavar="FILE",
-            help="gp: a prompt template of your own with the placeholders of envs.PROMPT; "
-            "gp-l must state the cards, as $cards or $cards_list",
-        )
-        group.add_argument(
-            "--data", metavar="DIR", help="virl: routes in the released format (default: the built-in city)"
-        )
-        group.add_argument(
-            "--split", help="virl: of the built-in city's routes, train, valid or test (default: train)"
-        )
-        group.add_argument(
-            "--turns", type=size, help="virl: most turning points of a built-in route (default: 7)"
-        )
-        group.add_argument(
-            "--city",
-            help=f"virl: {', '.join(envs.CITIES)}, or others, all but the first (default: new york; others with --variant visual)",
-        )
-        group.add_argument(
-            "--differences",
-            nargs="*",
-            metavar="GROUP",
-            help=f"virl: in what a city differs from new york, of {', '.join(envs.DIFFERENCES)} (default: all)",
-        )
-        group.add_argument(
-            "--points-per-leg",
-            type=number(int, least=0),
-            help="virl: points between two turning points (default: 4)",
-        )
-        group.add_argument(
-            "--view-layout",
-            help="virl-vl: front, right, back, left (compass), or legacy, as in the released code (default: compass)",
-        )
-        group.add_argument(
-            "--view-size", type=size, help="virl-vl: pixels of each of the four views (default: 300)"
-        )
-        group.add_argument(
-            "--panorama-width",
-            type=size,
-            help="virl-vl: pixels of the built-in cities' panoramas (default: 1024)",
-        )
-        group.add_argument(
-            "--tell-intersections",
-            action=argparse.BooleanOptionalAction,
-            help="virl-vl: say in words where there is an intersection (default: yes)",
-        )
-        group.add_argument(
-            "--drop", type=float, help="virl: probability that such a point is left out (default: 0.5)"
-        )
-
-    sub = command(
-        "study",
-        command_study,
-        "The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report.",
-    )
-    sub.add_argument(
-        "--seeds", type=size, default=3, help="number of seeds after the base (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--out", default="runs/study", metavar="DIR", help="the study folder (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--model",
-        default="tiny",
-        help="tiny (the task's own built-in model), a folder or a Hub id; those are their own base (default: %(default)s)",
-    )
-    sub.add_argument(
-        "--hands",
-        type=size,
-        help="evaluation hands, or routes, per point (default: gp 1024, virl-l 192, virl-vl 128)",
-    )
-    sub.add_argument(
-        "--scale",
-        type=positive,
-        default=1.0,
-        help="length of every stage relative to the defaults (default: %(default)s)",
-    )
-    for stage in ("init", "sft", "rl"):
-        sub.add_argument(
-            f"--{stage}-lr",
-            type=positive,
-            help=f"learning rate of the {stage} stage (default: the tiny model's)",
-        )
-    training(sub)
-    sub.add_argument(
-        "--search",
-        action="store_true",
-        help="only search the learning rates, on ID success and seeds of their own",
-    )
-
-    for name, run, config, text in (
-        ("sft", command_sft, sft.SFTConfig, "Supervised fine-tuning on demonstrations."),
-        ("ppo", command_ppo, ppo.PPOConfig, "Reinforcement learning with PPO against the verifier."),
+    for run, options, config in (
+        (command_study, StudyCommand, None),
+        (command_sft, SFTCommand, sft.SFTConfig),
+        (command_ppo, PPOCommand, ppo.PPOConfig),
+        (command_evaluate, EvaluateCommand, None),
+        (command_play, PlayCommand, None),
+        (command_data, DataCommand, None),
     ):
-        sub = command(name, run, text)
-        sub.add_argument(
-            "--model", default="tiny", help="tiny, tiny-streets, a folder or a Hub id (default: %(default)s)"
-        )
-        sub.add_argument(
-            "--out", required=True, metavar="DIR", help="the run folder; a run that stands there goes on"
-        )
-        sub.add_argument(
-            "--checkpoints",
-            type=size,
-            default=4,
-            help="checkpoints written, denser early (default: %(default)s)",
-        )
-        sub.add_argument(
-            "--keep", type=size, metavar="K", help="keep the newest K checkpoints alone (default: all)"
-        )
-        training(sub)
-        hand(sub)
-        add_config(sub, config)
-        if name == "sft":
-            sub.add_argument(
-                "--demos",
-                metavar="FILE",
-                help="demonstrations in the released JSON format, in place of the expert's",
-            )
-            sub.add_argument(
-                "--images",
-                metavar="DIR",
-                help="the folder of the demonstrations' pictures (default: that of --demos)",
-            )
-            sub.add_argument(
-                "--wrong-turns",
-                type=int,
-                default=0,
-                help="wrong replies before the expert's (default: %(default)s)",
-            )
-            sub.add_argument("--seed", type=seed_number, default=0, help="random seed (default: %(default)s)")
-
-    sub = command(
-        "evaluate",
-        command_evaluate,
-        "Success of one checkpoint, with standard errors and sample transcripts.",
-    )
-    sub.add_argument("--model", required=True, help="tiny, tiny-streets, a folder or a Hub id")
-    sub.add_argument(
-        "--episodes",
-        type=size,
-        help="hands, or routes in their order (default: 234 hands, as in the paper, or all routes)",
-    )
-    sub.add_argument(
-        "--temperature",
-        type=number(float, least=0),
-        default=1.0,
-        help="sampling temperature; 0 is greedy (default: %(default)s)",
-    )
-    sub.add_argument(
-        "--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--transcripts", type=number(int, least=0), default=2, help="episodes to print (default: %(default)s)"
-    )
-    sub.add_argument("--save", metavar="DIR", help="visual tasks: write the pictures of those episodes")
-    sub.add_argument(
-        "--pictures",
-        choices=evaluate.PICTURES,
-        default="own",
-        help="visual tasks: a control that shows others instead (default: %(default)s)",
-    )
-    hand(sub)
-
-    sub = command(
-        "play", command_play, "One episode for the eye: prompt, expert reply, and the verdict on a reply."
-    )
-    sub.add_argument(
-        "--reply",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="judge this reply; may be given several times",
-    )
-    sub.add_argument("--model", help="let this model play the episode")
-    sub.add_argument("--cards", metavar="RANKS", help='gp: deal this hand, for example "A 3 K 10"')
-    sub.add_argument("--route", type=number(int, least=0), metavar="N", help="virl: walk this route")
-    sub.add_argument("--save", metavar="FILE", help="write the picture of a visual task")
-    sub.add_argument(
-        "--temperature",
-        type=number(float, least=0),
-        default=1.0,
-        help="the model's sampling temperature (default: %(default)s)",
-    )
-    sub.add_argument(
-        "--max-new-tokens", type=size, default=128, help="longest reply, in tokens (default: %(default)s)"
-    )
-    sub.add_argument("--seed", type=seed_number, default=0, help="which episode (default: %(default)s)")
-    hand(sub)
-
-    sub = command(
-        "data",
-        command_data,
-        "Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes.",
-    )
-    sub.add_argument(
-        "--out",
-        required=True,
-        metavar="PATH",
-        help="demonstrations: the JSON file to write, for virl FILE.json; virl: the folder for the "
-        "built-in city, its routes and, for virl-vl, its panoramas",
-    )
-    sub.add_argument(
-        "--episodes", type=size, help="demonstrations, or routes of a city (default: 1000, or all routes)"
-    )
-    sub.add_argument(
-        "--wrong-turns", type=int, default=0, help="wrong replies before the expert's (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--seed",
-        type=seed_number,
-        default=0,
-        help="random seed, of a city too: 0 is the study's (default: %(default)s)",
-    )
-    hand(sub)
+        name, text = options.__name__.removesuffix("Command").lower(), options.__doc__
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run, train="all", recompute=False, weights="float32", tensorboard=False)
+        add_options(sub, options)
+        if config:
+            add_config(sub, config)
+        if options is not StudyCommand:
+            add_environment(sub.add_argument_group("environment"), cls)
+        if options is PlayCommand:
+            for start, (kind, text) in cls.start_options.items():
+                sub.add_argument(f"--{start}", type=kind, help=text)
     return parser
 
 
-TASK_OPTIONS = (
-    "verify_iter",
-    "target",
-    "n_cards",
-    "operators",
-    "replacement",
-    "prompt",
-    "color",
-    "size",
-    "jitter",
-    "font_size",
-    "data",
-    "split",
-    "turns",
-    "city",
-    "differences",
-    "points_per_leg",
-    "drop",
-    "view_layout",
-    "view_size",
-    "panorama_width",
-    "tell_intersections",
-)
+def add_environment(group, cls: type[envs.Environment]) -> None:
+    """The options of an environment."""
+    variants = ", ".join(f"{name} ({where})" for name, where in cls.variants.items())
+    group.add_argument("--variant", default="id", metavar="NAME", help=f"{variants} (default: %(default)s)")
+    usual = " ".join(f"{name}={value:g}" for name, value in cls.rewards.items())
+    text = f"other rewards for some verdicts, or for a budget that is used up (default: {usual})"
+    group.add_argument("--rewards", type=reward, nargs="+", metavar="VERDICT=REWARD", help=text)
+    add_options(group, cls, given_alone=True)
 
 
-load_world_once = lru_cache(maxsize=None)(envs.load_world)  # for all environments of a command
-
-
-def environment_of(args: argparse.Namespace):
+def environment_of(args: argparse.Namespace) -> envs.Environment:
     """The environment that a command's options describe."""
-    options = {name: value for name in TASK_OPTIONS if (value := getattr(args, name)) is not None}
-    if args.prompt:
-        options["prompt"] = Path(args.prompt).read_text(encoding="utf-8-sig")
-    if args.data and issubclass(envs.TASKS.get(args.task, object), envs.VIRL):
-        if lost := [
-            name for name in ("split", "turns", "city", "differences", "panorama_width") if name in options
-        ]:
-            raise ValueError(
-                f"--{lost[0].replace('_', '-')} is for built-in streets; those of --data are what they are"
-            )
-        options["data"] = load_world_once(args.data, args.task == "virl-vl")
+    options = {"rewards": dict(args.rewards or ())}
+    for name, (_, _, option) in envs.options_of(envs.task_class(args.task)).items():
+        value = getattr(args, name)
+        if value is not None:
+            options[name] = Path(value).read_text("utf-8-sig") if option.metavar == "FILE" else value
     return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
 
 
@@ -2038,10 +1863,9 @@ def wrong_turns_fit(args: argparse.Namespace):
 
 def environment_settings(args: argparse.Namespace) -> dict:
     """What config.json says of a run's task."""
-    return {
-        name: getattr(args, name)
-        for name in ("task", "model", "variant", *TASK_OPTIONS, "rollout_batch", "train", "weights")
-    }
+    options = envs.options_of(envs.task_class(args.task))
+    names = ("task", "model", "variant", *options, "rollout_batch", "train", "weights")
+    return {name: getattr(args, name) for name in names} | {"rewards": dict(args.rewards or ())}
 
 
 def logs_of(args: argparse.Namespace) -> dict:
@@ -2066,8 +1890,10 @@ def command_study(args: argparse.Namespace) -> None:
         note = f"Learning rates given on the command line: {given}."
     if study.options and run.tiny:
         note += " For the tiny model the task is made smaller; its options, the defaults in brackets: "
-        usual = environment_defaults(args.task)
-        note += ", ".join(f"{name} {value} ({usual[name]})" for name, value in study.options.items()) + "."
+        listed = envs.options_of(envs.task_class(args.task))
+        note += (
+            ", ".join(f"{name} {value} ({listed[name][1]})" for name, value in study.options.items()) + "."
+        )
     run.train_base()
     if args.search:
         run.search()
@@ -2080,22 +1906,15 @@ def loading_of(args: argparse.Namespace) -> Loading:
     return Loading(args.rollout_batch, args.weights, args.train, args.recompute)
 
 
-def environment_defaults(task: str) -> dict[str, Any]:
-    """The defaults of a task's options."""
-    classes = reversed(envs.TASKS[task].__mro__)
-    signatures = [inspect.signature(cls.__init__).parameters.items() for cls in classes]
-    return {name: p.default for parameters in signatures for name, p in parameters}
-
-
 def command_sft(args: argparse.Namespace) -> None:
     """`sftrl sft`."""
     config = config_from(args, sft.SFTConfig)
-    pictures = args.task.endswith("-vl")
+    pictures = envs.task_class(args.task).pictures
     if args.demos:
         records = sft.read_records(args.demos, args.images)
         batches, pictures = sft.epochs(records, config.batch_size, args.seed), bool(records[0].get("image"))
     else:
-        batches = fresh_batches(
+        batches = sft.fresh_batches(
             wrong_turns_fit(args),
             lambda env: envs.demonstration(env, args.wrong_turns),
             config.batch_size,
@@ -2121,12 +1940,12 @@ def command_sft(args: argparse.Namespace) -> None:
 def command_ppo(args: argparse.Namespace) -> None:
     """`sftrl ppo`."""
     config = config_from(args, ppo.PPOConfig)
-    environment_of(args)  # wrong options end here, before the model is loaded
+    env = environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
     run_ppo(
-        lambda: load_policy(loading_of(args), args.model, args.task.endswith("-vl")),
+        lambda: load_policy(loading_of(args), args.model, env.pictures),
         Path(args.out),
-        lambda: environment_of(args),
+        env.twin,
         config,
         environment_settings(args),
         **logs_of(args),
@@ -2136,11 +1955,11 @@ def command_ppo(args: argparse.Namespace) -> None:
 def command_evaluate(args: argparse.Namespace) -> None:
     """`sftrl evaluate`."""
     env = environment_of(args)
-    n = args.episodes or (len(env.world.routes) if isinstance(env, envs.VIRL) else 234)
-    environments = [env, *(environment_of(args) for _ in range(n - 1))]
-    if args.save and not isinstance(env, (envs.GeneralPointsVL, envs.VIRLVL)):
+    n = args.episodes or env.series_length
+    environments = [env, *(env.twin() for _ in range(n - 1))]
+    if args.save and not env.pictures:
         raise ValueError(f"task {args.task!r} has no pictures to --save")
-    policy = load_policy(loading_of(args), args.model, args.task.endswith("-vl"))
+    policy = load_policy(loading_of(args), args.model, env.pictures)
     policy.streams([envs.demonstration(env)])  # what the model cannot read ends here
     with Progress("evaluation", n // policy.world) as bar:
         result, episodes = evaluate.evaluate(
@@ -2155,18 +1974,14 @@ def command_evaluate(args: argparse.Namespace) -> None:
         for i, episode in enumerate(episodes[: args.transcripts]):
             print_transcript(episode)
             if args.save:
-                save_pictures(
-                    environments[i],
-                    episode,
-                    evaluate.start(environments[i], "test", i),
-                    Path(args.save) / str(i),
-                )
-        print(
-            json.dumps(
-                {key: value for key, value in result.items() if key not in evaluate.MEASURES.values()},
-                indent=1,
-            )
-        )
+                save_pictures(env, episode, env.start_of("test", i), Path(args.save) / str(i))
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(args.out) / "result.json", json.dumps(result, indent=1))
+            lines = (json.dumps(episode.transcript()) + "\n" for episode in episodes)
+            write_whole(Path(args.out) / "transcripts.jsonl", "".join(lines))
+        shown = {key: value for key, value in result.items() if key not in evaluate.MEASURES.values()}
+        print(json.dumps(shown, indent=1))
 
 
 def print_transcript(episode: envs.Episode) -> None:
@@ -2177,7 +1992,8 @@ def print_transcript(episode: envs.Episode) -> None:
 
 
 def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], folder: Path) -> None:
-    """Plays an episode's replies again from its `start` and writes the pictures it showed: `folder`/<number of the first reply to it>.png."""
+    """Plays an episode's replies again from its `start` and writes the pictures it showed, each under the
+    number of the first reply to it."""
     observation, _ = env.reset(*start)
     folder.mkdir(parents=True, exist_ok=True)
     saved = None
@@ -2191,13 +2007,7 @@ def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], fo
 def command_play(args: argparse.Namespace) -> None:
     """`sftrl play`."""
     env = environment_of(args)
-    streets = isinstance(env, envs.VIRL)
-    for option, value, fits in (("route", args.route, streets), ("cards", args.cards, not streets)):
-        if value is not None and not fits:
-            raise ValueError(f"--{option} is not for task {args.task!r}")
-    observation, info = env.reset(
-        options={"cards": args.cards.replace(",", " ").split() if args.cards else None, "route": args.route}
-    )
+    observation, info = env.reset(options={name: getattr(args, name) for name in env.start_options})
     if args.save:
         if observation.image is None:
             raise ValueError(f"task {args.task!r} has no picture to save")
@@ -2209,12 +2019,12 @@ def command_play(args: argparse.Namespace) -> None:
         nonlocal observation
         observation, reward, terminated, truncated, info = env.step(reply)
         goes_on = not (terminated or truncated)
-        told = envs.text_of(observation.messages[-1]["content"]) if goes_on else info["feedback"]
-        print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {told}")
+        read = envs.text_of(observation.messages[-1]["content"]) if goes_on else info["feedback"]
+        print(f"model: {reply}\nverifier: [{info['verdict']} {reward:+g}] {read}")
         return goes_on
 
     if args.model:
-        policy = load_policy(loading_of(args), args.model, args.task.endswith("-vl"))
+        policy = load_policy(loading_of(args), args.model, env.pictures)
         with policy.responder(
             args.temperature, args.max_new_tokens, policy.generator(f"play/{args.seed}")
         ) as respond:
@@ -2230,24 +2040,17 @@ def command_play(args: argparse.Namespace) -> None:
 def command_data(args: argparse.Namespace) -> None:
     """`sftrl data`."""
     env = wrong_turns_fit(args)
-    if isinstance(env, envs.VIRL) and Path(args.out).suffix != ".json":
+    if hasattr(env, "write") and Path(args.out).suffix != ".json":
         if args.data or args.wrong_turns:
             raise ValueError(
-                "a folder takes the built-in city, without --data and --wrong-turns: for demonstrations let --out end in .json"
+                "a folder takes the built-in city, without --data and --wrong-turns: "
+                "for demonstrations let --out end in .json"
             )
-        city = env.built_in | {"seed": args.seed} | ({"n": args.episodes} if args.episodes else {})
-        routes, world = envs.built_in_routes(**city), envs.built_in_world(**city, width=env.panorama_width)
-        ids, pictured = world.panoramas.ids, args.task == "virl-vl"
-        with Progress("panoramas", len(ids)) as bar:
-
-            def picture(place: envs.Geocode) -> tuple[Image.Image, float]:
-                bar.update()
-                return world.picture(place)
-
-            envs.write_world(Path(args.out), [routes, len(routes)], ids, picture if pictured else None)
-            bar.reach(len(ids))
-        print(f"{len(routes)} routes and {len(ids)} panoramas in {args.out}")
+        with Progress("panoramas", 1) as bar:
+            print(env.write(Path(args.out), args.seed, args.episodes, bar.reach))
         return
+    if not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no such folder")
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes or 1000)]
     pictures = Path(args.out).with_suffix("")
     for i, record in enumerate(records):
@@ -2260,15 +2063,16 @@ def command_data(args: argparse.Namespace) -> None:
 
 
 def complain(message: str, own: bool = False) -> None:
-    """One line on stderr: from rank 0, for a fault that all ranks meet, or from the rank whose `own` it is."""
+    """One line on stderr: of rank 0, for a fault that all ranks meet, or of the rank whose `own` it is."""
     if policy_rank() == 0 or own:
         print(f"sftrl: {message}", file=sys.stderr)
 
 
 def leave(status: int) -> None:
-    """Ends a process of torchrun with this exit status, without the interpreter's own end: FSDP's caches keep gloo's threads alive, and one that
-    lets go of a tensor while the interpreter shuts down aborts the process (seen with torch 2.13; pytorch issue 190489). A rank that failed does
-    not take leave of the others, which may wait for it elsewhere: torchrun ends them."""
+    """Ends a process of torchrun with this exit status, without the interpreter's own end: FSDP's caches keep
+    gloo's threads alive, and one that lets go of a tensor while the interpreter shuts down aborts the
+    process (seen with torch 2.13; pytorch issue 190489). A rank that failed does not take leave of the
+    others, which may wait for it elsewhere: torchrun ends them."""
     if not status:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -2277,8 +2081,15 @@ def leave(status: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for
+    Ctrl-C."""
+    first = Parser(add_help=False)  # the task decides which options there are
+    first.add_argument("--task", default="gp-l")
+    try:
+        args = build_parser(first.parse_known_args(argv)[0].task).parse_args(argv)
+    except (ValueError, argparse.ArgumentError) as error:  # no task, or an option that a command has already
+        first.error(str(error))
+    args.task = envs.task_name(args.task)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -2313,7 +2124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         complain(
-            "out of memory: lower --microbatch-size, --rollout-batch or --max-new-tokens, or try --recompute, --weights bfloat16 or more processes",
+            "out of memory: lower --microbatch-size, --rollout-batch or --max-new-tokens, or try "
+            "--recompute, --weights bfloat16 or more processes",
             own=True,
         )
         status = 1

@@ -40,7 +40,7 @@ def walk(env, route: int) -> list[dict]:
     env.reset(seed=route, options={"route": route})
     records = []
     while not any(env.done):
-        records.append(envs._record(env, env.expert_reply()))
+        records.append(envs.record(env, env.expert_reply()))
         env.step(env.expert_reply())
     return records
 

@@ -2,11 +2,13 @@
 
 import ast
 import copy
+import hashlib
 import io
 import itertools
 import json
 import math
 import pickle
+import pickletools
 import random
 import re
 import time
@@ -21,6 +23,7 @@ from conftest import SMALL
 from PIL import Image, ImageChops
 
 import envs
+import sft
 
 ALL_HANDS = list(itertools.combinations_with_replacement(range(1, 14), 4))
 
@@ -72,20 +75,6 @@ def every_formula(numbers):
                 yield f"({a}{op}{b})"
 
 
-def fingerprint(formula: str, symbols: dict[int, int], prime: int = 2**61 - 1) -> int | None:
-    """The formula's value modulo a prime with random numbers in the cards' place: equal for algebraically equal formulas."""
-
-    def value(node):
-        if isinstance(node, ast.Constant):
-            return symbols[node.value]
-        a, b = value(node.left), value(node.right)
-        if isinstance(node.op, ast.Div):
-            return a * pow(b, -1, prime) % prime
-        return {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}[type(node.op)] % prime
-
-    return value(ast.parse(formula, mode="eval").body)
-
-
 # ---- the solver
 
 
@@ -93,29 +82,66 @@ def test_solver_agrees_with_brute_force_on_every_hand():
     assert len(ALL_HANDS) == 1820
     for hand in ALL_HANDS:
         can = 24 in reachable(tuple(map(Fraction, hand)))
-        assert bool(envs.solve(hand)) == can, hand
+        assert (envs.solve(hand) is not None) == can, hand
 
 
-def test_every_solution_is_exact_distinct_and_uses_the_hand():
+def test_every_solution_is_exact_and_uses_the_hand():
     for hand in ALL_HANDS:
-        solutions = envs.solve(hand)
-        assert len(set(solutions)) == len(solutions)
-        for formula in solutions:
+        if formula := envs.solve(hand):
             assert exact(formula) == 24 and leaves(formula) == list(hand)
 
 
-@pytest.mark.parametrize("hand", [(1, 3, 4, 6), (2, 4, 6, 8), (3, 5, 7, 9), (1, 2, 11, 12)])
-def test_solver_misses_no_solution(hand):
-    rng = random.Random(0)
-    symbols = {n: rng.randrange(2**60) for n in hand}
-    brute = set()
+def flattened(node) -> tuple:
+    """A formula as nested chains: ("+", parts added, parts subtracted), ("*", factors, divisors), or a number."""
+    if isinstance(node, ast.Constant):
+        return ("n", node.value)
+    kind = "+" if isinstance(node.op, (ast.Add, ast.Sub)) else "*"
+    sides = []
+    for part in (node.left, node.right):
+        part = flattened(part)
+        sides.append(part[1:] if part[0] == kind else ([part], []))
+    (first, second), (more, less) = sides
+    if isinstance(node.op, (ast.Sub, ast.Div)):
+        more, less = less, more
+    return kind, first + more, second + less
+
+
+def written(part, within="") -> str:
+    """Such chains as text: compound parts before numbers, in the order of their text, numbers from high to low."""
+    if part[0] == "n":
+        return str(part[1])
+    join, inverse = ("+", "-") if part[0] == "+" else ("*", "/")
+
+    def key(p):
+        return (1, -p[1], "") if p[0] == "n" else (0, 0, written(p))
+
+    first, second = ([written(p, part[0]) for p in sorted(parts, key=key)] for parts in part[1:])
+    text = join.join(first) + "".join(inverse + p for p in second)
+    return f"({text})" if part[0] == "+" and within == "*" else text
+
+
+@pytest.mark.parametrize(
+    "hand",
+    [(1, 3, 4, 6), (2, 4, 6, 8), (3, 5, 7, 9), (1, 2, 11, 12), (1, 5, 5, 5), (2, 3, 10, 13), (4, 4, 7, 7)],
+)
+def test_the_canonical_formula_is_the_first_of_all_that_brute_force_writes(hand):
+    """Fewest divisions, then subtractions, then brackets, then the shortest, then by the alphabet."""
+    found = set()
     for formula in every_formula(list(hand)):
         try:
             if exact(formula) == 24:
-                brute.add(fingerprint(formula, symbols))
+                found.add(written(flattened(ast.parse(formula, mode="eval").body)))
         except ZeroDivisionError:
             continue
-    assert brute == {fingerprint(formula, symbols) for formula in envs.solve(hand)} != set()
+    best = min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f))
+    assert envs.solve(hand) == best
+
+
+def test_the_canonical_formulas_of_all_hands_are_what_they_were():
+    """Demonstrations, and so all that was ever trained, depend on them."""
+    said = "\n".join(str(envs.solve(hand)) for hand in ALL_HANDS)
+    assert hashlib.sha256(said.encode()).hexdigest()[:16] == "4a2cd4e2a6db6d55"
+    assert envs.solve((1, 3, 10, 10)) == "10+10+3+1" and envs.solve((3, 3, 7, 7)) == "(3/7+3)*7"
 
 
 def test_solver_is_fast():
@@ -128,12 +154,10 @@ def test_solver_is_fast():
 
 
 def test_solver_takes_other_targets_numbers_and_operators():
-    assert envs.solve((3, 3, 8, 8)) == ("8/(3-8/3)",)
-    assert envs.solve((2, 3), 6, "*") == ("3*2",) and envs.solve((2, 3), 6, "+-") == ()
-    assert envs.solve((24,)) == ("24",)
-    assert all(exact(f) == 100 for f in envs.solve((1, 2, 3, 4, 25), 100)) and envs.solve(
-        (1, 2, 3, 4, 25), 100
-    )
+    assert envs.solve((3, 3, 8, 8)) == "8/(3-8/3)"
+    assert envs.solve((2, 3), 6, "*") == "3*2" and envs.solve((2, 3), 6, "+-") is None
+    assert envs.solve((24,)) == "24" and envs.solve((23,)) is None
+    assert exact(envs.solve((1, 2, 3, 4, 25), 100)) == 100
 
 
 # ---- the verifier
@@ -190,7 +214,7 @@ def reply(formula, cards=("A", "3", "K", "10"), number=(1, 3, 10, 10)):
 def test_verdict_of_a_formula(formula, verdict, words):
     _, reward, terminated, _, info = judged(reply(formula))
     assert info["verdict"] == verdict and words in info["feedback"]
-    assert reward == envs.REWARDS[verdict] and terminated == (verdict == "correct")
+    assert reward == envs.GeneralPoints.rewards[verdict] and terminated == (verdict == "correct")
 
 
 def test_exact_arithmetic_where_floats_fail():
@@ -318,9 +342,9 @@ def test_the_last_object_with_all_fields_decides_wherever_it_stands(text):
 
 def test_an_object_without_a_field_or_cut_off_is_no_answer():
     for text in (ANSWER[:-1], ANSWER[1:], ANSWER.replace("}", "]"), ANSWER.replace('"number": ', "")):
-        assert envs.parse_reply(text) is None, text
+        assert envs.parse_reply(text, envs.FIELDS) is None, text
     for text in (ANSWER + json.dumps(DRAFT), json.dumps(DRAFT) + ANSWER[:-1]):
-        assert envs.parse_reply(text) == DRAFT
+        assert envs.parse_reply(text, envs.FIELDS) == DRAFT
 
 
 @pytest.mark.parametrize(
@@ -398,7 +422,7 @@ def test_objects_among_garbage_are_read_as_the_standard_library_reads_them():
         for _ in range(rng.randint(1, 3)):
             parts.insert(rng.randint(0, len(parts)), json.dumps(planted(), ensure_ascii=rng.random() < 0.5))
         text = "".join(parts)
-        read = envs.parse_reply(text)
+        read = envs.parse_reply(text, envs.FIELDS)
         assert [read[name] for name in envs.FIELDS] == reference(text), text
 
 
@@ -490,9 +514,11 @@ def test_no_string_gets_an_exception_or_a_wrong_reward_out_of_step():
         slowest = max(slowest, min(times))
         assert info["verdict"] in env.rewards and terminated != truncated
         assert info["feedback"].isascii() and "<" not in info["feedback"] and len(info["feedback"]) < 120
-        assert reward == envs.REWARDS[info["verdict"]] + (0 if terminated else envs.BUDGET_PENALTY)
+        assert reward == envs.GeneralPoints.rewards[info["verdict"]] + (
+            0 if terminated else envs.GeneralPoints.rewards["budget"]
+        )
         if info["verdict"] == "correct":  # an independent judge agrees
-            formula = envs.parse_reply(text)["formula"].split("=")[0].replace(" ", "")
+            formula = envs.parse_reply(text, envs.FIELDS)["formula"].split("=")[0].replace(" ", "")
             assert exact(formula) == 24 and leaves(formula) == [1, 3, 10, 10]
     assert slowest < 0.010
 
@@ -735,14 +761,14 @@ def test_demonstrations_have_the_released_form():
     env = envs.make("gp-l", seed=1)
     record = envs.demonstration(env, wrong_turns=2)
     assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * 3
-    assert envs.parse_reply(record["conversations"][-1]["value"])["formula"].endswith("=24")
+    assert envs.parse_reply(record["conversations"][-1]["value"], envs.FIELDS)["formula"].endswith("=24")
     with pytest.raises(ValueError):
         envs.demonstration(env, wrong_turns=5)
 
 
 def test_foundation_corpus_mixes_rules_and_never_shows_the_target_form():
     rng = random.Random(0)
-    records = [envs.foundation_record(rng) for _ in range(400)]
+    records = [sft.foundation_record(rng) for _ in range(400)]
     prompts = [r["conversations"][0]["value"] for r in records]
     assert 0.08 < sum("J is 10, Q is 10, K is 10" in p for p in prompts) / 400 < 0.22
     assert 0.5 < sum("J is 11, Q is 12, K is 13" in p for p in prompts) / 400 < 0.7
@@ -764,13 +790,55 @@ def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_
     rng = random.Random(1)
     lasts = [
         envs.parse_reply(r["conversations"][-1]["value"], ())
-        for r in (envs.foundation_record(rng) for _ in range(600))
+        for r in (sft.foundation_record(rng) for _ in range(600))
     ]
     formulas = [next(v for v in last.values() if isinstance(v, str)) for last in lasts]
     signed = [f for f in formulas if "x" in f or "*" in f]
     assert (
         0.41 < sum("x" in f for f in signed) / len(signed) < 0.59
     )  # half, and wrong answers that lost or gained their product
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("task", envs.TASKS)
+def test_rewards_are_a_dict_over_the_tasks_own(task):
+    own, options = dict(envs.TASKS[task].rewards), SMALL if task == "gp-vl" else {}
+    env = envs.make(task, rewards={"unparsed": -7, "budget": -0.5}, verify_iter=2, **options)
+    assert env.rewards == own | {"unparsed": -7, "budget": -0.5} and envs.TASKS[task].rewards == own
+    env.reset()
+    assert env.step("x")[1] == -7 and env.step("y")[1:4] == (-7.5, False, True)
+    env.reset()
+    assert env.step(env.expert_reply())[1] == own["correct"]
+    usual = envs.make(task, verify_iter=1, **options)
+    usual.reset()
+    assert usual.rewards == own and usual.step("x")[1] == own["unparsed"] + own["budget"]
+    for wrong in ({"odd": 1}, {"correct": "5"}, {"correct": math.nan}, {"correct": True}, ["correct"], 5):
+        with pytest.raises(ValueError, match="reward"):
+            envs.make(task, rewards=wrong, **options)
+
+
+@pytest.mark.parametrize("task", envs.TASKS)
+def test_every_option_keeps_its_limits_and_the_class_its_defaults(task):
+    for name, (kind, default, option) in envs.options_of(envs.TASKS[task]).items():
+        wrong = [object()] + [option.least - 1, option.most + 1] * (kind in (int, float))
+        wrong += ["odd"] * bool(option.choices) + [True] * (kind in (int, float))
+        for value in wrong:
+            if value not in (math.inf, -math.inf):
+                with pytest.raises(ValueError, match=name):
+                    envs.make(task, **{name: value})
+        assert default is None or option.check(name, kind, default) is None
+        assert getattr(envs.TASKS[task], name) == default
+
+
+def test_a_twin_shares_the_world_and_no_episode():
+    env = envs.make("virl-l", points_per_leg=1, rewards={"correct": 3})
+    twin = env.twin()
+    assert twin.world is env.world and twin.rewards["correct"] == 3
+    one, two = (e.reset(seed, {"route": seed})[1]["route"] for e, seed in ((env, 1), (twin, 2)))
+    assert (one, two) == (1, 2) and twin.step(twin.expert_reply())[1] == 3 and (env.at, twin.at) == (0, 1)
+    assert env.messages != twin.messages and env.random is not twin.random
 
 
 # ---- pictures
@@ -1078,7 +1146,7 @@ def test_the_points_of_a_leg_are_its_fifths(tmp_path):
 
 
 def test_built_in_routes_have_turns_of_both_kinds():
-    env, at_start, later = envs.make("virl-l", "rule", drop=1.0), envs.Counter(), envs.Counter()
+    env, at_start, later = envs.make("virl-l", "rule", drop=1.0), Counter(), Counter()
     for number in range(2048):
         env.reset(options={"route": number})
         at_start[env.waypoints[0].action] += 1  # from any heading
@@ -1228,7 +1296,7 @@ def test_a_mapping_of_many_places_loads_whatever_the_pickle_protocol(protocol):
     ids = {(rng.uniform(40, 41), rng.uniform(-74, -73)): "p" * rng.randint(1, 40) for _ in range(45_000)}
     ids[40, -73] = "integers"
     data = pickle.dumps(ids, protocol)
-    names = [code.name for code, *_ in envs.pickletools.genops(data)]
+    names = [code.name for code, *_ in pickletools.genops(data)]
     cut = {names[i - 1] for i, name in enumerate(names) if name == "FRAME"}
     assert ("BINFLOAT" in cut) == (protocol >= 4)
     assert envs._read_pickle(data) == ids
@@ -1265,57 +1333,44 @@ def test_the_expert_finishes_every_built_in_route_in_both_action_spaces():
     )
 
 
-@pytest.mark.parametrize("every", [32, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("city", envs.CITIES)
-def test_the_expert_finishes_the_routes_of_every_city(city, every):
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_expert_finishes_the_routes_of_every_test_city(every):
     for split in envs.SPLITS if every == 1 else ("train",):
-        for variant in ("id", "rule"):
-            env = envs.make("virl-l", variant, city=city, split=split)
-            assert len(env.world.routes) == 2048
-            for number in range(0, 2048, every):
-                env.reset(seed=number, options={"route": number})
-                while not any(env.done):
-                    assert env.step(env.expert_reply())[1] == 1
-                assert env.done == (True, False)
+        env = envs.make("virl-vl", "visual", split=split, view_size=16, panorama_width=64)
+        for number in range(0, len(env.world.routes), every):
+            env.reset(seed=number, options={"route": number})
+            while not any(env.done):
+                assert env.step(env.expert_reply())[1] == 1
+            assert env.done == (True, False)
 
 
-def test_the_differences_of_a_city_are_switched_alone():
-    york = envs.CITIES["new york"]
-    fields = [part for group in envs.DIFFERENCES.values() for part in group]
-    assert sorted(fields + ["name", "centre"]) == sorted(york._fields)
-    for city in envs.TEST_CITIES:
-        assert envs.city_plan(city) == envs.CITIES[city]
-        assert envs.city_plan(city, ()) == york._replace(name=city, centre=envs.CITIES[city].centre)
-        for group, parts in envs.DIFFERENCES.items():
-            plan = envs.city_plan(city, (group,))
-            changed = {part for part in york._fields if getattr(plan, part) != getattr(york, part)} - {
-                "name",
-                "centre",
-            }
-            assert changed and changed <= set(parts), (city, group)
-    words = [word for plan in envs.CITIES.values() for word in plan.words + plan.trades]
-    assert len(words) == len(set(words))
-    # the walk of another city without a difference is New York's, metre for metre
-    home, away = (envs.make("virl-l", city=city, differences=[]) for city in ("new york", "lagos"))
-    for number in (0, 7, 2047):
-        for env in (home, away):
-            env.reset(seed=1, options={"route": number})
-        assert [w[1:] for w in home.waypoints] == [
-            (pytest.approx(w.heading, abs=0.2), *w[2:]) for w in away.waypoints
-        ]
-    pictures = [env.world.picture(env.waypoints[0].place)[0].resize((64, 32)) for env in (home, away)]
-    assert np.abs(np.subtract(*(np.asarray(p, dtype=float) for p in pictures))).mean() < 3
-    dark = envs.make("virl-l", city="london", differences=["weather"])
-    dark.reset(seed=1, options={"route": 2047})
-    seen = np.asarray(dark.world.picture(dark.waypoints[0].place)[0].resize((64, 32)), dtype=float)
-    assert seen.mean() < np.asarray(pictures[0], dtype=float).mean() - 10
+ALL_CITIES = [("new york", 0), *envs.TEST_CITIES]
+
+
+def test_the_test_cities_are_reserved_and_have_places_and_names_of_their_own():
+    assert [seed for _, seed in envs.TEST_CITIES] == list(range(101, 110))
+    plans = {key: envs.built_in_city(*key).plan for key in ALL_CITIES}
+    for a, b in itertools.combinations(plans.values(), 2):
+        assert envs.distance(a.centre, b.centre) > 100_000 and not set(a.words) & set(b.words)
+    ids = [set(envs.built_in_city(*key).panoramas.values()) for key in ALL_CITIES]
+    assert len(set.union(*ids)) == sum(map(len, ids))
+    # what the base's corpus walks through is none of them
+    drawn = {seed for seed in range(1, 21)}
+    rng, seen = random.Random(0), set()
+    for _ in range(300):
+        state = rng.getstate()
+        seen.add(rng.randint(1, 20))
+        rng.setstate(state)
+        sft.foundation_walk(rng, 1, 0, sft.PICTURE_CITIES)
+    assert seen == drawn and not drawn & {seed for _, seed in envs.TEST_CITIES}
 
 
 def test_the_corpus_of_walks_in_pictures_ends_at_any_waypoint_and_has_names_of_its_own():
     rng, ends = random.Random(5), set()
-    known = {word for plan in envs.CITIES.values() for word in plan.words + plan.trades}
+    plans = [envs.built_in_city(*key).plan for key in ALL_CITIES]
+    known = {word for plan in plans for word in (*plan.words, *plan.trades)}
     for _ in range(60):
-        record = envs.foundation_walk(rng, 1, 1, cities=(envs.ANYWHERE,), view_size=16, panorama_width=64)
+        record = sft.foundation_walk(rng, 1, 1, cities=(envs.MADE_UP,), view_size=16, panorama_width=64)
         turns = [turn["value"] for turn in record["conversations"]]
         assert record["image"].size == (37, 37) and sum("<image>" in turn for turn in turns) == 1
         fields = re.findall(r'"([a-z]+)": "\.\.\."', turns[0])
@@ -1333,7 +1388,7 @@ def test_six_walkers_in_ten_of_the_corpus_walk_past_the_destination_and_do_so_ag
     env, first, again = envs.make("virl-l", turns=1, points_per_leg=0, verify_iter=5), [], []
     for seed in range(400):
         env.random.seed(seed)
-        replies = [turn["value"] for turn in envs.imperfect_demonstration(env)["conversations"][1::2]]
+        replies = [turn["value"] for turn in sft.imperfect_demonstration(env)["conversations"][1::2]]
         if env.at < len(env.waypoints) - 1:
             continue  # the budget ended on the way
         actions = [
@@ -1356,26 +1411,25 @@ def test_six_walkers_in_ten_of_the_corpus_walk_past_the_destination_and_do_so_ag
 def test_the_visual_variant_walks_all_other_cities_by_the_training_rule():
     env = envs.make("virl-vl", "visual", view_size=16)
     starts = [
-        min(envs.CITIES.values(), key=lambda plan: envs.distance(plan.centre, route.start)).name
+        min(
+            envs.TEST_CITIES, key=lambda key: envs.distance(envs.built_in_city(*key).plan.centre, route.start)
+        )
         for route in env.world.routes
     ]
-    assert {name: starts.count(name) for name in starts} == dict.fromkeys(
-        envs.TEST_CITIES, 2048 // 9
-    ) and env.rules["visual"] == envs.COMPASS
+    assert {key: starts.count(key) for key in starts} == dict.fromkeys(envs.TEST_CITIES, 2048 // 9)
     assert starts[:18] == 2 * list(envs.TEST_CITIES)  # in turn, so that a few routes are from all cities
-    for name in envs.TEST_CITIES:  # each place shows its own city
-        env.reset(options={"route": starts.index(name)})
-        own = np.asarray(envs._scene(name, 0, tuple(envs.DIFFERENCES)).draw(env.waypoints[0].place))
+    for key in envs.TEST_CITIES:  # each place shows its own city
+        env.reset(options={"route": starts.index(key)})
+        own = np.asarray(envs.Scene(envs.built_in_city(*key)).draw(env.waypoints[0].place))
         assert np.array_equal(np.asarray(env.world.picture(env.waypoints[0].place)[0]), own)
         turns = {w.action[len("turn_direction(") : -1] for w in env.waypoints if w.action.startswith("turn")}
         assert turns and turns <= set(envs.COMPASS)
-    for wrong in ({"city": "atlantis"}, {"differences": ["smell"]}):
-        with pytest.raises(ValueError, match="unknown"):
-            envs.make("virl-l", **wrong)
+    with pytest.raises(ValueError, match="no option"):
+        envs.make("virl-l", city="london")
 
 
 def test_a_world_written_and_read_back_gives_the_same_episodes(tmp_path):
-    city, rng = envs.City(envs.CITIES["new york"]), random.Random(4)
+    city, rng = envs.built_in_city("new york", 0), random.Random(4)
     content = [[city.route(rng, turns) for turns in range(1, 6)], 5]
     envs.write_world(tmp_path, content, city.panoramas)
     world = envs.load_world(tmp_path)
@@ -1428,7 +1482,7 @@ def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(
 def test_a_walk_with_every_action_right_succeeds_whatever_is_reported():
     """The paper's success of a route, also for a model that cannot read the names of another city."""
     for report in ("Joe's Bar is on your left", "an intersection", envs.NOTHING, ""):
-        env = envs.make("virl-l", city="lagos", seed=2)
+        env = envs.make("virl-vl", "visual", view_size=16, seed=2)
 
         def respond(indices, observations):
             return [json.dumps(json.loads(env.expert_reply()) | {"current observation": report})]
@@ -1452,7 +1506,7 @@ def test_milestones_may_stand_on_one_line(old, new):
 
 
 def test_a_world_that_was_not_written_to_its_end_does_not_load(tmp_path):
-    city = envs.City(envs.CITIES["new york"])
+    city = envs.built_in_city("new york", 0)
     content = [[city.route(random.Random(4), 1)], 1]
     envs.write_world(tmp_path, content, city.panoramas)
 
@@ -1669,8 +1723,8 @@ def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
             times.append(time.thread_time() - start)
         slowest = max(slowest, min(times))
         assert (
-            info["verdict"] in envs.STREET_REWARDS
-            and reward == envs.STREET_REWARDS[info["verdict"]] - 1
+            info["verdict"] in envs.VIRL.rewards
+            and reward == envs.VIRL.rewards[info["verdict"]] - 1
             and truncated
         )
     assert slowest < 0.010
@@ -1732,14 +1786,11 @@ def test_a_stripe_of_the_panorama_is_seen_where_the_released_data_has_it(rotatio
 
 
 def test_signs_stand_in_the_picture_where_geometry_puts_them():
-    city = envs.City(envs.CITIES["new york"])
+    city = envs.built_in_city("new york", 0)
     scene, checked = envs.Scene(city), 0
     for crossing in list(city.places)[:6]:
-        (line, board), at = (
-            scene.signs[list(city.places).index(crossing)],
-            city.geocode(city.crossings[crossing]),
-        )
-        middle = city.geocode(tuple((line[:2] + line[2:]) / 2))
+        at = city.geocode(city.crossings[crossing])
+        middle = city.geocode(sum(city.boards[crossing]) / 2)
         bearing = great_circle(at, middle)[1]
         for rotation in (0.0, 123.0, -bearing):  # the last one puts the sign on the picture's edge
             panorama = scene.draw(at, (720, 360), rotation)
@@ -1758,48 +1809,22 @@ def test_signs_stand_in_the_picture_where_geometry_puts_them():
     assert checked == 18
 
 
-@pytest.mark.parametrize("name", envs.CITIES)
-def test_signs_are_on_the_side_that_the_route_says(name):
+@pytest.mark.parametrize("key", ALL_CITIES)
+def test_signs_are_on_the_side_that_the_route_says(key):
     """Seen from the turning point, by the middle of the board that stands there."""
-    city, rng, said = envs.City(envs.CITIES[name]), random.Random(3), set()
+    city, rng, said = envs.built_in_city(*key), random.Random(3), set()
     boards = {city.places[crossing]["name"]: np.mean(city.boards[crossing], 0) for crossing in city.places}
     for _ in range(60):
         for leg in envs.read_routes(city.route(rng, rng.randint(1, 7)))[0].legs:
             if told := next((told for told in boards if told in leg.landmark), None):
-                away, heading = (
-                    boards[told] - envs.offset(city.plan.centre, leg.end),
-                    math.radians(leg.heading),
-                )
+                heading, here = math.radians(leg.heading), envs.offset(city.plan.centre, leg.end)
+                away = np.array((boards[told].real - here[0], boards[told].imag - here[1]))
                 right = away @ (math.cos(heading), -math.sin(heading))
                 ahead = away @ (math.sin(heading), math.cos(heading))
                 side = ("right" if right > 0 else "left") + ("" if ahead >= 0 else " behind")
                 assert leg.landmark.endswith(f"is on your {side}"), (leg, right, ahead)
                 said.add(side)
     assert said == {"right", "left", "right behind", "left behind"}
-
-
-@pytest.mark.parametrize("name", ["milan", "lagos", "melbourne"])
-def test_a_difference_leaves_the_rest_of_a_built_city_alone(name):
-    plain, rooms = (
-        envs.City(envs.city_plan(name, ())),
-        envs.Scene(envs.City(envs.city_plan(name, ()))).buildings,
-    )
-    for group in ("names", "streets", "facades", "palette", "signs", "weather"):
-        city = envs.City(envs.city_plan(name, (group,)))
-        assert city.panoramas.keys() == plain.panoramas.keys() and city.ways == plain.ways
-        both = city.places.keys() & plain.places.keys()
-        if group == "streets":  # wider ones leave some signs no room, and set the others farther apart
-            assert len(both) > 30 and all(city.places[c]["name"] == plain.places[c]["name"] for c in both)
-            continue
-        assert city.boards == plain.boards
-        assert all((city.places[c]["name"] == plain.places[c]["name"]) == (group != "names") for c in both)
-        buildings = envs.Scene(city).buildings  # start, width, height, bay, paint, awning
-        assert (buildings[:, [0, 1, 3]] == rooms[:, [0, 1, 3]]).all() and (
-            (buildings[:, 7] < 0) == (rooms[:, 7] < 0)
-        ).all()
-        assert (buildings[:, 2] != rooms[:, 2]).all() == (group == "facades") and (
-            buildings[:, 4:] != rooms[:, 4:]
-        ).any() == (group == "palette")
 
 
 def with_pictures(folder, ids, rotation=30.0):

@@ -12,6 +12,10 @@ from conftest import SMALL, make_policy
 
 import envs
 import evaluate
+import sft
+
+KINDS = envs.make("gp-l").verdicts
+STEP_KINDS = envs.make("virl-l").verdicts
 
 
 def episode(outcome, budget=3):
@@ -21,7 +25,7 @@ def episode(outcome, budget=3):
 
 
 def test_summary_counts_successes_first_replies_and_verdicts():
-    result = evaluate.summary([episode(o) for o in (1, 0, 2, 1)])
+    result = evaluate.summary([episode(o) for o in (1, 0, 2, 1)], KINDS)
     assert result["outcomes"] == "1021" and result["success"] == 0.75 and result["first_success"] == 0.5
     assert result["verdicts"]["correct"] == pytest.approx(3 / 7) and result["verdicts"][
         "illegal"
@@ -39,7 +43,7 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
         envs.Episode("", actions, turns((0, False), (0, False), (1, True), (2, True)), False),
         envs.Episode("", actions, turns((0, True), (1, False), (1, False)), False),
     ]
-    result = evaluate.step_summary(routes)
+    result = envs.VIRL.measures(routes)
     assert (
         result["waypoints"] == 9
         and result["step_accuracy"] == pytest.approx(6 / 9)
@@ -55,11 +59,11 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     assert result["step_accuracy_se"] == pytest.approx(
         math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3)
     )  # routes of one length: that of a mean
-    assert evaluate.summary(routes, envs.STREET_REWARDS)["outcomes"] == "200"
+    assert evaluate.summary(routes, STEP_KINDS)["outcomes"] == "200"
     for verdict, recognized, right in (("wrong_observation", True, 5), ("correct", False, 6)):
         routes[1].turns[0] = envs.Turn("", 0.0, verdict, "", recognized, 0)
-        assert evaluate.step_summary(routes)["first_step_accuracy"] == pytest.approx(right / 9)
-    assert evaluate.step_summary([*routes, envs.Episode("", ["forward()", "stop()"])])["at_turns"] == [
+        assert envs.VIRL.measures(routes)["first_step_accuracy"] == pytest.approx(right / 9)
+    assert envs.VIRL.measures([*routes, envs.Episode("", ["forward()", "stop()"])])["at_turns"] == [
         1,
         1,
         1,
@@ -71,9 +75,7 @@ def test_evaluation_walks_every_route_to_its_end(policy):
     environments = [envs.make("virl-l", split="test", points_per_leg=0, verify_iter=1) for _ in range(3)]
     result, episodes = evaluate.evaluate(policy, environments, 1.0, 4)
     assert result["waypoints"] == sum(len(e.turns) for e in episodes) == sum(len(e.asked) for e in episodes)
-    assert result["step_accuracy"] == result["success"] == 0 and set(result["verdicts"]) == set(
-        envs.STREET_REWARDS
-    )
+    assert result["step_accuracy"] == result["success"] == 0 and set(result["verdicts"]) == set(STEP_KINDS)
 
 
 def test_difference_is_paired():
@@ -98,7 +100,7 @@ def test_recognition_is_counted_over_replies_and_paired_over_hands():
         envs.Episode("", [], [envs.Turn("", 0.0, "illegal", "", seen) for seen in replies])
         for replies in turns
     ]
-    summary = evaluate.summary(episodes)
+    summary = evaluate.summary(episodes, KINDS)
     assert summary["recognition"] == 4 / 7 and summary["recognized"] == [0.5, 0.0, 0.75]
     turned = evaluate.difference(
         [{"at_turns": [1.0, None, 0.5]}], [{"at_turns": [0.5, None, 0.5]}], "turn_accuracy"
@@ -114,20 +116,20 @@ def test_a_walker_who_reports_that_there_is_no_landmark_recognizes_none():
     environments = [envs.make("virl-l", seed=k, split="test", go_on=True) for k in range(20)]
     nothing = json.dumps(dict(zip(envs.STREET_FIELDS, (envs.NOTHING, "", "forward()"))))
     blind = evaluate.summary(
-        envs.play(environments, lambda indices, observations: [nothing] * len(indices)), envs.STREET_REWARDS
+        envs.play(environments, lambda indices, observations: [nothing] * len(indices)), STEP_KINDS
     )
     assert blind["verdicts"]["correct"] > 0.3 and blind["recognition"] == 0 and not any(blind["recognized"])
     expert = evaluate.summary(
         envs.play(
             environments, lambda indices, observations: [environments[i].expert_reply() for i in indices]
         ),
-        envs.STREET_REWARDS,
+        STEP_KINDS,
     )
     assert expert["recognition"] == 1
 
 
 def test_reading_counts_cards_and_hands(policy):
-    records = [envs.reading_record(random.Random(k), **SMALL, jitter=0.3, color="red") for k in range(3)]
+    records = [sft.reading_record(random.Random(k), **SMALL, jitter=0.3, color="red") for k in range(3)]
     first, second, _ = (record["conversations"][1]["value"] for record in records)
     cards = json.loads(second)
     cards[2] = "A" if cards[2] != "A" else "2"
@@ -200,7 +202,7 @@ def results_of(tmp_path, rates):
         for (arm, step, variant, series), rate in rates.items():
             for temperature in (1.0, 0.0):
                 outcomes = "".join("1" if rng.random() < rate else "0" for _ in range(400))
-                summary = evaluate.summary([episode(int(o)) for o in outcomes])
+                summary = evaluate.summary([episode(int(o)) for o in outcomes], KINDS)
                 results.add(
                     {
                         "task": "gp-l",

@@ -390,8 +390,8 @@ def test_a_non_finite_loss_stops_before_the_weights_change(policy):
 class SayDigit:
     """A trivial task with the environments' interface: the reply has to start with the digit of the prompt."""
 
-    fields = ("digit",)
-    rewards = {"correct": 1.0, "unparsed": 0.0}
+    answer_field = "digit"
+    verdicts = ["correct", "unparsed"]
 
     def __init__(self):
         self.random = random.Random(0)

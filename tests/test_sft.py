@@ -116,7 +116,7 @@ def test_the_tiny_model_learns_to_read_cards_and_shuffled_pictures_bring_chance(
 
     def batch(step, n=64):
         rng = random.Random(f"reading/{step}")
-        return [envs.reading_record(rng, **pictures) for _ in range(n)]
+        return [sft.reading_record(rng, **pictures) for _ in range(n)]
 
     config = sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=16, steps=250, warmup=0.05)
     list(sft.train(policy, policy.optimizers(config.lr, muon=True), batch, config))

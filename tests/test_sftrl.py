@@ -31,6 +31,7 @@ from tokenizers import decoders, normalizers
 
 import envs
 import ppo
+import sft
 import sftrl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,14 @@ def sampled(policy, n=6, verify_iter=3, max_new_tokens=12, temperature=1.0, task
 
 
 # ---- the tiny model
+
+
+def status_of(args):
+    """The exit status of the command line, however it ends."""
+    try:
+        return sftrl.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return stop.code
 
 
 def test_tiny_model_is_about_a_million_parameters_and_deterministic():
@@ -1008,7 +1017,7 @@ def test_a_model_in_bf16_learns_as_one_in_fp32_and_its_moments_are_bf16():
     for dtype in (torch.float32, torch.bfloat16):
         policy, env = sftrl.Policy.load("tiny", dtype=dtype), envs.make("gp-l")
         optimizers, config = policy.optimizers(1e-3), sftrl.sft.SFTConfig(lr=1e-3, steps=40, batch_size=4)
-        batches = sftrl.fresh_batches(env, envs.demonstration, 4, "bf16")
+        batches = sft.fresh_batches(env, envs.demonstration, 4, "bf16")
         losses.append([metrics["loss"] for metrics in sftrl.sft.train(policy, optimizers, batches, config)])
         (optimizer,) = optimizers
         assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {dtype} and policy.value_head[
@@ -1019,7 +1028,7 @@ def test_a_model_in_bf16_learns_as_one_in_fp32_and_its_moments_are_bf16():
 
 def test_a_run_with_frozen_parts_in_bf16_resumes_to_the_same_weights(tmp_path):
     env = envs.make("gp-vl", **SMALL)
-    batches = sftrl.fresh_batches(env, envs.demonstration, 2, "frozen")
+    batches = sft.fresh_batches(env, envs.demonstration, 2, "frozen")
     config = sftrl.sft.SFTConfig(lr=1e-2, steps=4, batch_size=2)
 
     def run(folder, batch_of=batches):
@@ -1231,7 +1240,7 @@ def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_we
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
     config = sftrl.sft.SFTConfig(batch_size=2, steps=3, lr=1e-3)
-    batches = sftrl.fresh_batches(envs.make("gp-l"), envs.demonstration, 2, "full")
+    batches = sft.fresh_batches(envs.make("gp-l"), envs.demonstration, 2, "full")
     free = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def filling(step):
@@ -1592,9 +1601,9 @@ def test_the_built_in_city_is_written_and_walked_from_its_files(tmp_path, capsys
         (["data", "--task", "virl-l", "--data", str(tmp_path), "--out", str(tmp_path / "again")], "--data"),
         (["play", "--task", "virl-l", "--cards", "A 3 K 10"], "--cards"),
         (["play", "--route", "3"], "--route"),
-        (["play", "--task", "virl-l", "--data", str(tmp_path), "--city", "lagos"], "--city"),
+        (["play", "--task", "virl-l", "--data", str(tmp_path), "--turns", "3"], "turns is for built-in"),
     ):
-        assert sftrl.main(wrong) == 2 and said in capsys.readouterr().err
+        assert status_of(wrong) == 2 and said in capsys.readouterr().err
 
 
 def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_until_a_picture_breaks(
@@ -1636,7 +1645,6 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_u
         "--view-size",
         "32",
     ]
-    sftrl.load_world_once.cache_clear()
     with pytest.warns(UserWarning, match=r"street_views: 1 of \d+ panoramas"):
         assert sftrl.main([*command, "--reply", read.expert_reply()]) == 0
     said = capsys.readouterr()
@@ -1669,7 +1677,7 @@ def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_c
         ["--save", str(tmp_path / "pictures")],
         ["--pictures", "blank"],
         ["--pictures", "shuffled"],
-        ["--variant", "visual", "--city", "lagos"],
+        ["--variant", "visual"],
     ):
         assert sftrl.main([*evaluation, *more]) == 0
         results.append(capsys.readouterr().out)
@@ -1684,30 +1692,22 @@ def test_evaluation_on_streets_saves_the_pictures_of_its_transcripts_and_takes_c
         sftrl.main(["evaluate", "--model", "tiny", "--episodes", "2", "--save", str(tmp_path)]) == 2
         and "no pictures" in capsys.readouterr().err
     )
-    for wrong in (["--city", "atlantis"], ["--differences", "smell"]):
-        assert sftrl.main(["play", "--task", "virl-l", *wrong]) == 2 and "unknown" in capsys.readouterr().err
-    assert (
-        sftrl.main(
-            [
-                "data",
-                "--task",
-                "virl-l",
-                "--turns",
-                "1",
-                "--city",
-                "lagos",
-                "--seed",
-                "4",
-                "--episodes",
-                "3",
-                "--out",
-                str(tmp_path / "lagos"),
-            ]
-        )
-        == 0
+    other = (
+        "data",
+        "--task",
+        "virl-l",
+        "--turns",
+        1,
+        "--seed",
+        4,
+        "--episodes",
+        3,
+        "--out",
+        tmp_path / "other",
     )
-    read = envs.load_world(tmp_path / "lagos").routes
-    assert read == envs.built_in_world("train", 1, 4, 3, ("lagos",)).routes
+    assert inside(*other) == 0
+    read = envs.load_world(tmp_path / "other").routes
+    assert read == envs.built_in_world("train", 1, (("new york", 4000),), 3).routes
 
 
 def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
@@ -1791,7 +1791,17 @@ def test_a_prompt_of_ones_own_states_the_cards_and_is_told_of_a_missing_rule(tmp
         (("evaluate", "--model", "tiny", "--temperature", "-1"), "--temperature"),
         (("ppo", "--out", "x", "--model", "missing"), "missing"),
         (("sft", "--out", "x", "--demos", "missing.json"), "missing.json"),
-        (("ppo", "--out", "x", "--task", "gp-l", "--color", "red"), "has no option 'color'"),
+        (("ppo", "--out", "x", "--task", "gp-l", "--color", "red"), "--color"),
+        (("play", "--task", "gp-vl", "--color", "blue"), "unknown color 'blue'"),
+        (("play", "--task", "gp-vl", "--size", "8", "64"), "size must be at least 32"),
+        (("play", "--task", "virl-l", "--split", "all"), "unknown split"),
+        (("play", "--task", "virl-l", "--turns", "8"), "at most 7"),
+        (("play", "--task", "virl-l", "--drop", "x"), "--drop"),
+        (("play", "--rewards", "odd=1"), "unknown reward 'odd'"),
+        (("play", "--rewards", "correct"), "--rewards"),
+        (("play", "--rewards", "correct=nan"), "finite"),
+        (("play", "--task", "missing.py:World"), "missing.py"),
+        (("play", "--task", "setup.cfg:World"), "unknown task"),
         (("sft", "--out", "x", "--wrong-turns", "9"), "--wrong-turns"),
         (("evaluate", "--model", "tiny", "--prompt", "missing.txt"), "missing.txt"),
         (("play", "--cards", "A A A A"), "cannot make"),
@@ -1801,10 +1811,7 @@ def test_a_prompt_of_ones_own_states_the_cards_and_is_told_of_a_missing_rule(tmp
 )
 def test_a_wrong_value_is_one_line_and_status_2(args, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = sftrl.main(args)
-    except SystemExit as stop:
-        status = stop.code
+    status = status_of(args)
     error = capsys.readouterr().err
     assert status == 2 and words in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
     assert not (tmp_path / "x").exists()  # or a corrected command would be refused
@@ -1889,10 +1896,48 @@ def test_a_damaged_resume_state_is_one_line_and_status_2(tmp_path, capsys):
     )
 
 
-def test_every_option_has_a_help_text():
-    parser = sftrl.build_parser()
+def commands_of(task):
+    parser = sftrl.build_parser(task)
     (commands,) = [a for a in parser._actions if a.dest == "command"]
-    assert set(commands.choices) == {"study", "sft", "ppo", "evaluate", "play", "data"}
-    for command in commands.choices.values():
+    return commands.choices
+
+
+@pytest.mark.parametrize("task", envs.TASKS)
+def test_every_option_has_a_help_text(task):
+    assert set(commands_of(task)) == {"study", "sft", "ppo", "evaluate", "play", "data"}
+    for command in commands_of(task).values():
         assert all(action.help for action in command._actions)
         command.format_help()
+
+
+def test_help_shows_the_options_of_the_task_alone_with_defaults_and_limits(capsys):
+    shown = {}
+    for task in envs.TASKS:
+        with pytest.raises(SystemExit) as stop:
+            sftrl.main(["ppo", "--task", task, "--help"])
+        assert stop.value.code == 0
+        shown[task] = " ".join(capsys.readouterr().out.split())
+        for name in envs.options_of(envs.TASKS[task]):
+            assert f"--{name.replace('_', '-')} " in shown[task]
+    own = {"--target": {"gp-l", "gp-vl"}, "--size": {"gp-vl"}, "--turns": {"virl-l", "virl-vl"}}
+    own |= {"--view-size": {"virl-vl"}, "wrong_value=-1": {"gp-l", "gp-vl"}, "misread=-1.5": {"gp-vl"}}
+    for option, tasks in own.items():
+        assert {task for task, text in shown.items() if option in text} == tasks
+    assert "most turning points of a built-in route, at least 1 and at most 7 (default: 7)" in shown["virl-l"]
+    assert (
+        "train, valid, test (default: train)" in shown["virl-vl"] and "(default: 1200 480)" in shown["gp-vl"]
+    )
+
+
+def test_rewards_are_given_on_the_command_line_and_stand_in_the_runs_config(tmp_path, capsys):
+    reply = json.dumps({"cards": [], "number": [1, 3, 10, 10], "formula": "10+10+3-1"})
+    hand = ("play", "--cards", "A 3 K 10", "--reply", reply, "--verify-iter", 1)
+    assert inside(*hand, "--rewards", "wrong_value=0.5", "budget=-2") == 0
+    assert "[wrong_value -1.5]" in capsys.readouterr().out
+    assert inside(*hand) == 0 and "[wrong_value -2]" in capsys.readouterr().out
+    small = ("--episodes", 4, "--minibatch-size", 4, "--steps", 1, "--max-new-tokens", 4, "--verify-iter", 1)
+    assert inside("ppo", "--out", tmp_path / "run", *small, "--rewards", "unparsed=-7", "illegal=-7") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert config["rewards"] == {"unparsed": -7, "illegal": -7}
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["reward/unparsed"] == -8 * metrics["share/unparsed"] != 0
