@@ -191,11 +191,12 @@ MEASURES = {
 
 
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
-    """Paired difference a - b of success or another of MEASURES, points of the same seeds on the same hands or routes.
+    """Paired difference a - b of success or another of MEASURES, points of the same seeds on the same hands
+    or routes.
 
-    `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first; it speaks of these seeds'
-    checkpoints and other deals. `seed_interval`: Student's t over the seeds' differences; it speaks of other seeds after the same base.
-    """
+    `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first;
+    it speaks of these seeds' checkpoints and other deals. `seed_interval`: Student's t over the seeds'
+    differences; it speaks of other seeds after the same base."""
 
     def of_hands(point: dict) -> list[float]:
         return [outcome > "0" for outcome in point["outcomes"]] if key == "success" else point[MEASURES[key]]
@@ -235,7 +236,8 @@ class Results:
         self.points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def add(self, point: dict, write: bool = True) -> None:
-        """Appends a point; the file is replaced whole, so a reader never sees half a line. Under torchrun one rank writes."""
+        """Appends a point; the file is replaced whole, so a reader never sees half a line. Under torchrun
+        one rank writes."""
         self.points.append(point)
         if not write:
             return
@@ -244,7 +246,8 @@ class Results:
         aside.replace(self.path)
 
     def of(self, seeds: Sequence[int], episodes: int) -> "Results":
-        """The points of some seeds (and of the base, whose seed is -1) that were measured on so many hands."""
+        """The points of some seeds (and of the base, whose seed is -1) that were measured on so many
+        hands."""
         chosen = Results(self.path)
         chosen.points = [
             p
@@ -259,7 +262,8 @@ class Results:
         return sorted(found, key=lambda p: (p["seed"], p["step"]))
 
     def ends(self, arm: str, variant: str, temperature: float, pick: str = "last") -> list[dict]:
-        """One point per seed: an arm's last checkpoint, or its best by success on the validation hands (ID, temperature 1)."""
+        """One point per seed: an arm's last checkpoint, or its best by success on the validation hands (ID,
+        temperature 1)."""
         points = []
         for seed in sorted({p["seed"] for p in self.find(arm=arm)}):
             curve = self.find(arm=arm, seed=seed, variant=variant, temperature=temperature)
@@ -273,83 +277,40 @@ class Results:
 
 
 def _claims(where: dict[str, str], headline: str) -> list[tuple[str, str, str, float, str, str, int]]:
-    """What the paper found, as (claim, measure, variant, temperature, arm at its end, compared with, expected sign); `where`: the variants
-    and what the report calls them."""
-    claims = []
-    for variant, words in where.items():
-        sft, sign = ("ends above init", +1) if variant == "id" else ("ends below init", -1)
-        for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-            claims += [
-                (f"RL ends above init {words}{decoding}", headline, variant, temperature, "rl", "init", +1),
-                (f"SFT {sft} {words}{decoding}", headline, variant, temperature, "sft", "init", sign),
-            ]
-            if variant != "id":
-                claims.append(
-                    (f"RL ends above SFT {words}{decoding}", headline, variant, temperature, "rl", "sft", +1)
-                )
-        if variant != "id":
-            claims.append(
-                (f"RL ends above SFT's best checkpoint {words}", headline, variant, 1.0, "rl", "sft best", +1)
-            )
+    """What the paper found, as (claim, measure, variant, temperature, arm at its end, compared with, expected
+    sign); `where`: the variants and what the report calls them."""
+    claims, decodings = [], ((1.0, ""), (0.0, ", greedy"))
+
+    def claim(
+        text: str, variant: str, arm: str, other: str, sign: int, measure: str = headline, how=decodings
+    ):
+        for temperature, decoding in how:
+            words = f"{text} {where[variant]}{decoding}"
+            claims.append((words, measure, variant, temperature, arm, other, sign))
+
+    for variant in where:
+        claim("RL ends above init", variant, "rl", "init", +1)
+        if variant == "id":
+            claim("SFT ends above init", variant, "sft", "init", +1)
+            continue
+        claim("SFT ends below init", variant, "sft", "init", -1)
+        claim("RL ends above SFT", variant, "rl", "sft", +1)
+        claim("RL ends above SFT's best checkpoint", variant, "rl", "sft best", +1, how=decodings[:1])
         if (
             variant == "rule" and headline == "step_accuracy"
-        ):  # where the rule matters; the rest of a walk is the same under both
-            for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-                claims += [
-                    (
-                        f"RL ends above init at turns {words}{decoding}",
-                        "turn_accuracy",
-                        variant,
-                        temperature,
-                        "rl",
-                        "init",
-                        +1,
-                    ),
-                    (
-                        f"SFT ends below init at turns {words}{decoding}",
-                        "turn_accuracy",
-                        variant,
-                        temperature,
-                        "sft",
-                        "init",
-                        -1,
-                    ),
-                    (
-                        f"RL ends above SFT at turns {words}{decoding}",
-                        "turn_accuracy",
-                        variant,
-                        temperature,
-                        "rl",
-                        "sft",
-                        +1,
-                    ),
-                ]
+        ):  # the rest of a walk is the same under both rules
+            claim("RL ends above init at turns", variant, "rl", "init", +1, "turn_accuracy")
+            claim("SFT ends below init at turns", variant, "sft", "init", -1, "turn_accuracy")
+            claim("RL ends above SFT at turns", variant, "rl", "sft", +1, "turn_accuracy")
         if variant == "visual":
-            for temperature, decoding in ((1.0, ""), (0.0, ", greedy")):
-                claims += [
-                    (
-                        f"RL raises recognition {words}{decoding}",
-                        "recognition",
-                        variant,
-                        temperature,
-                        "rl",
-                        "init",
-                        +1,
-                    ),
-                    (
-                        f"SFT lowers recognition {words}{decoding}",
-                        "recognition",
-                        variant,
-                        temperature,
-                        "sft",
-                        "init",
-                        -1,
-                    ),
-                ]
+            claim("RL raises recognition", variant, "rl", "init", +1, "recognition")
+            claim("SFT lowers recognition", variant, "sft", "init", -1, "recognition")
     return claims
 
 
-# Success, or per-step accuracy, in percent that the paper reports, of init, SFT and RL, by (task, variant); its temperature is .2.
+# Success, or per-step accuracy, in percent that the paper reports of init, SFT and RL, by (task, variant);
+# its
+# temperature is .2.
 PAPER = {
     ("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0},
     ("gp-vl", "rule"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
@@ -360,7 +321,8 @@ PAPER = {
 
 
 def verdict(d: dict, sign: int) -> str:
-    """What a difference says of a claim that expects `sign`: by the interval over hands, and every seed must agree in sign."""
+    """What a difference says of a claim that expects `sign`: by the interval over hands, and every seed must
+    agree in sign."""
     low, high = d["interval"]
     if low <= 0 <= high:
         return "not significant"
@@ -383,111 +345,59 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
-    """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of claims."""
-    task = settings["task"]
-    cls = envs.task_class(task)
-    headline, words = cls.headline, cls.words
+    """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of
+    claims."""
+    cls = envs.task_class(settings["task"])
+    words = cls.words
     where = {v: text for v, text in cls.variants.items() if results.find(arm="init", variant=v)}
-    variants = list(where)
-    last = {
-        (arm, v, t): results.ends(arm, v, t)
-        for arm in ("init", "sft", "rl")
-        for v in variants
-        for t in (1.0, 0.0)
-    }
-    last |= {("sft best", v, t): results.ends("sft", v, t, "best") for v in variants for t in (1.0, 0.0)}
-    last |= {
-        ("base", v, t): results.find(arm="base", series="test", variant=v, temperature=t)
-        for v in variants
-        for t in (1.0, 0.0)
-    }
-    claims = [
-        f"| claim of the paper | measured | difference, 95% over {words['hands']} | 95% over seeds | each seed | verdict | paper |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for text, measure, variant, temperature, arm, other, sign in _claims(where, headline):
-        a, b = last[arm, variant, temperature], last[other, variant, temperature]
-        d, paper = (
-            difference(a, b, measure),
-            PAPER.get((task, variant), {}) if measure == headline and temperature else {},
-        )
-        claims.append(
-            f"| {text} | {_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))} | {100 * d['mean']:+.1f} {_interval(d['interval'])} | "
-            f"{_interval(d['seed_interval'])} | {', '.join(f'{100 * s:+.1f}' for s in d['seeds'])} | **{verdict(d, sign)}** | "
-            + (f"{paper[other]} -> {paper[arm]} |" if other in paper else "- |")
-        )
-    n = last["init", "id", 1.0][0]["episodes"]
-    seeds = [p["seed"] for p in last["init", "id", 1.0]]
-    base_reading = [
-        f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and {_percent(p['success'])}% of the "
-        f"hands {where[p['variant']]} (greedy)."
+    ends = _ends(results, list(where))
+    claims = _claims_table(ends, where, settings["task"], cls.headline)
+    first, n = ends["init", "id", 1.0], ends["init", "id", 1.0][0]["episodes"]
+    seeds = ", ".join(str(p["seed"]) for p in first)
+    read = [
+        f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and "
+        f"{_percent(p['success'])}% of the hands {where[p['variant']]} (greedy)."
         for p in results.find(series="reading")
     ]
-    columns = [*words["columns"], "KL"] + ["recognition"] * ("visual" in variants)
-    head = [
-        f"{where[v]}: {column}" if not i else column for v in variants for i, column in enumerate(columns)
-    ]
+    recognition = f"; recognition counts the replies that {words['reads']}" if "visual" in where else ""
+    best = ", ".join(str(p["step"]) for p in ends["sft best", "id", 1.0])
     lines = [
-        f"# Study {task}: does post-training teach the rule, or only its examples?",
+        f"# Study {settings['task']}: does post-training teach the rule, or only its examples?",
         "",
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {n} evaluation {words['hands']} per point, the same for every checkpoint; {words['measure']} "
-        f"in percent within {settings['verify_iter']} replies. "
-        + " ".join([words[v] for v in variants if v in words] + base_reading),
+        f"{len(first)} seeds ({seeds}), {n} evaluation {words['hands']} per point, the same for every "
+        f"checkpoint; {words['measure']} in percent within {settings['verify_iter']} replies. "
+        + " ".join([words[v] for v in where if v in words] + read),
         "",
         "## Claims",
         "",
         *claims,
         "",
-        f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and every seed's difference has that sign. "
-        "That interval speaks of these checkpoints; the one over seeds (Student's t) speaks of other seeds after the same base.",
+        f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and "
+        "every seed's difference has that sign. That interval speaks of these checkpoints; the one over seeds "
+        "(Student's t) speaks of other seeds after the same base.",
         "",
         "## Checkpoints",
         "",
-        f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the policy's own replies"
-        + (f"; recognition counts the replies that {words['reads']}." if "visual" in variants else "."),
+        f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the "
+        f"policy's own replies{recognition}.",
         "",
-        f"| checkpoint | decoding | {' | '.join(head)} | other rule: {words['last']} |",
-        "|---" * (len(head) + 3) + "|",
-    ]
-    for name in ("base", "init", "sft", "sft best", "rl"):
-        for t in (1.0, 0.0):
-            row = [last.get((name, v, t)) for v in variants]
-            if not all(row):
-                continue
-            cells = [_cell(points, column) for points in row for column in columns]
-            wrong = _cell(last[name, "rule", t], words["last"])
-            shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}.get(
-                name, name
-            )
-            lines.append(
-                f"| {shown} | {'temperature 1' if t else 'greedy'} | {' | '.join(cells)} | {wrong} |"
-            )
-    lines += [
+        *_checkpoints_table(ends, where, words),
         "",
-        "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their own). "
-        + f"Steps: {', '.join(str(p['step']) for p in last['sft best', 'id', 1.0])}.",
+        "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their "
+        f"own). Steps: {best}.",
         "",
         "## Curves",
         "",
         f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].",
         "",
-        f"| arm | compute, 10^12 FLOP | {' | '.join(where.values())} |",
-        "|---" * (len(variants) + 2) + "|",
-    ]
-    for arm, points in curves(results, variants, headline).items():
-        for p in points:
-            spread = [
-                f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in variants
-            ]
-            lines.append(f"| {arm} | {p['flops'] / 1e12:.2f} | {' | '.join(spread)} |")
-    lines += [
+        *_curves_table(results, where, cls.headline),
         "",
         "![success against compute](figures/curves.png)",
         "",
         "## Settings",
         "",
-        "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms start from the same init and "
-        "get the same compute. " + settings["note"],
+        "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms "
+        "start from the same init and get the same compute. " + settings["note"],
         "",
         "```json",
         json.dumps(settings, indent=1),
@@ -495,8 +405,67 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
         "",
     ]
     (folder / "report.md").write_text("\n".join(lines))
-    draw(results, where, folder / "figures", headline, words)
+    draw(results, where, folder / "figures", cls.headline, words)
     return claims
+
+
+def _ends(results: Results, variants: Sequence[str]) -> dict[tuple, list[dict]]:
+    """By (arm, variant, temperature), the last point of each seed; of "sft best" the best by validation."""
+    ends = {}
+    for v in variants:
+        for t in (1.0, 0.0):
+            ends |= {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl")}
+            ends["sft best", v, t] = results.ends("sft", v, t, "best")
+            ends["base", v, t] = results.find(arm="base", series="test", variant=v, temperature=t)
+    return ends
+
+
+def _claims_table(ends: dict, where: dict[str, str], task: str, headline: str) -> list[str]:
+    rows, hands = [], envs.task_class(task).words["hands"]
+    for text, measure, variant, temperature, arm, other, sign in _claims(where, headline):
+        a, b = ends[arm, variant, temperature], ends[other, variant, temperature]
+        d = difference(a, b, measure)
+        paper = PAPER.get((task, variant), {}) if measure == headline and temperature else {}
+        rows.append(
+            [
+                text,
+                f"{_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))}",
+                f"{100 * d['mean']:+.1f} {_interval(d['interval'])}",
+                _interval(d["seed_interval"]),
+                ", ".join(f"{100 * s:+.1f}" for s in d["seeds"]),
+                f"**{verdict(d, sign)}**",
+                f"{paper[other]} -> {paper[arm]}" if other in paper else "-",
+            ]
+        )
+    head = ["claim of the paper", "measured", f"difference, 95% over {hands}", "95% over seeds", "each seed"]
+    return table([*head, "verdict", "paper"], rows)
+
+
+def _checkpoints_table(ends: dict, where: dict[str, str], words: dict) -> list[str]:
+    columns = [*words["columns"], "KL"] + ["recognition"] * ("visual" in where)
+    head = [f"{where[v]}: {column}" if not i else column for v in where for i, column in enumerate(columns)]
+    last = "rule" if "rule" in where else "id"
+    shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}
+    rows = []
+    for name in ("base", "init", "sft", "sft best", "rl"):
+        for t in (1.0, 0.0):
+            points = [ends.get((name, v, t)) for v in where]
+            if all(points):
+                cells = [_cell(own, column) for own in points for column in columns]
+                decoding = "temperature 1" if t else "greedy"
+                rows.append(
+                    [shown.get(name, name), decoding, *cells, _cell(ends[name, last, t], words["last"])]
+                )
+    return table(["checkpoint", "decoding", *head, f"{where[last]}: {words['last']}"], rows)
+
+
+def _curves_table(results: Results, where: dict[str, str], headline: str) -> list[str]:
+    rows = []
+    for arm, points in curves(results, list(where), headline).items():
+        for p in points:
+            spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in where]
+            rows.append([arm, f"{p['flops'] / 1e12:.2f}", *spread])
+    return table(["arm", "compute, 10^12 FLOP", *where.values()], rows)
 
 
 def _mean(points: Sequence[dict], key: str = "success") -> float:
@@ -522,8 +491,8 @@ def _cell(points: Sequence[dict], column: str) -> str:
 
 
 def curves(results: Results, variants: Sequence[str], key: str) -> dict[str, list[dict]]:
-    """Both arms' points at temperature 1, seeds side by side: arm -> [{"flops", variant: [success of each seed], ...}, ...], the init
-    first, at compute 0."""
+    """Both arms' points at temperature 1, seeds side by side: arm -> [{"flops", variant: [success of each
+    seed], ...}, ...], the init first, at compute 0."""
     out: dict[str, list[dict]] = {}
     for arm in ("sft", "rl"):
         by_order: list[dict] = []
@@ -549,8 +518,9 @@ LOOKS = {
 
 
 def draw(results: Results, where: dict[str, str], folder: Path, headline: str, words: dict) -> None:
-    """figures/curves.png: success, or per-step accuracy, against compute for every variant side by side, a band from the lowest to the highest seed.
-    figures/recognition.png, in visual tasks: success against recognition along both arms."""
+    """figures/curves.png: success, or per-step accuracy, against compute for every variant side by side, a
+    band from the lowest to the highest seed. figures/recognition.png, in visual tasks: success against
+    recognition along both arms."""
     try:
         import matplotlib
     except ImportError:
@@ -563,7 +533,8 @@ def draw(results: Results, where: dict[str, str], folder: Path, headline: str, w
     success = curves(results, variants, headline)
 
     def panels(name: str, label: str, draw_arm: Callable) -> None:
-        """One figure: a panel for each variant, in it `draw_arm(axis, variant, arm, points, **look)` for each arm."""
+        """One figure: a panel for each variant, in it `draw_arm(axis, variant, arm, points, **look)` for
+        each arm."""
         figure, axes = plt.subplots(1, len(variants), figsize=(4.5 * len(variants), 3.6))
         for axis, variant in zip(axes, variants):
             for arm, points in success.items():

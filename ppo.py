@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 import torch
@@ -44,6 +44,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import envs
+from envs import Option
 
 
 @dataclass
@@ -51,37 +52,47 @@ class PPOConfig:
     """Settings of one run. Sizes count episodes over all ranks; training ends at `steps` or `flops`,
     whichever is first."""
 
-    lr: float = 1e-6
-    value_lr: float = 1e-4
-    episodes: int = 256  # per update
-    minibatch_size: int = 128  # episodes' worth of rows per optimizer step
-    microbatch_size: int = 64  # rows per forward pass and rank
-    epochs: int = 4
-    steps: int = 20  # updates
-    flops: float = math.inf  # 6 N per trained token, 2 N per generated or scored token
-    warmup: float = 0.0  # share of the run in which the rate rises; then it follows a cosine to 0
-    gamma: float = 0.9  # discount from one turn to the next; inside a reply it is 1
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 1.0  # in units of the return, which spans about -13 to 5
-    value_coef: float = 0.5
-    entropy_coef: float = 0.0
-    kl_coef: float = (
-        0.0  # weight of KL(policy || initial policy) in the loss; 0 keeps no copy of the initial weights
+    lr: Annotated[float, Option("peak learning rate", above=0)] = 1e-6
+    value_lr: Annotated[float, Option("learning rate of the value head", least=0)] = 1e-4
+    episodes: Annotated[int, Option("episodes per update", least=1)] = 256
+    minibatch_size: Annotated[int, Option("episodes' worth of rows per optimizer step", least=1)] = 128
+    microbatch_size: Annotated[int, Option("rows per forward pass and rank", least=1)] = 64
+    epochs: Annotated[int, Option("passes over each batch of episodes", least=1)] = 4
+    steps: Annotated[int, Option("updates", least=1)] = 20
+    flops: Annotated[
+        float, Option("end the run here: 6 N per trained, 2 N per generated or scored token", above=0)
+    ] = math.inf
+    warmup: Annotated[
+        float, Option("share of the run in which the rate rises; then a cosine to 0", least=0, most=1)
+    ] = 0.0
+    gamma: Annotated[float, Option("discount per turn; inside a reply it is 1", least=0, most=1)] = 0.9
+    lam: Annotated[float, Option("lambda of GAE, per action", least=0, most=1)] = 0.95
+    clip: Annotated[float, Option("clip range of the ratio", above=0)] = 0.2
+    value_clip: Annotated[float, Option("clip range of the value, in units of the return", above=0)] = 1.0
+    value_coef: Annotated[float, Option("weight of the value loss", least=0)] = 0.5
+    entropy_coef: Annotated[float, Option("weight of the entropy bonus, in nats", least=0)] = 0.0
+    kl_coef: Annotated[
+        float, Option("weight of KL(policy || initial policy), in nats; 0 keeps no copy of that", least=0)
+    ] = 0.0
+    max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
+    ratio: Annotated[str, Option("one ratio, value and advantage for each", choices=("token", "reply"))] = (
+        "token"
     )
-    max_grad_norm: float = 1.0
-    ratio: str = "token"  # or "reply": one ratio, value and advantage per reply
-    thought_coef: float = (
-        1.0  # with ratio "reply": weight of the log-probabilities before the answer field (paper: 0.5)
-    )
-    value_trunk: str = "detached"  # or "shared": the value loss trains the language model too
-    value_warmup: int = 0  # first updates that train the value head alone, on the detached trunk
-    temperature: float = 1.0
-    max_new_tokens: int = 128
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-7
-    weight_decay: float = 0.0
-    seed: int = 0
+    thought_coef: Annotated[
+        float, Option("with ratio reply: weight of what stands before the answer field (paper: .5)", least=0)
+    ] = 1.0
+    value_trunk: Annotated[
+        str, Option("shared: the value loss trains the language model too", choices=("detached", "shared"))
+    ] = "detached"
+    value_warmup: Annotated[
+        int, Option("first updates that train the value head alone, on the detached trunk", least=0)
+    ] = 0
+    temperature: Annotated[float, Option("sampling temperature", above=0)] = 1.0
+    max_new_tokens: Annotated[int, Option("longest reply, in tokens", least=1)] = 128
+    betas: Annotated[tuple[float, float], Option("of Adam", least=0, most=1)] = (0.9, 0.98)
+    eps: Annotated[float, Option("of Adam", above=0)] = 1e-7
+    weight_decay: Annotated[float, Option("of AdamW", least=0)] = 0.0
+    seed: Annotated[int, Option("random seed", least=0, most=2**32 - 1)] = 0
 
 
 @dataclass

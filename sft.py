@@ -17,8 +17,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import envs
+from envs import Option
 
 
 @dataclass
@@ -26,17 +28,24 @@ class SFTConfig:
     """Settings of one run. Sizes count demonstrations over all ranks; training ends at `steps` or `flops`,
     whichever is first."""
 
-    lr: float = 1e-5
-    batch_size: int = 64
-    microbatch_size: int = 64  # demonstrations per forward pass and rank
-    steps: int = 1000
-    flops: float = math.inf  # 6 N per trained token
-    warmup: float = 0.03  # share of the run in which the rate rises linearly; then it follows a cosine to 0
-    max_grad_norm: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.98)  # paper, appendix
-    eps: float = 1e-7
-    weight_decay: float = 0.0
-    loss_on: str = "all"  # or "last": earlier replies of a demonstration are context, where they are wrong
+    lr: Annotated[float, Option("peak learning rate", above=0)] = 1e-5
+    batch_size: Annotated[int, Option("demonstrations per step", least=1)] = 64
+    microbatch_size: Annotated[int, Option("demonstrations per forward pass and rank", least=1)] = 64
+    steps: Annotated[int, Option("optimizer steps", least=1)] = 1000
+    flops: Annotated[float, Option("end the run here: 6 N per trained token", above=0)] = math.inf
+    warmup: Annotated[
+        float, Option("share of the run in which the rate rises; then a cosine to 0", least=0, most=1)
+    ] = 0.03
+    max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
+    betas: Annotated[tuple[float, float], Option("of Adam (paper, appendix)", least=0, most=1)] = (0.9, 0.98)
+    eps: Annotated[float, Option("of Adam", above=0)] = 1e-7
+    weight_decay: Annotated[float, Option("of AdamW", least=0)] = 0.0
+    loss_on: Annotated[
+        str,
+        Option(
+            "all replies of a demonstration, or the last: earlier ones are context", choices=("all", "last")
+        ),
+    ] = "all"
     muon: bool = False  # matrices by Muon, for pre-training the tiny base
 
 

@@ -28,7 +28,7 @@ import types
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -766,7 +766,8 @@ def saving(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path aside for what shall stand at `path`, a file or a folder: it appears there whole or not at all."""
+    """A path aside for what shall stand at `path`, a file or a folder: it appears there whole or not at
+    all."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with saving(path):
@@ -1540,36 +1541,6 @@ def policy_rank() -> int:
 
 # ------------------------------------------------------------------------------------------- the command line
 
-OPTION_HELP = {
-    "lr": "peak learning rate",
-    "value_lr": "learning rate of the value head",
-    "batch_size": "demonstrations per step, all ranks",
-    "loss_on": "the loss counts all replies of a multi-turn demonstration or the last one alone",
-    "microbatch_size": "conversations per forward pass and rank",
-    "steps": "optimizer steps (sft) or updates (ppo)",
-    "flops": "end the run at this compute, in FLOPs: 6 N per trained, 2 N per generated or scored token",
-    "warmup": "share of the run with rising learning rate",
-    "max_grad_norm": "clip the global gradient norm at this",
-    "episodes": "episodes per update, all ranks",
-    "minibatch_size": "episodes per optimizer step, all ranks",
-    "epochs": "passes over each batch of episodes",
-    "gamma": "discount per turn",
-    "lam": "lambda of GAE, per action",
-    "clip": "the ratio's clip range",
-    "value_clip": "the value's clip range, in units of the return",
-    "value_coef": "weight of the value loss",
-    "entropy_coef": "weight of the entropy bonus, in nats",
-    "kl_coef": "weight of the KL divergence to the initial policy, in nats",
-    "ratio": "one ratio per token or per reply",
-    "thought_coef": "with --ratio reply: weight of the log-probability before the answer field",
-    "value_trunk": "whether the value loss also trains the language model",
-    "value_warmup": "first updates that train the value head alone",
-    "temperature": "sampling temperature",
-    "max_new_tokens": "longest reply, in tokens",
-    "seed": "random seed",
-}
-CHOICES = {"loss_on": ("all", "last"), "ratio": ("token", "reply"), "value_trunk": ("detached", "shared")}
-
 
 class Parser(argparse.ArgumentParser):
     """Errors in one line, with exit status 2; an option is written out."""
@@ -1594,11 +1565,6 @@ def reader(name: str, kind: type, option: Option):
 
     read.__name__ = kind.__name__  # argparse names it in its messages
     return read
-
-
-def number(kind: type, **limits: float):
-    """A reader of numbers of a kind within limits."""
-    return reader("it", kind, Option("", **limits))
 
 
 def add_options(group, cls: type, given_alone: bool = False) -> None:
@@ -1627,43 +1593,6 @@ def reward(text: str) -> tuple[str, float]:
     """VERDICT=REWARD, as --rewards takes it."""
     name, _, value = text.partition("=")
     return name, float(value)
-
-
-positive, size = number(float, above=0), number(int, least=1)
-seed_number = number(int, least=0, most=2**32 - 1)
-
-
-READERS = (
-    dict.fromkeys(
-        ("batch_size", "microbatch_size", "minibatch_size", "steps", "episodes", "epochs", "max_new_tokens"),
-        size,
-    )
-    | dict.fromkeys(("lr", "flops", "max_grad_norm", "clip", "value_clip", "temperature"), positive)
-    | dict.fromkeys(
-        ("value_lr", "value_coef", "entropy_coef", "kl_coef", "thought_coef"), number(float, least=0)
-    )
-    | dict.fromkeys(("warmup", "gamma", "lam"), number(float, least=0, most=1))
-    | {"seed": seed_number, "value_warmup": number(int, least=0)}
-)
-
-
-def add_config(parser: argparse.ArgumentParser, config: type) -> None:
-    """One option per field of a config class that OPTION_HELP explains."""
-    group = parser.add_argument_group("training")
-    for f in fields(config):
-        if f.name in OPTION_HELP:
-            group.add_argument(
-                "--" + f.name.replace("_", "-"),
-                type=READERS.get(f.name, type(f.default)),
-                default=f.default,
-                choices=CHOICES.get(f.name),
-                help=f"{OPTION_HELP[f.name]} (default: %(default)s)",
-            )
-
-
-def config_from(args: argparse.Namespace, config: type):
-    """The config of a class whose fields `add_config` made options."""
-    return config(**{f.name: getattr(args, f.name) for f in fields(config) if f.name in OPTION_HELP})
 
 
 class EveryCommand:
@@ -1822,7 +1751,7 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
         sub.set_defaults(run=run, train="all", recompute=False, weights="float32", tensorboard=False)
         add_options(sub, options)
         if config:
-            add_config(sub, config)
+            add_options(sub.add_argument_group("training"), config)
         if options is not StudyCommand:
             add_environment(sub.add_argument_group("environment"), cls)
         if options is PlayCommand:
@@ -1839,6 +1768,12 @@ def add_environment(group, cls: type[envs.Environment]) -> None:
     text = f"other rewards for some verdicts, or for a budget that is used up (default: {usual})"
     group.add_argument("--rewards", type=reward, nargs="+", metavar="VERDICT=REWARD", help=text)
     add_options(group, cls, given_alone=True)
+
+
+def config_of(args: argparse.Namespace, config: type):
+    """The training settings that a command's options describe."""
+    values = {name: getattr(args, name) for name in envs.options_of(config)}
+    return config(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 
 def environment_of(args: argparse.Namespace) -> envs.Environment:
@@ -1908,7 +1843,7 @@ def loading_of(args: argparse.Namespace) -> Loading:
 
 def command_sft(args: argparse.Namespace) -> None:
     """`sftrl sft`."""
-    config = config_from(args, sft.SFTConfig)
+    config = config_of(args, sft.SFTConfig)
     pictures = envs.task_class(args.task).pictures
     if args.demos:
         records = sft.read_records(args.demos, args.images)
@@ -1939,7 +1874,7 @@ def command_sft(args: argparse.Namespace) -> None:
 
 def command_ppo(args: argparse.Namespace) -> None:
     """`sftrl ppo`."""
-    config = config_from(args, ppo.PPOConfig)
+    config = config_of(args, ppo.PPOConfig)
     env = environment_of(args)  # wrong options end here, before the model is loaded
     torch.manual_seed(args.seed)
     run_ppo(

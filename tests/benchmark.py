@@ -1,12 +1,14 @@
-"""How much of the bare model's speed is left: `python tests/benchmark.py`. Prints ratios; each is measured side by side in one run.
+"""How much of the bare model's speed is left: `python tests/benchmark.py`. Prints ratios; each is measured
+side by side in one run.
 
-    rollout    a bare cached decode loop of the same model, batches and lengths, over envs.play with the policy
-    update     bare forward + backward on the same conversations in the same microbatches, over ppo.update
-    iteration  the sum of both bare loops, over a whole PPO iteration (scoring, advantages and logging included)
+    rollout    a bare cached decode loop of the same model, batches and lengths, over envs.play with the
+    policy update     bare forward + backward on the same conversations in the same microbatches, over
+    ppo.update iteration  the sum of both bare loops, over a whole PPO iteration (scoring, advantages and
+    logging included)
 
-Ratios of time, 1 is the bare model's speed; for episodes of one reply, of up to three as in the study, and of up to three with pictures.
-The bare loops are given drawn and preprocessed pictures and look at them anew in every turn; ours are drawn and preprocessed within the time.
-"""
+Ratios of time, 1 is the bare model's speed; for episodes of one reply, of up to three as in the study, and
+of up to three with pictures. The bare loops are given drawn and preprocessed pictures and look at them anew
+in every turn; ours are drawn and preprocessed within the time. """
 
 import argparse
 import resource
@@ -28,7 +30,8 @@ import sftrl  # noqa: E402
 
 @torch.no_grad()
 def bare_rollout(policy, model, streams) -> float:
-    """Seconds of the shortest loop that samples as many tokens after the same prompts, turn by turn, cut to one length per batch."""
+    """Seconds of the shortest loop that samples as many tokens after the same prompts, turn by turn, cut to
+    one length per batch."""
     start = time.perf_counter()
     for turn in range(max(len(s.replies) for s in streams)):
         rows = sorted((s for s in streams if len(s.replies) > turn), key=lambda s: s.replies[turn][0])

@@ -1,11 +1,13 @@
-"""What one GPU makes of a big model: `python tests/benchmark_gpu.py` prints the tables of the README's GPU section in one call.
+"""What one GPU makes of a big model: `python tests/benchmark_gpu.py` prints the tables of the README's GPU
+section in one call.
 
-The model is Llama-3.2-Vision's architecture with random bf16 weights (`--layers 40` is the 11B one), trained by RoundingAdamW with activations
-computed again; it is read from no disk and no network. For GeneralPoints in words and in pictures:
+The model is Llama-3.2-Vision's architecture with random bf16 weights (`--layers 40` is the 11B one),
+trained by RoundingAdamW with activations computed again; it is read from no disk and no network. For
+GeneralPoints in words and in pictures:
 
-    update     processed tokens per second of an SFT step and of a PPO update, and their 6 N FLOPs as a share of the measured matmul rate
-    decode     tokens per second at several batch sizes, as a share of what memory bandwidth allows: weights and cache are read once per token
-    memory     the peak
+    update     processed tokens per second of an SFT step and of a PPO update, and their 6 N FLOPs as a
+    share of the measured matmul rate decode     tokens per second at several batch sizes, as a share of
+    what memory bandwidth allows: weights and cache are read once per token memory     the peak
 """
 
 import argparse
@@ -50,7 +52,8 @@ def limits(device: torch.device, size: int) -> tuple[float, float]:
 
 
 def build(device: torch.device, layers: int, width: int) -> sftrl.Policy:
-    """Llama-3.2-Vision with so many blocks, every fifth of them with cross-attention, and so wide; the tiny model's words."""
+    """Llama-3.2-Vision with so many blocks, every fifth of them with cross-attention, and so wide; the tiny
+    model's words."""
     tokenizer = sftrl.build_tokenizer()
     vocabulary = 128256
     tokenizer.add_special_tokens(
@@ -170,7 +173,8 @@ def speed(what: str, policy: sftrl.Policy, device: torch.device, rate: float, wo
 def decode(
     what: str, policy: sftrl.Policy, device: torch.device, bandwidth: float, env, size: int, tokens: int
 ) -> None:
-    """One line on decoding: tokens per second without the prompt's pass, and share of the bound by bandwidth."""
+    """One line on decoding: tokens per second without the prompt's pass, and share of the bound by
+    bandwidth."""
     observation, _ = env.reset(seed=0)
     streams = policy.open([(observation.messages, observation.image)] * size)
     policy.rollout_batch = size

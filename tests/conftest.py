@@ -51,8 +51,8 @@ def tiny_llama():
 
 
 def tiny_mllama():
-    """The paper's architecture: cross-attention layers 1 and 3, gates opened, output head untied; its image token lies beyond the
-    output head, and a picture is cut into tiles."""
+    """The paper's architecture: cross-attention layers 1 and 3, gates opened, output head untied; its image
+    token lies beyond the output head, and a picture is cut into tiles."""
     tokenizer = sftrl.build_tokenizer()
     words = len(tokenizer)
     tokenizer.add_special_tokens(
@@ -102,7 +102,8 @@ def tiny_mllama():
 
 
 class QwenProcessor:
-    """What the library's Qwen-VL processor does for pictures, where torchvision is missing, which it needs for videos."""
+    """What the library's Qwen-VL processor does for pictures, where torchvision is missing, which it needs
+    for videos."""
 
     def __init__(self, images, tokenizer, chat_template):
         self.images, self.tokenizer, self.chat_template = images, tokenizer, chat_template
@@ -196,8 +197,9 @@ VICUNA = (
 def chat_tokenizer(
     template=CHATML, special=("<|end|>", "<|im_start|>", "<|im_end|>"), plain=(), bos=False, **named
 ):
-    """A byte-level tokenizer for a chat template. `special` tokens are so in its own file alone, `plain` ones are added but not special, the
-    `named` ones (eos_token, ...) are known to the library too; with `bos` the first of the special ones is put before a text."""
+    """A byte-level tokenizer for a chat template. `special` tokens are so in its own file alone, `plain`
+    ones are added but not special, the `named` ones (eos_token, ...) are known to the library too; with
+    `bos` the first of the special ones is put before a text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -214,7 +216,8 @@ def chat_tokenizer(
 
 
 def random_model(architecture, tokenizer, **settings):
-    """A causal language model of any architecture, small, random and unsure; many tokens end its replies, so that their lengths differ."""
+    """A causal language model of any architecture, small, random and unsure; many tokens end its replies,
+    so that their lengths differ."""
     usual = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -236,7 +239,8 @@ def random_model(architecture, tokenizer, **settings):
 
 
 def tiny_llava_1_5():
-    """Llava-1.5's kind: plain text between the turns, and a BOS that the tokenizer adds and the template lacks."""
+    """Llava-1.5's kind: plain text between the turns, and a BOS that the tokenizer adds and the template
+    lacks."""
     tokenizer = chat_tokenizer(
         VICUNA,
         ("<s>", "</s>", "<image>", "<pad>"),

@@ -46,7 +46,8 @@ def walk(env, route: int) -> list[dict]:
 
 
 def worker(kind: str, task: str, out: Path) -> None:
-    """One SFT step, then one PPO update on the same conversations, then a rollout that stops unevenly; saves weights and metrics."""
+    """One SFT step, then one PPO update on the same conversations, then a rollout that stops unevenly;
+    saves weights and metrics."""
     import torch.distributed as dist
     from conftest import SMALL, make_policy
 
@@ -76,7 +77,8 @@ def worker(kind: str, task: str, out: Path) -> None:
     env = envs.make(task, seed=2, **small)
     records = [envs.demonstration(env, wrong_turns=k % 2) for k in range(8)]
 
-    # plain gradient descent, so that the step shows the gradient itself and not only its sign as Adam's first step does
+    # plain gradient descent, so that the step shows the gradient itself and not only its sign as Adam's
+    # first step does
     optimizers = [torch.optim.SGD(list(policy.parameters()), lr=0.5)]
     optimizers[0].param_groups[0]["initial_lr"] = 0.5
     config = sft.SFTConfig(lr=0.5, batch_size=8, microbatch_size=2, steps=1, max_grad_norm=1.0)
@@ -124,8 +126,8 @@ def worker(kind: str, task: str, out: Path) -> None:
 
 
 def accumulate(out: Path) -> None:
-    """SFT in words on a model with vision blocks, which stay unused, over several microbatches, with bf16 shards as on GPUs; then 65 hands,
-    one more on the second rank than the 32 of a forward pass."""
+    """SFT in words on a model with vision blocks, which stay unused, over several microbatches, with bf16
+    shards as on GPUs; then 65 hands, one more on the second rank than the 32 of a forward pass."""
     import torch.distributed as dist
     from conftest import make_policy
 
@@ -233,7 +235,8 @@ def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
 def test_a_run_begun_on_some_ranks_goes_on_on_others(tmp_path, first, then):
-    """Interrupted on `first` processes, ended on `then`: the weights are those of a run on one, but for rounding."""
+    """Interrupted on `first` processes, ended on `then`: the weights are those of a run on one, but for
+    rounding."""
     args = ("sft", "--batch-size", "4", "--steps", "30", "--lr", "1e-4", "--threads", "1", "--out")
     torchrun(1, ROOT / "sftrl.py", *args, tmp_path / "whole")
     folder = tmp_path / "broken"

@@ -92,7 +92,8 @@ def test_every_solution_is_exact_and_uses_the_hand():
 
 
 def flattened(node) -> tuple:
-    """A formula as nested chains: ("+", parts added, parts subtracted), ("*", factors, divisors), or a number."""
+    """A formula as nested chains: ("+", parts added, parts subtracted), ("*", factors, divisors), or a
+    number."""
     if isinstance(node, ast.Constant):
         return ("n", node.value)
     kind = "+" if isinstance(node.op, (ast.Add, ast.Sub)) else "*"
@@ -107,7 +108,8 @@ def flattened(node) -> tuple:
 
 
 def written(part, within="") -> str:
-    """Such chains as text: compound parts before numbers, in the order of their text, numbers from high to low."""
+    """Such chains as text: compound parts before numbers, in the order of their text, numbers from high to
+    low."""
     if part[0] == "n":
         return str(part[1])
     join, inverse = ("+", "-") if part[0] == "+" else ("*", "/")
@@ -294,7 +296,8 @@ def test_the_number_field_follows_the_rule_in_force():
         """{"cards": ["A", "3", "K", "10"], "number": [1, 3, 10, 10], "formula": "10+10+3+1=24"}""",
         """{\n "cards": ['A', '3', 'K', '10'],\n "number": [1, 3, 10, 10],\n "formula": "10+10+3+1=24",\n}""",
         """{'cards': [A, 3, K, 10], 'number': [1, 3, 10, 10,], 'formula': '10+10+3+1=24'}""",
-        """Here {is} my answer: ```json\n{"cards": ["a", 3, "k ", "10"], "number": ["1", 3, 10, 10], "formula": "10+10+3+1=24", "x": {"y": []}}``` ok?""",
+        """Here {is} my answer: ```json\n{"cards": ["a", 3, "k ", "10"], "number": ["1", 3, 10, 10],
+        "formula": "10+10+3+1=24", "x": {"y": []}}``` ok?""",
         r"""\frac{1}{2} {x} {y} {z} {\text{so}} {"cards": [...], "number": [...], "formula": "an equation"} means
         {"cards": ["A", "3", "K", "10"], "number": [" 1", 3, 10, 10], "formula": "10+10+3+1=24"} {done}""",
     ],
@@ -1000,7 +1003,8 @@ def test_the_nearest_panorama_is_the_one_a_search_of_all_finds():
         assert 100 < found < 450 and panoramas.nearest(best) == best
 
 
-# A folder as the formats page describes it, written by hand: about 110 m a leg, first west, then north, then north-east.
+# A folder as the formats page describes it, written by hand: about 110 m a leg, first west, then north,
+# then north-east.
 ROUTE = {
     "start_place": {"relocated_geocode": [40.7500, -73.9800], "rating": 4.5},
     "init_heading": 350,
@@ -1038,7 +1042,8 @@ ROUTE = {
 
 
 def by_hand(folder, content=None, ids=None):
-    """The folder of ROUTE with a panorama at every corner and about every 11 m between; `content` or `ids` replace what it holds."""
+    """The folder of ROUTE with a panorama at every corner and about every 11 m between; `content` or `ids`
+    replace what it holds."""
     corners = [(40.7500, -73.9800), (40.7500, -73.9813), (40.7510, -73.9813), (40.7517, -73.9806)]
     if ids is None:
         ids = {

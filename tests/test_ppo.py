@@ -219,7 +219,8 @@ def test_advantages_run_across_the_waypoints_of_a_route(policy):
 
 
 class Guided:
-    """Plays a walk with pictures: the first reply at each waypoint is the model's own, the second the expert's."""
+    """Plays a walk with pictures: the first reply at each waypoint is the model's own, the second the
+    expert's."""
 
     def __init__(self, respond, environments):
         self.respond, self.environments = respond, environments
@@ -284,7 +285,8 @@ def test_the_first_update_shifts_the_values_to_the_mean_return():
     before = ppo.collect(policy, streams, episodes, config, "formula")
     after = ppo.collect(policy, streams, episodes, config, "formula", center_values=True)
     again = ppo.collect(policy, streams, episodes, config, "formula")
-    # the mean return by hand: every token of a reply is followed by the rewards of its turn and, discounted, of the later ones
+    # the mean return by hand: every token of a reply is followed by the rewards of its turn and,
+    # discounted, of the later ones
     total, count = 0.0, 0
     for (stream,), episode in zip(streams, episodes):
         for k, (start, stop) in enumerate(stream.replies):
@@ -388,7 +390,8 @@ def test_a_non_finite_loss_stops_before_the_weights_change(policy):
 
 
 class SayDigit:
-    """A trivial task with the environments' interface: the reply has to start with the digit of the prompt."""
+    """A trivial task with the environments' interface: the reply has to start with the digit of the
+    prompt."""
 
     answer_field = "digit"
     verdicts = ["correct", "unparsed"]

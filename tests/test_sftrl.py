@@ -175,7 +175,8 @@ def test_greedy_equals_the_librarys_greedy(kind):
 
 @pytest.mark.parametrize("kind, task", CASES)
 def test_what_is_kept_from_turn_to_turn_is_what_would_be_computed_again(kind, task):
-    """With a batch for all conversations their caches are kept; with smaller batches all is computed anew. The third turn has fewer of them."""
+    """With a batch for all conversations their caches are kept; with smaller batches all is computed anew.
+    The third turn has fewer of them."""
     played = []
     for rollout_batch in (4, 3):
         policy = make_policy(kind, rollout_batch=rollout_batch)
@@ -347,7 +348,8 @@ NEWLINE = CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '\n<|im_e
 ENDED = {"eos_token": "<|eos|>", "pad_token": "<|eos|>"}
 WORDS, ROLES = ("<|eos|>", "<|im_start|>", "<|im_end|>"), ("<|eos|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHATML_TEXT = "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n<|im_start|>user\n{f}<|im_end|>\n<|im_start|>assistant\n{b}<|im_end|>"
-# By kind: tokenizer, the text of a conversation of two turns as its template writes it, the end of a reply, tokens at which sampling stops.
+# By kind: tokenizer, the text of a conversation of two turns as its template writes it, the end of a reply,
+# tokens at which sampling stops.
 TEMPLATES = {
     "chatml": (dict(special=WORDS, **ENDED), CHATML_TEXT, "<|im_end|>", {*WORDS}),
     "end token with a name": (
@@ -435,7 +437,8 @@ def test_between_turns_stand_the_templates_own_tokens(kind):
         )
     assert policy.tokenizer.convert_ids_to_tokens(policy.end_id) == end.strip()
     assert policy.stop_ids == set(policy.tokenizer.convert_tokens_to_ids(sorted(stops)))
-    # A reply that was cut off gets its end from the template, as context; one that stopped with another token keeps it.
+    # A reply that was cut off gets its end from the template, as context; one that stopped with another
+    # token keeps it.
     (opened,) = policy.open([([{"role": "user", "content": q}], None)])
     start, stop = stream.replies[0]
     said = stop - len(policy.tokenize([end])[0])  # up to here it is the reply's text
@@ -473,7 +476,8 @@ def test_a_blank_before_the_end_of_a_turn_stays_where_the_tokenizers_decoder_wou
 
 
 def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_between_turns():
-    """Llama-2's kind (SentencePiece): tokenized alone, what follows a reply would begin with one blank too many."""
+    """Llama-2's kind (SentencePiece): tokenized alone, what follows a reply would begin with one blank too
+    many."""
     tokenizer = chat_tokenizer(PLAIN, special=ROLES, **ENDED)
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
     assert tokenizer.decode(tokenizer("x")["input_ids"]) == " x"
@@ -560,7 +564,8 @@ REFUSED = {
 
 
 def sampler_gap(policy, task="gp-l"):
-    """Mean difference of sampled and scored log-probabilities over three turns of replies of different lengths."""
+    """Mean difference of sampled and scored log-probabilities over three turns of replies of different
+    lengths."""
     streams = sampled(policy, n=8, max_new_tokens=24, task=task)
     assert (
         len({stop - start for s in streams for start, stop in s.replies}) > 5
@@ -1403,7 +1408,8 @@ def test_progress_on_a_terminal_moves_in_one_line(monkeypatch):
 
 
 def shorten(monkeypatch, task, **settings):
-    """Few and short replies in the study of a task: a model that knows nothing would write to the end each time."""
+    """Few and short replies in the study of a task: a model that knows nothing would write to the end each
+    time."""
     study = sftrl.STUDIES[task]
     monkeypatch.setitem(
         sftrl.STUDIES,
@@ -1470,7 +1476,8 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     assert re.findall(
         r"\| (init|sft|rl) \| ([0-9.e-]+)(?: \| [0-9.]+ ± [0-9.]+, [0-9.]+ ± [0-9.]+){2} \|", table
     ) == [("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]
-    # id and rule of both seeds' inits, then of each rate; the second seed tips the scales for SFT, and a draw of RL goes to the lower rate
+    # id and rule of both seeds' inits, then of each rate; the second seed tips the scales for SFT, and a
+    # draw of RL goes to the lower rate
     shown = iter(
         [0.3, 0.2, 0.3, 0.2, 0.7, 0.9, 0.5, 0.9, 0.6, 0.1, 0.7, 0.1, 0.6, 0.2, 0.5, 0.2, 0.5, 0.3, 0.6, 0.3]
     )
