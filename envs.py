@@ -428,17 +428,23 @@ def play(
     return episodes
 
 
-def demonstration(env: Environment, wrong_turns: int = 0, author: Callable[[Any], str] | None = None) -> dict:
+def demonstration(
+    env: Environment,
+    wrong_turns: int = 0,
+    author: Callable[[Any], str] | None = None,
+    start: tuple[Any, dict | None] = (None, None),
+) -> dict:
     """One SFT record in the released format: for each decision `wrong_turns` wrong replies with the
     verifier's feedback, then the expert's.
 
-    An `author` writes the last reply in the expert's place. A visual task adds the picture as "image"; a
+    The episode begins with `start`, seed and options of `reset`. An `author` writes the last reply in the
+    expert's place. A visual task adds the picture as "image"; a
     record has one, so that of several decisions it ends with one drawn at random. Raises ValueError if the
     budget ends before the last reply.
     """
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
-    env.reset()
+    env.reset(*start)
     last = last_decision(env)
     for k in range(last + 1):
         for _ in range(wrong_turns):

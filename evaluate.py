@@ -373,8 +373,8 @@ def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
         *claims,
         "",
         f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and "
-        "every seed's difference has that sign. That interval speaks of these checkpoints; the one over seeds "
-        "(Student's t) speaks of other seeds after the same base.",
+        "every seed's difference has that sign. That interval speaks of these checkpoints; the one over "
+        "seeds (Student's t) speaks of other seeds after the same base.",
         "",
         "## Checkpoints",
         "",

@@ -189,12 +189,16 @@ def rollout(
     Episodes and samples are a function of (seed, step, rank): a resumed run sees what the unbroken one would
     have seen.
     """
-    first = policy.rank * len(environments)
-    seeds = [f"train/{config.seed}/{step}/{first + i}" for i in range(len(environments))]
+    seeds = episode_seeds(policy, len(environments), config, step)
     generator = policy.generator(f"rollout/{config.seed}/{step}")
     with policy.responder(config.temperature, config.max_new_tokens, generator) as player:
         episodes = envs.play(environments, player, seeds)
     return [player.streams[i] for i in range(len(episodes))], episodes
+
+
+def episode_seeds(policy: Policy, n: int, config: PPOConfig, step: int) -> list[str]:
+    """Of this rank's n episodes in an update."""
+    return [f"train/{config.seed}/{step}/{policy.rank * n + i}" for i in range(n)]
 
 
 class Player:

@@ -27,7 +27,7 @@ import threading
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, repeat
@@ -1051,7 +1051,9 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
     policy = make_policy()
     if config.batch_size % policy.world:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
-    policy.streams(batch_of(0))  # what the model cannot read ends here, before there is a run folder
+    # What the model cannot read ends here, before there is a run folder: pictures, or what is too long.
+    for step in range(min(config.steps, 1000) if math.isfinite(policy.max_length) else 1):
+        policy.streams(batch_of(step))
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
     run_stage(
         run,
@@ -1062,6 +1064,16 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
         50,
         **logs,
     )
+
+
+def check_experts(policy: Policy, starts: Iterable[tuple[envs.Environment, Any, Any]]) -> None:
+    """Lets experts play episodes that begin as (environment, seed, options) say. What the model cannot read
+    ends here: pictures, or an episode that is longer than its positions reach. Where these have no end, one
+    episode tells."""
+    for env, seed, options in starts:
+        policy.streams([envs.demonstration(env, start=(seed, options))])
+        if math.isinf(policy.max_length):
+            break
 
 
 def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings: dict, **logs) -> None:
@@ -1079,7 +1091,8 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, config.betas, config.eps, config.weight_decay)
     environments = [make_env() for _ in range(config.episodes // policy.world)]
-    policy.streams([envs.demonstration(environments[0])])  # as in run_sft
+    seeds = (ppo.episode_seeds(policy, len(environments), config, k) for k in range(min(config.steps, 100)))
+    check_experts(policy, ((env, seed, None) for own in seeds for env, seed in zip(environments, own)))
     run_stage(
         run,
         policy,
@@ -1175,12 +1188,27 @@ class Study:
         init = self.init | {"steps": max(1, round(self.init["steps"] * scale))}
         return replace(self, base=base, init=init, flops=self.flops * scale)
 
+    def for_model(self, parameters: int) -> "Study":
+        """The same for a model of the caller's own: the task at full size, as many tokens as the tiny model
+        gets, and the rates with which `sftrl sft` and `sftrl ppo` train."""
+        usual = ppo.PPOConfig()
+        return replace(
+            self,
+            init=self.init | {"lr": sft.SFTConfig.lr},
+            sft=replace(self.sft, lr=sft.SFTConfig.lr),
+            rl=replace(self.rl, lr=usual.lr, value_lr=usual.value_lr, max_new_tokens=256),
+            flops=self.flops * parameters / TINY_PARAMETERS,
+            max_new_tokens=256,
+            options={},
+        )
+
     def config(self, arm: Arm) -> sft.SFTConfig | ppo.PPOConfig:
         """The training settings of an arm."""
         usual = self.sft if arm.algorithm == "sft" else self.rl
         return replace(usual, **{"flops": self.flops} | arm.training)
 
 
+TINY_PARAMETERS = 1_128_832
 _CARDS = Study(
     base=sft.SFTConfig(
         lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True
@@ -1275,7 +1303,8 @@ class StudyRun:
     """A study in its folder: trains and measures arms, each from where it stands.
 
     Args:
-        task: one of STUDIES, or another task with a `study` of the caller's own.
+        task: a task by its name, or FILE.py:CLASS.
+        study: its settings, see STUDIES.
         model: "tiny", whose base is trained here, or a folder or Hub id, which is its own base.
         hands: evaluation hands, or routes, per point; None takes the study's.
     """
@@ -1290,16 +1319,8 @@ class StudyRun:
         hands: int | None = None,
         tensorboard: bool = False,
     ):
-        self.task, self.out, self.loading, self.model, self.tensorboard = (
-            task,
-            out,
-            loading,
-            model,
-            tensorboard,
-        )
-        self.tiny = model in ("tiny", study.tiny)
-        if not self.tiny:  # full size, and replies in a tokenizer that was not made for them
-            study = replace(study, options={}, max_new_tokens=256, rl=replace(study.rl, max_new_tokens=256))
+        self.task, self.out, self.loading, self.tensorboard = task, out, loading, tensorboard
+        self.model, self.tiny = model, model in ("tiny", study.tiny)
         self.study, self.hands = study, hands or study.hands
         if self.hands < 2:
             raise ValueError("--hands must be at least 2, for an interval")
@@ -1810,9 +1831,14 @@ def logs_of(args: argparse.Namespace) -> dict:
 
 def command_study(args: argparse.Namespace) -> None:
     """`sftrl study`."""
-    if args.task not in STUDIES:
-        raise ValueError(f"there is no study of task {args.task!r}: choose from {', '.join(STUDIES)}")
-    study = STUDIES[args.task].scaled(args.scale)
+    own = args.model not in ("tiny", "tiny-streets")
+    if args.task not in STUDIES and not own:
+        raise ValueError(
+            f"the tiny model has no study of {args.task}: give --model, or one of {', '.join(STUDIES)}"
+        )
+    study = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale)
+    if own:
+        study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
     for stage, lr in given.items():
         old = getattr(study, stage)
@@ -1821,8 +1847,10 @@ def command_study(args: argparse.Namespace) -> None:
     loading = loading_of(args)
     run = StudyRun(args.task, study, Path(args.out), loading, args.model, args.hands, args.tensorboard)
     note = "How the learning rates were chosen: docs/rates.md."
-    if given or not run.tiny:
-        note = f"Learning rates given on the command line: {given}."
+    if given or own:
+        note = (
+            f"Learning rates given on the command line: {given}; the others are those of sftrl sft and ppo."
+        )
     if study.options and run.tiny:
         note += " For the tiny model the task is made smaller; its options, the defaults in brackets: "
         listed = envs.options_of(envs.task_class(args.task))
@@ -1895,7 +1923,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     if args.save and not env.pictures:
         raise ValueError(f"task {args.task!r} has no pictures to --save")
     policy = load_policy(loading_of(args), args.model, env.pictures)
-    policy.streams([envs.demonstration(env)])  # what the model cannot read ends here
+    check_experts(policy, ((env, *env.start_of("test", i)) for i, env in enumerate(environments)))
     with Progress("evaluation", n // policy.world) as bar:
         result, episodes = evaluate.evaluate(
             policy,

@@ -8,7 +8,7 @@ side by side in one run.
 
 Ratios of time, 1 is the bare model's speed; for episodes of one reply, of up to three as in the study, and
 of up to three with pictures. The bare loops are given drawn and preprocessed pictures and look at them anew
-in every turn; ours are drawn and preprocessed within the time. """
+in every turn; ours are drawn and preprocessed within the time."""
 
 import argparse
 import resource

@@ -796,6 +796,35 @@ def test_a_conversation_that_is_longer_than_positions_reach_ends_and_an_experts_
     assert "cut off: the model's positions reach no farther than 150 tokens" in capsys.readouterr().out
 
 
+def test_every_experts_episode_must_fit_before_anything_is_trained_or_measured(tmp_path, capsys):
+    tokenizer = chat_tokenizer(eos_token="<|end|>", pad_token="<|end|>")
+    far = sftrl.Policy(random_model("gpt2", tokenizer, max_position_embeddings=999), tokenizer)
+    env = envs.make("gp-l", n_cards=5)
+
+    def lengths(seeds):
+        return [len(far.streams([envs.demonstration(env, start=(seed, None))])[0]) for seed in seeds]
+
+    def one_fault(*command):
+        longest = {"sft": sft_lengths, "ppo": ppo_lengths, "evaluate": test_lengths}[command[0]]
+        reach = max(longest) - 1
+        assert longest[0] <= reach  # the first one fits
+        model = tmp_path / f"{command[0]}-model"
+        sftrl.Policy(random_model("gpt2", tokenizer, max_position_embeddings=reach), tokenizer).save(model)
+        capsys.readouterr()
+        assert inside(*command, "--model", model, "--n-cards", 5) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"a demonstration has {reach + 1} tokens" in error
+        assert not (tmp_path / "run").exists()
+
+    sft_lengths = lengths(f"sft/0/{step}/{i}" for step in range(20) for i in range(2))
+    ppo_lengths = lengths(f"train/0/{step}/{i}" for step in range(20) for i in range(2))
+    test_lengths = lengths(f"test/{i}" for i in range(40))
+    small = ("--out", tmp_path / "run", "--max-new-tokens", 4)
+    one_fault("sft", *small[:2], "--steps", 20, "--batch-size", 2)
+    one_fault("ppo", *small, "--steps", 20, "--episodes", 2, "--minibatch-size", 2)
+    one_fault("evaluate", "--episodes", 40, "--max-new-tokens", 4)
+
+
 def test_a_generation_config_that_the_library_would_not_save_is_repaired(tmp_path):
     policy = make_policy()
     policy.save(tmp_path / "model")
