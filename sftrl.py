@@ -839,8 +839,8 @@ def git_revision() -> str | None:
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt (see README,
-    "A run folder").
+    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt
+    (docs/metrics.md).
 
     Raises ValueError if the folder holds a run with other settings.
     """

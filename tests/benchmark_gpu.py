@@ -1,5 +1,5 @@
-"""What one GPU makes of a big model: `python tests/benchmark_gpu.py` prints the tables of the README's GPU
-section in one call.
+"""What one GPU makes of a big model: `python tests/benchmark_gpu.py` prints the tables for docs/gpus.md in
+one call.
 
 The model is Llama-3.2-Vision's architecture with random bf16 weights (`--layers 40` is the 11B one),
 trained by RoundingAdamW with activations computed again; it is read from no disk and no network. For
