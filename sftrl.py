@@ -1228,22 +1228,12 @@ _CARDS = Study(
     ),
     flops=1.6e13,
 )
-_WALKS = Study(
-    base=sft.SFTConfig(lr=3e-3, batch_size=64, microbatch_size=8, steps=220, warmup=0.05, muon=True),
+_WALKS = replace(
+    _CARDS,
+    base=replace(_CARDS.base, steps=220, loss_on="all"),
     init={"lr": 3e-4, "microbatch_size": 8, "steps": 60},
-    sft=sft.SFTConfig(lr=1e-3, batch_size=64, microbatch_size=8, steps=10**9),
-    rl=ppo.PPOConfig(
-        lr=2e-4,
-        value_lr=3e-3,
-        episodes=256,
-        minibatch_size=32,
-        microbatch_size=8,
-        epochs=1,
-        steps=10**9,
-        warmup=0.1,
-        max_new_tokens=48,
-    ),
-    flops=1.6e13,
+    sft=replace(_CARDS.sft, lr=1e-3, microbatch_size=8),
+    rl=replace(_CARDS.rl, episodes=256, minibatch_size=32, microbatch_size=8),
     count=4,
     hands=192,
     verify_iter=2,
@@ -1294,9 +1284,6 @@ def search_arms(study: Study) -> list[Arm]:
         replace(arm, name=f"{arm.name}-{lr:g}", training={"lr": lr}) for arm in arms for lr in study.grid
     ]
     return [replace(arm, measure=only_end) for arm in (init, *rates)]
-
-
-EXPERIMENTS = {"main": main_arms, "search": search_arms}
 
 
 class StudyRun:
