@@ -303,11 +303,13 @@ def collect(
     """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
 
     `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio:
-    the policy's tokens, or the first token of each reply. With
-    `center_values`, for the first update, the value head is shifted
-    by a constant, so that its mean is the mean return: a fresh head says 0 everywhere, and with lam < 1 an
-    error that all tokens share does not cancel. Along a solved reply the advantage would grow towards its
-    end (lam^k R, k tokens before it), and its early tokens could fall below the mean and be unlearned."""
+    the policy's tokens, or the first token of each reply.
+
+    With `center_values`, for the first update, the value head is shifted by a constant, so that its mean is
+    the mean return. A fresh head says 0 everywhere, and with lam < 1 an error that all tokens share does not
+    cancel: along a solved reply the advantage would grow towards its end (lam^k R, k tokens before it), and
+    its early tokens could fall below the mean and be unlearned.
+    """
     # 1. The rows, and where in them the replies of each episode stand.
     rows, spans = arrange(policy, streams)
     batch = policy.collate(rows)
