@@ -1818,12 +1818,11 @@ def logs_of(args: argparse.Namespace) -> dict:
 
 def command_study(args: argparse.Namespace) -> None:
     """`sftrl study`."""
-    own = args.model not in ("tiny", "tiny-streets")
-    if args.task not in STUDIES and not own:
-        raise ValueError(
-            f"the tiny model has no study of {args.task}: give --model, or one of {', '.join(STUDIES)}"
-        )
     study = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale)
+    own = args.model not in ("tiny", study.tiny)
+    if args.task not in STUDIES and not own:
+        known = ", ".join(STUDIES)
+        raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
     if own:
         study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
