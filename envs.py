@@ -491,7 +491,7 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
     Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
     commas, quotes inside strings. 1.0 is the integer 1.
 
-    Strict JSON is read from the first object on. Then the JSON-like form is: first the first object, for if
+    Strict JSON is read first. Then the JSON-like form is: first the first object, for if
     the reply is one object its strings may hold anything, and then all objects, from the last to the first:
     what stands before the answer, however long, cannot hide it. Time is linear for any text, for the effort
     of each round is bounded by the reply's length; once it is spent, what was found by then decides.
@@ -515,28 +515,25 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _last_strict(reply: str, starts: Sequence[int], required: Sequence[str]) -> tuple[dict | None, int]:
-    """Of the objects in strict JSON that begin at some of `starts`, and of those inside them, the one that
-    ends last and has all keys, and where the outermost one around it ends."""
-    found, last, end, effort = None, -1, 0, 2 * len(reply) + 20_000  # characters
-    for start in starts:
-        if start < end:  # inside the last one
-            continue
-        if effort < 0:
-            break
-        try:
-            value, end = _decoder.raw_decode(reply, start)
-        except (ValueError, RecursionError) as error:  # a fault costs time up to its place in the text
-            effort -= 50 + getattr(error, "pos", len(reply)) - start + start // 10
-            continue
-        effort -= 50 + end - start
-        inside = [value]
-        while inside:  # an object ends behind those in it, and the last of these comes next
-            item = inside.pop()
-            if isinstance(item, dict) and all(key in item for key in required):
-                found, last = {key: _plain_numbers(x) for key, x in item.items()}, end
+    """Of the objects in strict JSON that begin at `starts`, the one that ends last and has all keys, and its
+    end. They are read from the first one on, without those inside others, and once more from the last one
+    on: neither what stands before the answer nor what stands in it uses up the effort of both rounds."""
+    found, last = None, -1
+    for order in (starts, reversed(starts)):
+        end, effort = 0, len(reply) + 60_000  # characters
+        for start in order:
+            if effort < 0:
                 break
-            inner = item.values() if isinstance(item, dict) else item
-            inside += [x for x in inner if isinstance(x, (dict, list))]
+            if order is starts and start < end:
+                continue
+            try:
+                value, end = _decoder.raw_decode(reply, start)
+            except (ValueError, RecursionError) as error:  # a fault costs time up to its place in the text
+                effort -= 50 + getattr(error, "pos", len(reply)) - start + start // 10
+                continue
+            effort -= 50 + end - start
+            if end > last and all(key in value for key in required):
+                found, last = {key: _plain_numbers(x) for key, x in value.items()}, end
     return found, last
 
 

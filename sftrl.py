@@ -862,7 +862,7 @@ class Run:
         return (
             bool(lines)
             and lines[-1]["progress"] >= 1
-            and (self.folder / f"checkpoint-{lines[-1]['step']}").exists()
+            and lines[-1]["step"] in map(step_of, checkpoints(self.folder))
         )
 
     def resume(self, policy: Policy, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
@@ -1052,8 +1052,11 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
     if config.batch_size % policy.world:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {policy.world} ranks")
     # What the model cannot read ends here, before there is a run folder: pictures, or what is too long.
-    for step in range(min(config.steps, 1000) if math.isfinite(policy.max_length) else 1):
-        policy.streams(batch_of(step))
+    tokens = 0
+    for step in range(config.steps):
+        tokens += sum(map(len, policy.streams(batch_of(step))))
+        if math.isinf(policy.max_length) or 6 * policy.parameter_count * tokens > config.flops:
+            break
     optimizers = policy.optimizers(config.lr, 0.0, config.betas, config.eps, config.weight_decay, config.muon)
     run_stage(
         run,
@@ -1066,13 +1069,17 @@ def run_sft(make_policy, folder: Path, batch_of, config: sft.SFTConfig, settings
     )
 
 
-def check_experts(policy: Policy, starts: Iterable[tuple[envs.Environment, Any, Any]]) -> None:
-    """Lets experts play episodes that begin as (environment, seed, options) say. What the model cannot read
-    ends here: pictures, or an episode that is longer than its positions reach. Where these have no end, one
-    episode tells."""
+def check_experts(
+    policy: Policy, starts: Iterable[tuple[envs.Environment, Any, Any]], flops: float = math.inf
+) -> None:
+    """Lets experts play episodes that begin as (environment, seed, options) say, as many as `flops` could
+    train. What the model cannot read ends here: pictures, or an episode that is longer than its positions
+    reach. Where these have no end, one episode tells."""
+    tokens = 0
     for env, seed, options in starts:
-        policy.streams([envs.demonstration(env, start=(seed, options))])
-        if math.isinf(policy.max_length):
+        (stream,) = policy.streams([envs.demonstration(env, start=(seed, options))])
+        tokens += len(stream)
+        if math.isinf(policy.max_length) or 6 * policy.parameter_count * tokens > flops:
             break
 
 
@@ -1091,8 +1098,9 @@ def run_ppo(make_policy, folder: Path, make_env, config: ppo.PPOConfig, settings
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, config.betas, config.eps, config.weight_decay)
     environments = [make_env() for _ in range(config.episodes // policy.world)]
-    seeds = (ppo.episode_seeds(policy, len(environments), config, k) for k in range(min(config.steps, 100)))
-    check_experts(policy, ((env, seed, None) for own in seeds for env, seed in zip(environments, own)))
+    seeds = (ppo.episode_seeds(policy, len(environments), config, k) for k in range(config.steps))
+    starts = ((env, seed, None) for own in seeds for env, seed in zip(environments, own))
+    check_experts(policy, starts, config.flops)
     run_stage(
         run,
         policy,

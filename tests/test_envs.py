@@ -1993,6 +1993,11 @@ D = {"cards": ["3", "8", "3", "8"], "number": [3, 8, 3, 8], "formula": "8/(3-8/3
         *('{"a":' * n + json.dumps(D) + "}" * n for n in (98, 99, 100, 101, 5000)),
         json.dumps(D | {"number": [3.0, 8.0, 3, 8]}),
         json.dumps([{"draft": D | {"formula": "8"}}, {"answer": [D]}]),
+        *(
+            before + json.dumps({"steps": [{"formula": "8*3", "value": 24.0, "ok": False}] * 400} | D)
+            for before in ('{"thought": [' * 4, '{"cards": ["A", ' * 4, "{x: 1} " * 500, "{a:b} " * 500)
+        ),
+        json.dumps(D | {"check": D | {"formula": "8"}}),
     ],
 )
 def test_what_stands_inside_the_answers_object_hides_nothing(reply):

@@ -785,6 +785,7 @@ def test_a_conversation_that_is_longer_than_positions_reach_ends_and_an_experts_
         ["evaluate", *model, "--prompt", str(tmp_path / "long"), "--episodes", "2"],
     ):
         (tmp_path / "long").write_text("$cards $rule " + "so " * 60)
+        capsys.readouterr()
         assert sftrl.main(command) == 2
         error = capsys.readouterr().err
         assert (
@@ -1394,6 +1395,7 @@ def test_a_file_or_a_link_with_a_checkpoints_name_stays(tmp_path, capsys):
     (tmp_path / "run" / "checkpoint-2").write_text("mine")
     assert inside(*command, "--steps", 2) == 1
     assert "no folder of a run" in capsys.readouterr().err
+    assert inside(*command, "--steps", 2) == 1  # not taken for finished
     for name in ("checkpoint-2", "checkpoint-9"):
         assert (tmp_path / "run" / name).read_text() == "mine"
 
