@@ -1423,9 +1423,11 @@ class GrowingLayer(transformers.cache_utils.DynamicLayer):
     def fill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Starts from rows of keys and values [heads, n, d], padded on the left to the longest."""
         self._allocate(*rows[0], len(rows), max(keys.shape[1] for keys, _ in rows))
-        for i, (keys, values) in enumerate(rows):
-            self.all_keys[i, :, self.used - keys.shape[1] : self.used] = keys
-            self.all_values[i, :, self.used - keys.shape[1] : self.used] = values
+        for i, row in enumerate(rows):
+            for x, whole in zip(row, (self.all_keys, self.all_values)):
+                padding = self.used - x.shape[1]
+                whole[i, :, :padding] = 0  # it is masked, but 0 times a stray NaN would be NaN
+                whole[i, :, padding : self.used] = x
         self._view()
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -1440,7 +1442,7 @@ class GrowingLayer(transformers.cache_utils.DynamicLayer):
         self.dtype, self.device, self.is_initialized, self.used = keys.dtype, keys.device, True, used
         length = (used or keys.shape[-2]) + self.room
         self.all_keys, self.all_values = (
-            x.new_zeros(rows, x.shape[-3], length, x.shape[-1]) for x in (keys, values)
+            x.new_empty(rows, x.shape[-3], length, x.shape[-1]) for x in (keys, values)
         )
 
     def _view(self) -> None:

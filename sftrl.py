@@ -1367,6 +1367,7 @@ class StudyRun:
 
     def train(self, arm: Arm, seed: int) -> None:
         """One arm, unless it is finished."""
+        self._initial = None, None  # training needs its memory
         config, model = self.study.config(arm), self.checkpoint(arm.start, seed)
         settings = {
             "task": self.task,
