@@ -1029,6 +1029,7 @@ class GeneralPoints(Environment):
     target: Annotated[int, Option("the number to make", least=1)] = 24
     operators: Annotated[str, Option("operators allowed")] = OPERATORS
     replacement: Annotated[bool, Option("deal each rank by itself, as the released code does")] = False
+    diverse: Annotated[bool, Option("J, Q, K count anything from 1 to 10, anew in each hand")] = False
     prompt: Annotated[str, Option("a prompt of your own, a template as PROMPT", metavar="FILE")] = PROMPT
     faces: dict[str, int] | None = None
     fields: Sequence[str] = FIELDS
@@ -1092,6 +1093,8 @@ class GeneralPoints(Environment):
 
     def begin(self, options: dict) -> str:
         """Deals a new solvable hand, or `options["cards"]`, whatever the variant."""
+        if self.diverse:
+            self.faces = {face: self.random.randint(1, 10) for face in "JQK"}
         given = options.get("cards")
         self.cards = self._deal() if given is None else self._checked(given)
         self.numbers = [self.value_of(card) for card in self.cards]

@@ -7,14 +7,17 @@ only 1,820 sets of four ranks, so under the training rule most sets were seen in
 the other rule.
 """
 
+import fnmatch
 import json
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import correlation, mean, stdev
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,35 +33,64 @@ def standard_error(p: float, n: int) -> float:
 PICTURES = ("own", "blank", "shuffled")
 
 
+@dataclass
+class Reference:
+    """The policy from which distances are measured, and what it says itself: by variant and number the first
+    conversations, once they were sampled."""
+
+    policy: Any
+    conversations: dict[tuple[str, int], list] = field(default_factory=dict)
+
+
 def evaluate(
     policy,
     environments: Sequence,
     temperature: float = 1.0,
     max_new_tokens: int = 128,
     series: str = "test",
-    initial=None,
+    reference: Reference | None = None,
     pictures: str = "own",
     watch: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict, list[envs.Episode]]:
     """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series,
     or walks route i of its world.
 
-    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With
-    `initial`, another policy, the result holds `kl_to_init`: the mean over the sampled reply tokens of the k3
-    estimate of KL(policy || initial), in nats per token, over the first 128 conversations of each rank, or as
-    many as every rank has. `outcomes` holds one digit per hand: the number of the reply that solved it, 0 if
-    none did (a tenth reply and later ones count as 9); for a route, of the waypoint that took most replies.
-    `watch` is told how many of this rank's episodes have ended.
+    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With a
+    `reference` the result holds the `distances` to it. `outcomes` holds for each hand the number of the reply
+    that solved it, 0 if none did; for a route, of the waypoint that took most replies. `watch` is told how
+    many of this rank's episodes have ended.
     """
-    if len(environments) < policy.world:
-        raise ValueError(f"{len(environments)} episodes cannot be shared by {policy.world} ranks")
-    own = range(
-        len(environments) * policy.rank // policy.world, len(environments) * (policy.rank + 1) // policy.world
-    )
     for env in environments:
-        env.go_on = (
-            True  # so that accuracy speaks of all waypoints, and not of those before the first failure
-        )
+        env.go_on = True  # accuracy speaks of all waypoints, and not of those before the first failure
+    streams, episodes = sampled(policy, environments, temperature, max_new_tokens, series, pictures, watch)
+    result = {}
+    if reference is not None:
+        first = environments[: SAMPLED_FOR_KL * policy.world]
+        which = first[0].variant, len(first)
+        if which not in reference.conversations:
+            own, _ = sampled(reference.policy, first, 1.0, max_new_tokens, series)
+            reference.conversations[which] = own
+        result = distances(policy, reference.policy, streams, reference.conversations[which])
+    episodes = policy.gather(episodes)
+    measured = summary(episodes, environments[0].verdicts)
+    return measured | environments[0].measures(episodes) | result, episodes
+
+
+def sampled(
+    policy,
+    environments: Sequence,
+    temperature: float,
+    max_new_tokens: int,
+    series: str,
+    pictures: str = "own",
+    watch: Callable[[int], None] = lambda done: None,
+) -> tuple[list, list[envs.Episode]]:
+    """Lets the policy play this rank's share of the episodes: its conversations as streams, and the
+    episodes."""
+    n, k, world = len(environments), policy.rank, policy.world
+    if n < world:
+        raise ValueError(f"{n} episodes cannot be shared by {world} ranks")
+    own = range(n * k // world, n * (k + 1) // world)
     seeds, options = zip(*(environments[i].start_of(series, i) for i in own))
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
         answer = respond if pictures == "own" else Disguise(respond, pictures)
@@ -69,17 +101,31 @@ def evaluate(
 
         episodes = envs.play([environments[i] for i in own], player, seeds, options)
     watch(len(own))
+    return [stream for i in range(len(own)) for stream in respond.streams[i]], episodes
+
+
+SAMPLED_FOR_KL = 128  # conversations of each rank, or as many as every rank has
+
+
+def distances(policy, initial, streams: list, initial_streams: list) -> dict:
+    """How far a policy has gone from the initial one: `kl_to_init`, the k3 estimate of
+    KL(policy || initial) in nats per reply token, from `streams` that the policy sampled at temperature 1;
+    `kl_from_init`, KL(initial || policy), from those of the initial one; `changed`, the share of weights that
+    differ after rounding to bf16."""
     result = {}
-    if initial is not None:
-        conversations = [stream for i in range(len(own)) for stream in respond.streams[i]]
-        fewest = -int(
-            policy.largest(-len(conversations))
-        )  # sharded weights want as many forward passes on every rank
-        total, tokens = policy.sum(*kl_sums(policy, initial, conversations[: min(128, fewest)]))
-        result["kl_to_init"] = total / tokens
-    episodes = policy.gather(episodes)
-    measured = summary(episodes, environments[0].verdicts)
-    return measured | environments[0].measures(episodes) | result, episodes
+    for name, p, q, own in (
+        ("kl_to_init", policy, initial, streams),
+        ("kl_from_init", initial, policy, initial_streams),
+    ):
+        fewest = -int(policy.largest(-len(own)))  # shards want as many forward passes on every rank
+        total, tokens = policy.sum(*kl_sums(p, q, own[: min(SAMPLED_FOR_KL, fewest)]))
+        result[name] = total / tokens
+    differ = count = 0
+    for p, q in zip(policy.model.parameters(), initial.model.parameters()):
+        p, q = (x.to_local() if hasattr(x, "to_local") else x for x in (p.detach(), q.detach()))
+        differ, count = differ + (p.bfloat16() != q.bfloat16()).sum().item(), count + p.numel()
+    differ, count = policy.sum(differ, count)
+    return result | {"changed": differ / count}
 
 
 class Disguise:
@@ -121,7 +167,7 @@ def summary(episodes: Sequence[envs.Episode], kinds: Sequence[str]) -> dict:
     verdicts, which are of `kinds`, and of replies that were parsed and name the dealt cards, or at
     waypoints with a landmark that landmark; `recognized` has the latter for each hand."""
     n, shown = len(episodes), [[turn.recognized for turn in e.turns if turn.landmark] for e in episodes]
-    outcomes = [min(e.most_tries(), 9) if e.success else 0 for e in episodes]
+    outcomes = [e.most_tries() if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
     verdicts = Counter(turn.verdict for e in episodes for turn in e.turns)
     return {
@@ -134,7 +180,7 @@ def summary(episodes: Sequence[envs.Episode], kinds: Sequence[str]) -> dict:
         "recognition": sum(map(sum, shown)) / max(1, sum(map(len, shown))),
         "recognized": [round(sum(named) / max(1, len(named)), 3) for named in shown],
         "verdicts": {kind: verdicts[kind] / verdicts.total() for kind in kinds},
-        "outcomes": "".join(map(str, outcomes)),
+        "outcomes": outcomes,
     }
 
 
@@ -177,7 +223,7 @@ def reading(policy, records: Sequence[dict]) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------- the results
 
 
 # By measure, the field of a point that has it for each hand or route; a route without turns has None in
@@ -191,41 +237,32 @@ MEASURES = {
 
 
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
-    """Paired difference a - b of success or another of MEASURES, points of the same seeds on the same hands
-    or routes.
+    """Paired difference a - b of success or another of MEASURES. Points of the same seeds on the same hands or
+    routes; where one was measured on fewer, on those.
 
     `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first;
     it speaks of these seeds' checkpoints and other deals. `seed_interval`: Student's t over the seeds'
     differences; it speaks of other seeds after the same base."""
 
     def of_hands(point: dict) -> list[float]:
-        return [outcome > "0" for outcome in point["outcomes"]] if key == "success" else point[MEASURES[key]]
+        values = point[MEASURES[key]]
+        return [outcome > 0 for outcome in values] if key == "success" else values
 
     rows = [
-        [x - y for x, y in zip(of_hands(p), of_hands(q), strict=True) if x is not None]
-        for p, q in zip(a, b, strict=True)
+        [x - y for x, y in zip(of_hands(p), of_hands(q)) if x is not None] for p, q in zip(a, b, strict=True)
     ]
     hands = [mean(column) for column in zip(*rows)]
     seeds = [mean(row) for row in rows]
     middle, half = mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
     out = {"mean": middle, "interval": (middle - half, middle + half), "seeds": seeds, "seed_interval": None}
     if len(seeds) > 1:
-        half = _T95.get(len(seeds) - 1, 2.262) * stdev(seeds) / math.sqrt(len(seeds))
+        half = _T95[min(len(seeds) - 1, len(_T95)) - 1] * stdev(seeds) / math.sqrt(len(seeds))
         out["seed_interval"] = (middle - half, middle + half)
     return out
 
 
-_T95 = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}  # Student's t, 97.5%
+# Student's t, 97.5%, by degrees of freedom from 1.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Results:
@@ -245,15 +282,10 @@ class Results:
         aside.write_text("".join(json.dumps(p) + "\n" for p in self.points))
         aside.replace(self.path)
 
-    def of(self, seeds: Sequence[int], episodes: int) -> "Results":
-        """The points of some seeds (and of the base, whose seed is -1) that were measured on so many
-        hands."""
+    def of(self, seeds: Sequence[int], hands: Sequence[int]) -> "Results":
+        """The points of some seeds (and of the base, whose seed is -1) on one of these numbers of hands."""
         chosen = Results(self.path)
-        chosen.points = [
-            p
-            for p in self.points
-            if p["episodes"] == episodes and p["seed"] in (-1, *seeds) and p.get("pictures", "own") == "own"
-        ]
+        chosen.points = [p for p in self.points if p["episodes"] in hands and p["seed"] in (-1, *seeds)]
         return chosen
 
     def find(self, **wanted) -> list[dict]:
@@ -261,32 +293,62 @@ class Results:
         found = [p for p in self.points if all(p.get(k) == v for k, v in wanted.items())]
         return sorted(found, key=lambda p: (p["seed"], p["step"]))
 
-    def ends(self, arm: str, variant: str, temperature: float, pick: str = "last") -> list[dict]:
-        """One point per seed: an arm's last checkpoint, or its best by success on the validation hands (ID,
-        temperature 1)."""
+    def curve(self, arm: str, **place) -> list[dict]:
+        """The points of an arm on test hands, at temperature 1 unless `place` says otherwise; of each
+        checkpoint the one on most hands."""
+        place = {"series": "test", "temperature": 1.0, "pictures": "own"} | place
+        best: dict[tuple, dict] = {}
+        for p in self.find(arm=arm, **place):
+            old = best.setdefault((p["seed"], p["step"]), p)
+            if p["episodes"] > old["episodes"]:
+                best[p["seed"], p["step"]] = p
+        return list(best.values())
+
+    def ends(self, arm: str, **place) -> list[dict]:
+        """One point per seed: of an arm's last checkpoint; of "ARM best", its best by success on validation
+        hands (ID, temperature 1); of "ARM@K", its checkpoint number K."""
+        name, best, _ = arm.partition(" best")
+        name, number, k = name.partition("@")
         points = []
-        for seed in sorted({p["seed"] for p in self.find(arm=arm)}):
-            curve = self.find(arm=arm, seed=seed, variant=variant, temperature=temperature)
-            if pick == "best":
-                valid = self.find(arm=arm, seed=seed, variant="id", series="valid", temperature=1.0)
+        for seed in sorted({p["seed"] for p in self.find(arm=name)}):
+            curve = self.curve(name, **place, seed=seed)
+            if best and curve:
+                valid = self.find(arm=name, seed=seed, variant="id", series="valid")
                 step = max(valid, key=lambda p: p[envs.task_class(p["task"]).headline])["step"]
-                points.append(next(p for p in curve if p["step"] == step and p["series"] == "test"))
-            else:
-                points.append(max((p for p in curve if p["series"] == "test"), key=lambda p: p["step"]))
+                curve = [p for p in curve if p["step"] == step]
+            points += curve[int(k) - 1 : int(k)] if number else curve[-1:]
         return points
 
 
-def _claims(where: dict[str, str], headline: str) -> list[tuple[str, str, str, float, str, str, int]]:
-    """What the paper found, as (claim, measure, variant, temperature, arm at its end, compared with, expected
-    sign); `where`: the variants and what the report calls them."""
-    claims, decodings = [], ((1.0, ""), (0.0, ", greedy"))
+# -------------------------------------------------------------------------------------------------- the claims
 
-    def claim(
-        text: str, variant: str, arm: str, other: str, sign: int, measure: str = headline, how=decodings
-    ):
-        for temperature, decoding in how:
-            words = f"{text} {where[variant]}{decoding}"
-            claims.append((words, measure, variant, temperature, arm, other, sign))
+
+@dataclass(frozen=True)
+class Claim:
+    """That `arm` ends above (sign +1) or below (-1) `other`; both as `Results.ends` names them."""
+
+    text: str
+    arm: str
+    other: str
+    sign: int
+    variant: str
+    temperature: float = 1.0
+    measure: str = "success"
+    place: dict = field(default_factory=dict)  # how both were measured
+    paper: str = "-"  # what it reports
+
+
+def main_claims(task: str, where: dict[str, str], headline: str) -> list[Claim]:
+    """What the paper found; `where`: the variants and what the report calls them."""
+    claims = []
+
+    def claim(text: str, variant: str, arm: str, other: str, sign: int, measure: str = headline, greedy=True):
+        paper = PAPER.get((task, variant), {}) if measure == headline else {}
+        shown = f"{paper[other]} -> {paper[arm]}" if other in paper else "-"
+        words = f"{text} {where[variant]}"
+        claims.append(Claim(words, arm, other, sign, variant, 1.0, measure, paper=shown))
+        if greedy:
+            claims.append(Claim(f"{words}, greedy", arm, other, sign, variant, 0.0, measure))
 
     for variant in where:
         claim("RL ends above init", variant, "rl", "init", +1)
@@ -295,21 +357,20 @@ def _claims(where: dict[str, str], headline: str) -> list[tuple[str, str, str, f
             continue
         claim("SFT ends below init", variant, "sft", "init", -1)
         claim("RL ends above SFT", variant, "rl", "sft", +1)
-        claim("RL ends above SFT's best checkpoint", variant, "rl", "sft best", +1, how=decodings[:1])
-        if (
-            variant == "rule" and headline == "step_accuracy"
-        ):  # the rest of a walk is the same under both rules
+        claim("RL ends above SFT's best checkpoint", variant, "rl", "sft best", +1, greedy=False)
+        if variant == "rule" and headline == "step_accuracy":  # the rest of a walk is the same under both
             claim("RL ends above init at turns", variant, "rl", "init", +1, "turn_accuracy")
             claim("SFT ends below init at turns", variant, "sft", "init", -1, "turn_accuracy")
             claim("RL ends above SFT at turns", variant, "rl", "sft", +1, "turn_accuracy")
         if variant == "visual":
+            if headline == "step_accuracy":
+                claim("RL raises route success", variant, "rl", "init", +1, "success")
             claim("RL raises recognition", variant, "rl", "init", +1, "recognition")
             claim("SFT lowers recognition", variant, "sft", "init", -1, "recognition")
     return claims
 
 
-# Success, or per-step accuracy, in percent that the paper reports of init, SFT and RL, by (task, variant);
-# its
+# Success, or per-step accuracy, in percent that the paper reports of init, SFT and RL, by (task, variant); its
 # temperature is .2.
 PAPER = {
     ("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0},
@@ -318,6 +379,90 @@ PAPER = {
     ("virl-l", "rule"): {"init": 80.8, "sft": 1.3, "rl": 91.8},
     ("virl-vl", "rule"): {"init": 35.7, "sft": 2.5, "rl": 45.0},
 }
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the report says of an experiment: a question, and claims about its arms. Each claim is (text, arm,
+    compared with, sign, paper), "*" in a name stands for anything."""
+
+    question: str
+    claims: Sequence[tuple[str, str, str, int, str]] = ()
+    figure: str = "ends"  # or "budgets", "starts", "distances"
+
+
+SECTIONS = {
+    "no-init": Section(
+        "Does RL need the init? Here it starts from the base, at three rates. `unparsed` are replies that are "
+        "not in the form asked for.",
+        [("RL from the base, {arm}, ends below RL from the init", "no-init-*", "rl", -1, "fails")],
+    ),
+    "verification": Section(
+        "Do more replies per hand help RL? It trains with 1, 3, 5 or 10 at equal compute; one evaluation with "
+        "10 replies tells all smaller budgets.",
+        [
+            ("{arm} ends above init", "rl-budget-*", "init", +1, "+0.5, +2.2, +3.0, +6.0 for 1, 3, 5, 10"),
+            ("a budget of 10 ends above one of 1", "rl-budget-10", "rl-budget-1", +1, "yes"),
+        ],
+        "budgets",
+    ),
+    "start": Section(
+        "From where does RL still heal what SFT forgot? RL starts from SFT's checkpoints, the later the more "
+        "overfitted.",
+        [("{arm} ends above its start", "rl-from-sft-*", "sft@*", +1, "not from an overfitted start")],
+        "starts",
+    ),
+    "recognition": Section(
+        "Do the policies look at the cards? They are shown grey pictures (`blank`), or those of other hands "
+        "(`shuffled`), which name the same number of cards."
+    ),
+    "revision-sft": Section(
+        "Is it the single turn that makes SFT forget? Here it learns from conversations with errors and the "
+        "verifier's feedback.",
+        [("SFT on revisions ends below init", "sft-revision", "init", -1, "yes")],
+    ),
+    "sft-search": Section("Does another rate, or a frozen part, save SFT? The paper: none passes 30% ID."),
+    "reply-ratio": Section(
+        "The paper's PPO has one ratio, value and advantage for each reply; ours one for each token.",
+        [
+            ("reply-level RL ends above init", "rl-reply", "init", +1, "yes"),
+            ("token-level RL ends above reply-level RL", "rl", "rl-reply", +1, "-"),
+        ],
+    ),
+    "rivals": Section(
+        "What else keeps the other rule? All have the same compute and the same search for rates: DFT weights "
+        "each token's loss by its probability; self-SFT learns from its own right replies, without a critic; "
+        "diverse arms are trained with J, Q, K counting anything from 1 to 10 in each hand; rl-kl has a KL "
+        "penalty to the init.",
+        [
+            ("{arm} ends above init", "dft", "init", +1, "-"),
+            ("{arm} ends above init", "self-sft", "init", +1, "-"),
+            ("{arm} ends above init", "diverse-*", "init", +1, "-"),
+            ("{arm} ends above init", "rl-kl", "init", +1, "-"),
+            ("RL ends above {other}", "rl", "dft", +1, "-"),
+            ("RL ends above {other}", "rl", "self-sft", +1, "-"),
+            ("RL ends above {other}", "rl", "diverse-sft", +1, "-"),
+        ],
+    ),
+    "forgetting": Section(
+        "Does the distance to the init predict what is forgotten? One dot for every checkpoint of every arm: "
+        "KL in nats per reply token, in distribution; weights that changed after rounding to bf16.",
+        figure="distances",
+    ),
+}
+
+
+def section_claims(results: Results, name: str, variant: str, where: str, headline: str) -> list[Claim]:
+    """The claims of an experiment under one variant, one for each arm that a "*" stands for."""
+    budget = {"verify_iter": 10} if name == "verification" else {}
+    names = list(dict.fromkeys(p["arm"] for p in results.points))
+    claims = []
+    for text, pattern, other, sign, paper in SECTIONS[name].claims:
+        for arm in fnmatch.filter(names, pattern):
+            against = other.replace("*", arm.rpartition("-")[2])
+            words = f"{text.format(arm=arm, other=against)} {where}"
+            claims.append(Claim(words, arm, against, sign, variant, 1.0, headline, place=budget, paper=paper))
+    return claims
 
 
 def verdict(d: dict, sign: int) -> str:
@@ -329,6 +474,9 @@ def verdict(d: dict, sign: int) -> str:
     if any(s * d["mean"] <= 0 for s in d["seeds"]):
         return "not significant (seeds disagree)"
     return "holds" if d["mean"] * sign > 0 else "does not hold"
+
+
+# -------------------------------------------------------------------------------------------------- the report
 
 
 def _percent(x: float) -> str:
@@ -344,128 +492,227 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def write_report(results: Results, folder: Path, settings: dict) -> list[str]:
-    """Writes report.md and, where matplotlib is installed, figures/*.png; returns the lines of the table of
-    claims."""
-    cls = envs.task_class(settings["task"])
-    words = cls.words
-    where = {v: text for v, text in cls.variants.items() if results.find(arm="init", variant=v)}
-    ends = _ends(results, list(where))
-    claims = _claims_table(ends, where, settings["task"], cls.headline)
-    first, n = ends["init", "id", 1.0], ends["init", "id", 1.0][0]["episodes"]
-    seeds = ", ".join(str(p["seed"]) for p in first)
-    read = [
-        f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and "
-        f"{_percent(p['success'])}% of the hands {where[p['variant']]} (greedy)."
-        for p in results.find(series="reading")
-    ]
-    recognition = f"; recognition counts the replies that {words['reads']}" if "visual" in where else ""
-    best = ", ".join(str(p["step"]) for p in ends["sft best", "id", 1.0])
-    lines = [
-        f"# Study {settings['task']}: does post-training teach the rule, or only its examples?",
-        "",
-        f"{len(first)} seeds ({seeds}), {n} evaluation {words['hands']} per point, the same for every "
-        f"checkpoint; {words['measure']} in percent within {settings['verify_iter']} replies. "
-        + " ".join([words[v] for v in where if v in words] + read),
-        "",
-        "## Claims",
-        "",
-        *claims,
-        "",
-        f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and "
-        "every seed's difference has that sign. That interval speaks of these checkpoints; the one over "
-        "seeds (Student's t) speaks of other seeds after the same base.",
-        "",
-        "## Checkpoints",
-        "",
-        f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the "
-        f"policy's own replies{recognition}.",
-        "",
-        *_checkpoints_table(ends, where, words),
-        "",
-        "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their "
-        f"own). Steps: {best}.",
-        "",
-        "## Curves",
-        "",
-        f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].",
-        "",
-        *_curves_table(results, where, cls.headline),
-        "",
-        "![success against compute](figures/curves.png)",
-        "",
-        "## Settings",
-        "",
-        "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. Both arms "
-        "start from the same init and get the same compute. " + settings["note"],
-        "",
-        "```json",
-        json.dumps(settings, indent=1),
-        "```",
-        "",
-    ]
-    (folder / "report.md").write_text("\n".join(lines))
-    draw(results, where, folder / "figures", cls.headline, words)
-    return claims
+@dataclass
+class Report:
+    """Writes report.md and, where matplotlib is installed, figures/*.png.
 
+    `experiments`: by name, what was measured of each arm, as (arm, place) for `Results.ends`."""
 
-def _ends(results: Results, variants: Sequence[str]) -> dict[tuple, list[dict]]:
-    """By (arm, variant, temperature), the last point of each seed; of "sft best" the best by validation."""
-    ends = {}
-    for v in variants:
-        for t in (1.0, 0.0):
-            ends |= {(arm, v, t): results.ends(arm, v, t) for arm in ("init", "sft", "rl")}
-            ends["sft best", v, t] = results.ends("sft", v, t, "best")
-            ends["base", v, t] = results.find(arm="base", series="test", variant=v, temperature=t)
-    return ends
+    results: Results
+    folder: Path
+    settings: dict  # of the study
+    experiments: dict[str, list[tuple[str, dict]]]
 
+    def __post_init__(self):
+        self.task = self.settings["task"]
+        cls = envs.task_class(self.task)
+        self.words, self.headline = cls.words, cls.headline
+        self.usual = {"verify_iter": self.settings["verify_iter"]}
+        self.where = {v: text for v, text in cls.variants.items() if self.ends("init", v)}
+        self.last = "rule" if "rule" in self.where else "id"
 
-def _claims_table(ends: dict, where: dict[str, str], task: str, headline: str) -> list[str]:
-    rows, hands = [], envs.task_class(task).words["hands"]
-    for text, measure, variant, temperature, arm, other, sign in _claims(where, headline):
-        a, b = ends[arm, variant, temperature], ends[other, variant, temperature]
-        d = difference(a, b, measure)
-        paper = PAPER.get((task, variant), {}) if measure == headline and temperature else {}
-        rows.append(
-            [
-                text,
-                f"{_percent(_mean(b, measure))} -> {_percent(_mean(a, measure))}",
-                f"{100 * d['mean']:+.1f} {_interval(d['interval'])}",
-                _interval(d["seed_interval"]),
-                ", ".join(f"{100 * s:+.1f}" for s in d["seeds"]),
-                f"**{verdict(d, sign)}**",
-                f"{paper[other]} -> {paper[arm]}" if other in paper else "-",
-            ]
+    def ends(self, arm: str, variant: str, temperature: float = 1.0, **place) -> list[dict]:
+        """`Results.ends`, measured as usual but for `place`."""
+        return self.results.ends(arm, variant=variant, temperature=temperature, **self.usual | place)
+
+    def write(self) -> list[str]:
+        """Returns the lines of the table of claims."""
+        claims = self.claims_table(main_claims(self.task, self.where, self.headline))
+        lines = [*self.first_page(claims)]
+        for name in self.experiments:
+            if name in SECTIONS:
+                lines += self.section(name)
+        lines += [
+            "## Settings",
+            "",
+            "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. All arms "
+            "of a comparison get the same. " + self.settings["note"],
+            "",
+            "Every number is a mean over lines of `results.jsonl`: those of its arm, variant, temperature, "
+            "`verify_iter` and `pictures`, of series `test`, at the last step of each seed.",
+            "",
+            "```json",
+            json.dumps(self.settings, indent=1),
+            "```",
+            "",
+        ]
+        (self.folder / "report.md").write_text("\n".join(lines))
+        Figures(self).draw()
+        return claims
+
+    def first_page(self, claims: list[str]) -> list[str]:
+        """Question, set-up, claims and curves of the main comparison."""
+        words, first = self.words, self.ends("init", "id")
+        seeds, n = ", ".join(str(p["seed"]) for p in first), first[0]["episodes"]
+        read = [
+            f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and "
+            f"{_percent(p['success'])}% of the hands {self.where[p['variant']]} (greedy)."
+            for p in self.results.find(series="reading")
+        ]
+        best = ", ".join(str(p["step"]) for p in self.ends("sft best", "id"))
+        others = ", ".join(text for v, text in self.where.items() if v != "id")
+        recognition = (
+            f"; recognition counts the replies that {words['reads']}" if "visual" in self.where else ""
         )
-    head = ["claim of the paper", "measured", f"difference, 95% over {hands}", "95% over seeds", "each seed"]
-    return table([*head, "verdict", "paper"], rows)
+        return [
+            f"# Study {self.task}: does post-training teach the rule, or only its examples?",
+            "",
+            "```",
+            f"base --> init: a short SFT --+--> SFT: demonstrations    --+--> tested {self.where['id']},",
+            f"                             +--> RL: PPO and a verifier --+    {others}",
+            "```",
+            "",
+            f"{len(first)} seeds ({seeds}), {n} evaluation {words['hands']} per end of an arm, the same for "
+            f"all, and a quarter of them between; {words['measure']} in percent within "
+            f"{self.settings['verify_iter']} replies. "
+            + " ".join([words[v] for v in self.where if v in words] + read),
+            "",
+            "## Claims",
+            "",
+            *claims,
+            "",
+            f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and "
+            "every seed's difference has that sign. That interval speaks of these checkpoints; the one over "
+            "seeds (Student's t) speaks of other seeds after the same base.",
+            "",
+            "![success against compute](figures/curves.png)",
+            "",
+            "## Checkpoints",
+            "",
+            f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the "
+            f"policy's own replies{recognition}.",
+            "",
+            *self.ends_table([("base", {}), ("init", {}), ("sft", {}), ("sft best", {}), ("rl", {})]),
+            "",
+            "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their "
+            f"own). Steps: {best}.",
+            "",
+            "## Curves",
+            "",
+            f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].",
+            "",
+            *self.curves_table(),
+            "",
+        ]
+
+    def section(self, name: str) -> list[str]:
+        """One experiment: its question, claims, ends and figure."""
+        claims = []
+        for variant in (v for v in self.where if v != "id"):
+            claims += section_claims(self.results, name, variant, self.where[variant], self.headline)
+        lines = [f"## {name}", "", SECTIONS[name].question, ""]
+        lines += [*self.claims_table(claims), ""] if claims else []
+        if name == "forgetting":
+            lines += [*self.distances_table(), ""]
+        else:
+            lines += [*self.ends_table(self.experiments[name], SECTIONS[name]), ""]
+        return lines + [f"![{name}](figures/{name}.png)", ""]
+
+    def claims_table(self, claims: Sequence[Claim]) -> list[str]:
+        """One row for each claim whose arms were measured."""
+        rows = []
+        for c in claims:
+            a, b = (self.ends(arm, c.variant, c.temperature, **c.place) for arm in (c.arm, c.other))
+            shared = {p["seed"] for p in a} & {p["seed"] for p in b}
+            a, b = ([p for p in points if p["seed"] in shared] for points in (a, b))
+            if not shared:
+                continue
+            d = difference(a, b, c.measure)
+            rows.append(
+                [
+                    c.text,
+                    f"{_percent(_mean(b, c.measure))} -> {_percent(_mean(a, c.measure))}",
+                    f"{100 * d['mean']:+.1f} {_interval(d['interval'])}",
+                    _interval(d["seed_interval"]),
+                    ", ".join(f"{100 * s:+.1f}" for s in d["seeds"]),
+                    f"**{verdict(d, c.sign)}**",
+                    c.paper,
+                ]
+            )
+        over = f"difference, 95% over {self.words['hands']}"
+        return table(["claim", "measured", over, "95% over seeds", "each seed", "verdict", "paper"], rows)
+
+    def ends_table(self, arms: Sequence[tuple[str, dict]], section: Section | None = None) -> list[str]:
+        """What was measured of arms at their ends, by decoding."""
+        columns = [*self.words["columns"], "KL"] + ["recognition"] * ("visual" in self.where)
+        columns += ["unparsed"] * (section is SECTIONS["no-init"])
+        head = [f"{text}: {c}" if not i else c for text in self.where.values() for i, c in enumerate(columns)]
+        names = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}
+        rows = []
+        for arm, place in arms:
+            for t in (1.0, 0.0):
+                points = {v: self.ends(arm, v, t, **place) for v in self.where}
+                if all(points.values()):
+                    how = [place["pictures"]] if place.get("pictures", "own") != "own" else []
+                    cells = [_cell(own, column) for own in points.values() for column in columns]
+                    label = ", ".join([names.get(arm, arm), *how])
+                    cells.append(_cell(points[self.last], self.words["last"]))
+                    rows.append([label, "temperature 1" if t else "greedy", *cells])
+        return table(
+            ["checkpoint", "decoding", *head, f"{self.where[self.last]}: {self.words['last']}"], rows
+        )
+
+    def curves(self, arm: str, variant: str, key: str) -> list[tuple[float, list[float]]]:
+        """An arm at temperature 1, seeds side by side, the init first: (compute, values of the seeds)."""
+        init = self.results.curve("init", variant=variant, **self.usual)
+        points = [(0.0, [p[key] for p in init])]
+        by_seed: dict[int, list[dict]] = {}
+        for p in self.results.curve(arm, variant=variant, **self.usual):
+            by_seed.setdefault(p["seed"], []).append(p)
+        return points + [
+            (mean(p["flops"] for p in same), [p[key] for p in same]) for same in zip(*by_seed.values())
+        ]
+
+    def curves_table(self) -> list[str]:
+        """The main comparison's arms by compute."""
+        rows = []
+        for arm in ("sft", "rl"):
+            sides = [self.curves(arm, v, self.headline) for v in self.where]
+            for same in zip(*sides):
+                spread = [f"{_percent(mean(x))} [{_percent(min(x))}, {_percent(max(x))}]" for _, x in same]
+                rows.append([arm, f"{same[0][0] / 1e12:.2f}", *spread])
+        return table(["arm", "compute, 10^12 FLOP", *self.where.values()], rows)
+
+    def distances(self) -> list[tuple[str, dict, float]]:
+        """Of every checkpoint after the init: arm, its point in distribution, and the change since the init
+        under the other rule."""
+        start = {p["seed"]: p[self.headline] for p in self.ends("init", self.last)}
+        arms = sorted({p["arm"] for p in self.results.points if p["seed"] >= 0} - {"init"})
+        found = []
+        for arm in arms:
+            there = {(p["seed"], p["step"]): p for p in self.results.curve(arm, variant="id", **self.usual)}
+            for p in self.results.curve(arm, variant=self.last, **self.usual):
+                here = there.get((p["seed"], p["step"]))
+                if here and "changed" in here and p["seed"] in start:
+                    found.append((arm, here, p[self.headline] - start[p["seed"]]))
+        return found
+
+    def distances_table(self) -> list[str]:
+        """Each arm at its end, and how well the distances' ranks tell those of the change."""
+        found = self.distances()
+        rows = []
+        for arm in dict.fromkeys(arm for arm, *_ in found):
+            ends = {p["seed"]: (p, change) for name, p, change in found if name == arm}.values()
+            cells = [f"{mean(p[key] for p, _ in ends):.3f}" for key in DISTANCES]
+            rows.append([arm, *cells, f"{100 * mean(change for _, change in ends):+.1f}"])
+        change = [x for *_, x in found]
+        told = [f"{rank_correlation([p[key] for _, p, _ in found], change):+.2f}" for key in DISTANCES]
+        rows.append([f"rank correlation with the change, {len(found)} checkpoints", *told, ""])
+        head = f"change {self.where[self.last]}"
+        return table(["arm at its end", *DISTANCES.values(), head], rows)
 
 
-def _checkpoints_table(ends: dict, where: dict[str, str], words: dict) -> list[str]:
-    columns = [*words["columns"], "KL"] + ["recognition"] * ("visual" in where)
-    head = [f"{where[v]}: {column}" if not i else column for v in where for i, column in enumerate(columns)]
-    last = "rule" if "rule" in where else "id"
-    shown = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}
-    rows = []
-    for name in ("base", "init", "sft", "sft best", "rl"):
-        for t in (1.0, 0.0):
-            points = [ends.get((name, v, t)) for v in where]
-            if all(points):
-                cells = [_cell(own, column) for own in points for column in columns]
-                decoding = "temperature 1" if t else "greedy"
-                rows.append(
-                    [shown.get(name, name), decoding, *cells, _cell(ends[name, last, t], words["last"])]
-                )
-    return table(["checkpoint", "decoding", *head, f"{where[last]}: {words['last']}"], rows)
+DISTANCES = {
+    "kl_to_init": "KL(policy, init)",
+    "kl_from_init": "KL(init, policy)",
+    "changed": "weights changed",
+}
 
 
-def _curves_table(results: Results, where: dict[str, str], headline: str) -> list[str]:
-    rows = []
-    for arm, points in curves(results, list(where), headline).items():
-        for p in points:
-            spread = [f"{_percent(mean(p[v]))} [{_percent(min(p[v]))}, {_percent(max(p[v]))}]" for v in where]
-            rows.append([arm, f"{p['flops'] / 1e12:.2f}", *spread])
-    return table(["arm", "compute, 10^12 FLOP", *where.values()], rows)
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rho."""
+    ranks = [[mean((sum(b < a for b in own), sum(b <= a for b in own) - 1)) for a in own] for own in (x, y)]
+    return correlation(*ranks) if len(set(x)) > 1 and len(set(y)) > 1 else math.nan
 
 
 def _mean(points: Sequence[dict], key: str = "success") -> float:
@@ -475,8 +722,8 @@ def _mean(points: Sequence[dict], key: str = "success") -> float:
 
 
 def _cell(points: Sequence[dict], column: str) -> str:
-    """One number of the table of checkpoints."""
-    if column in ("illegal", "wrong numbers"):
+    """One number of the table of ends."""
+    if column in ("illegal", "wrong numbers", "unparsed"):
         return _percent(mean(p["verdicts"][column.replace(" ", "_")] for p in points))
     if column == "KL":
         return f"{_mean(points, 'kl_to_init'):.3f}" if all("kl_to_init" in p for p in points) else "-"
@@ -490,83 +737,126 @@ def _cell(points: Sequence[dict], column: str) -> str:
     return _percent(_mean(points, names.get(column, column)))
 
 
-def curves(results: Results, variants: Sequence[str], key: str) -> dict[str, list[dict]]:
-    """Both arms' points at temperature 1, seeds side by side: arm -> [{"flops", variant: [success of each
-    seed], ...}, ...], the init first, at compute 0."""
-    out: dict[str, list[dict]] = {}
-    for arm in ("sft", "rl"):
-        by_order: list[dict] = []
-        for name in ("init", arm):
-            for variant in variants:
-                for seed in sorted({p["seed"] for p in results.find(arm=name)}):
-                    points = results.find(
-                        arm=name, variant=variant, temperature=1.0, series="test", seed=seed
-                    )
-                    for i, p in enumerate(points, start=0 if name == "init" else 1):
-                        while len(by_order) <= i:
-                            by_order.append({"flops": [], **{v: [] for v in variants}})
-                        by_order[i]["flops"].append(p["flops"] if name != "init" else 0.0)
-                        by_order[i][variant].append(p[key])
-        out[arm] = [p | {"flops": mean(p["flops"])} for p in by_order]
-    return out
+class Figures:
+    """Draws figures/*.png of a report; without matplotlib nothing."""
 
+    looks = {
+        "sft": {"color": "tab:orange", "marker": "o", "label": "SFT"},
+        "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"},
+    }
 
-LOOKS = {
-    "sft": {"color": "tab:orange", "marker": "o", "label": "SFT"},
-    "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"},
-}
+    def __init__(self, report: Report):
+        self.report = report
 
+    def draw(self) -> None:
+        """All figures of the experiments that were measured."""
+        try:
+            import matplotlib
+        except ImportError:
+            return
+        matplotlib.use("Agg")
+        report, variants = self.report, list(self.report.where)
+        (report.folder / "figures").mkdir(exist_ok=True)
+        success = f"{report.words['measure']} within budget, %"
+        self.panels("curves", variants, "compute after init, 10$^{12}$ FLOP", success, self.curve)
+        if "visual" in variants:
+            reads = f"replies that {report.words['reads']}, %"
+            self.panels("recognition", variants, reads, success, self.path)
+        labels = {
+            "ends": (variants, success, ""),
+            "budgets": (variants, "replies per hand", "solved within so many replies, %"),
+            "starts": (variants, "compute of SFT before, 10$^{12}$ FLOP", success),
+        }
+        for name in report.experiments:
+            kind = SECTIONS[name].figure if name in SECTIONS else None
+            if kind == "distances":
+                change = f"change {report.where[report.last]}, points"
+                self.panels(name, list(DISTANCES), "distance to init", change, self.scatter)
+            elif kind and name != "recognition":
+                self.panels(name, *labels[kind], lambda axis, v: getattr(self, kind)(axis, v, name))
 
-def draw(results: Results, where: dict[str, str], folder: Path, headline: str, words: dict) -> None:
-    """figures/curves.png: success, or per-step accuracy, against compute for every variant side by side, a
-    band from the lowest to the highest seed. figures/recognition.png, in visual tasks: success against
-    recognition along both arms."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def panels(self, name: str, parts: Sequence[str], x: str, y: str, draw: Callable) -> None:
+        """One figure: a panel for each of `parts`, into which `draw(axis, part)` draws."""
+        import matplotlib.pyplot as plt
 
-    folder.mkdir(exist_ok=True)
-    variants = list(where)
-    success = curves(results, variants, headline)
-
-    def panels(name: str, label: str, draw_arm: Callable) -> None:
-        """One figure: a panel for each variant, in it `draw_arm(axis, variant, arm, points, **look)` for
-        each arm."""
-        figure, axes = plt.subplots(1, len(variants), figsize=(4.5 * len(variants), 3.6))
-        for axis, variant in zip(axes, variants):
-            for arm, points in success.items():
-                draw_arm(axis, variant, arm, points, **LOOKS[arm])
-            axis.set(title=where[variant], xlabel=label, ylim=(0, None))
+        figure, axes = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 3.6), squeeze=False)
+        for axis, part in zip(axes[0], parts):
+            axis.set(title=self.report.where.get(part) or DISTANCES[part], xlabel=x)
+            draw(axis, part)
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel(f"{words['measure']} within budget, %")
-        axes[0].legend(frameon=False)
+        axes[0, 0].set_ylabel(y)
+        if axes[0, 0].get_legend_handles_labels()[0]:
+            axes[0, 0].legend(frameon=False, fontsize=8)
         figure.tight_layout()
-        figure.savefig(folder / name, dpi=120)
+        figure.savefig(self.report.folder / "figures" / f"{name}.png", dpi=120)
         plt.close(figure)
 
-    def curve(axis, variant: str, arm: str, points: list[dict], **look) -> None:
-        x = [p["flops"] / 1e12 for p in points]
-        axis.plot(x, [100 * mean(p[variant]) for p in points], markersize=4, **look)
-        axis.fill_between(
-            x,
-            *([100 * f(p[variant]) for p in points] for f in (min, max)),
-            color=look["color"],
-            alpha=0.2,
-            lw=0,
-        )
-        if arm == "rl":
-            axis.axhline(100 * mean(points[0][variant]), color="gray", lw=1, ls="--", label="SFT init")
+    def curve(self, axis, variant: str) -> None:
+        """Both arms against compute, a band from the lowest to the highest seed."""
+        for arm, look in self.looks.items():
+            points = self.report.curves(arm, variant, self.report.headline)
+            x = [flops / 1e12 for flops, _ in points]
+            low, middle, high = ([100 * f(values) for _, values in points] for f in (min, mean, max))
+            axis.plot(x, middle, markersize=4, **look)
+            axis.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0)
+        axis.axhline(middle[0], color="gray", lw=1, ls="--", label="SFT init")
+        axis.set_ylim(0, None)
 
-    panels("curves.png", "compute after init, 10$^{12}$ FLOP", curve)
-    if "visual" in variants:
-        recognition = curves(results, variants, "recognition")
-
-        def path(axis, variant: str, arm: str, points: list[dict], **look) -> None:
-            x, y = ([100 * mean(p[variant]) for p in side] for side in (recognition[arm], points))
+    def path(self, axis, variant: str) -> None:
+        """Success against recognition along both arms."""
+        for arm, look in self.looks.items():
+            x, y = (
+                [100 * mean(values) for _, values in self.report.curves(arm, variant, key)]
+                for key in ("recognition", self.report.headline)
+            )
             axis.plot(x, y, markersize=4, alpha=0.8, **look)
             axis.annotate("end", (x[-1], y[-1]), color=look["color"])
 
-        panels("recognition.png", f"replies that {words['reads']}, %", path)
+    def ends(self, axis, variant: str, name: str) -> None:
+        """A dot for each arm's end, with 95% over hands."""
+        report, rows = self.report, []
+        for arm, place in report.experiments[name]:
+            points = report.ends(arm, variant, **place)
+            if points:
+                middle = _mean(points, report.headline)
+                half = 1.96 * mean(p[report.headline + "_se"] for p in points) / math.sqrt(len(points))
+                rows.append((arm, 100 * middle, 100 * half))
+        names, middles, halves = zip(*rows)
+        axis.errorbar(middles, names, xerr=halves, fmt="o", capsize=3)
+        axis.set_xlim(0, None)
+        axis.invert_yaxis()
+
+    def budgets(self, axis, variant: str, name: str) -> None:
+        """Of each arm, hands solved within 1 to 10 replies."""
+        for arm, place in self.report.experiments[name]:
+            points = self.report.ends(arm, variant, **place)
+            shares = [
+                100 * mean(mean(0 < o <= k for o in p["outcomes"]) for p in points) for k in range(1, 11)
+            ]
+            axis.plot(range(1, 11), shares, marker=".", label=arm)
+        axis.set_ylim(0, None)
+
+    def starts(self, axis, variant: str, name: str) -> None:
+        """SFT's checkpoints, and where RL from them ends."""
+        report, rows = self.report, []
+        for arm, place in report.experiments[name]:
+            number = arm.removeprefix("rl-from-sft-")
+            if number != arm:
+                before, after = report.ends(f"sft@{number}", variant), report.ends(arm, variant, **place)
+                rows.append((mean(p["flops"] for p in before) / 1e12, before, after))
+        x = [flops for flops, *_ in rows]
+        for k, look in ((1, self.looks["sft"]), (2, self.looks["rl"] | {"label": "RL from there"})):
+            axis.plot(x, [100 * _mean(row[k], report.headline) for row in rows], **look)
+        axis.axhline(
+            100 * _mean(report.ends("init", variant), report.headline), color="gray", ls="--", label="init"
+        )
+        axis.set_ylim(0, None)
+
+    def scatter(self, axis, key: str) -> None:
+        """Change under the other rule against a distance, one dot per checkpoint."""
+        found = self.report.distances()
+        for arm in dict.fromkeys(arm for arm, *_ in found):
+            dots = [(p[key], 100 * change) for name, p, change in found if name == arm]
+            axis.scatter(*zip(*dots), s=12, alpha=0.7, label=arm)
+        if key != "changed":
+            axis.set_xscale("log")

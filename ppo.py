@@ -78,6 +78,10 @@ class PPOConfig:
     ratio: Annotated[str, Option("one ratio, value and advantage for each", choices=("token", "reply"))] = (
         "token"
     )
+    objective: Annotated[
+        str,
+        Option("ppo, or SFT on one's own replies that the verifier accepted", choices=("ppo", "imitate")),
+    ] = "ppo"
     thought_coef: Annotated[
         float, Option("with ratio reply: weight of what stands before the answer field (paper: .5)", least=0)
     ] = 1.0
@@ -338,6 +342,9 @@ def collect(
     batch["old_values"] = values * batch["actions"]
     advantages, batch["returns"] = advantages_of(rewards, values, spans, config.gamma, config.lam)
     batch["advantages"] = whiten(policy, advantages, batch["actions"])
+    if config.objective == "imitate":  # 1 on the tokens of right replies, 0 on the others
+        right = [[float(turn.verdict == "correct") for turn in episode.turns] for episode in episodes]
+        batch["advantages"], _ = advantages_of(right, torch.zeros_like(values), spans, 0.0, 1.0)
     return batch
 
 
@@ -518,7 +525,10 @@ def losses(
     global minibatch, which has so many actions and tokens. `warming`: the value loss alone."""
     logp, act = action_logp(scores["logp"], part), part["actions"]
     share = act.sum() / actions  # makes a mean over this microbatch its part of the global one
-    pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
+    if config.objective == "ppo":
+        pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
+    else:
+        pg = -masked_mean(logp * part["advantages"], act) * share
     vf = value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip) * share
     entropy = scores["entropy"].sum() / tokens
     loss = config.value_coef * vf

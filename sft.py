@@ -4,7 +4,8 @@
 
 over the T reply tokens of the global batch: all ranks, all accumulation steps. A reply's end token counts,
 for the model must learn to stop; prompts and the verifier's feedback are context and carry no loss. In a
-multi-turn demonstration every reply counts, or only the last (`loss_on`).
+multi-turn demonstration every reply counts, or only the last (`loss_on`). Dynamic fine-tuning (DFT, arXiv
+2508.05629) weights every token by its own probability, as a constant: what is unlikely pulls less.
 
 Records come from a file, from an expert (`envs.demonstration`), or from the corpus of the tiny base, which
 stands here too: what such a model has seen before any post-training. The policy (see `Policy` in sftrl.py) is
@@ -46,6 +47,10 @@ class SFTConfig:
             "all replies of a demonstration, or the last: earlier ones are context", choices=("all", "last")
         ),
     ] = "all"
+    objective: Annotated[
+        str,
+        Option("the loss: log-likelihood, or dft (weighted by probability)", choices=("likelihood", "dft")),
+    ] = "likelihood"
     muon: bool = False  # matrices by Muon, for pre-training the tiny base
 
 
@@ -225,16 +230,19 @@ def imperfect_demonstration(env: envs.Environment) -> dict:
     return envs.demonstration(env, wrong_turns, env.random.choices(authors, (10, careless, 90 - careless))[0])
 
 
+def revision(env: envs.Environment) -> dict:
+    """A demonstration whose right replies follow some wrong ones and the verifier's feedback, or none."""
+    return envs.demonstration(env, env.random.randrange(env.verify_iter))
+
+
 def imperfect_walk(env: envs.Environment) -> dict:
-    """The same where an episode has several decisions: one reply in five is wrong, and six walkers in ten
-    have the task's bad habit (streets: they walk past the destination). They are told so and try again, or
-    the record ends."""
+    """The same where an episode has several decisions: one reply in five is wrong. The walker is told so and
+    tries again, or the record ends."""
     env.reset()
-    last, careless = envs.last_decision(env), env.random.random() < 0.6
+    last = envs.last_decision(env)
     while True:
         wrong = env.random.random() < 0.2
-        reply = env.wrong_reply() if wrong else env.careless_reply() if careless else env.expert_reply()
-        wrong = env.judge(reply).verdict != "correct"
+        reply = env.wrong_reply() if wrong else env.expert_reply()
         last_try = env.judged + 1 == env.verify_iter
         if wrong and last_try or env.at == last and (not wrong or env.random.random() < 0.5):
             return envs.record(env, reply)
@@ -266,7 +274,9 @@ def train(
         (total,) = policy.sum(sum(sum(stream.mask) for stream in streams))
         for i in range(0, len(streams), config.microbatch_size):
             batch = policy.collate(streams[i : i + config.microbatch_size])
-            loss = -policy(batch)["logp"].sum() / total
+            logp = policy(batch)["logp"]
+            weighted = logp.detach().exp() * logp if config.objective == "dft" else logp
+            loss = -weighted.sum() / total
             policy.backward(loss, last=i + config.microbatch_size >= len(streams))
             loss_sum += loss.item()
         loss_sum, spent, length = policy.sum(loss_sum, policy.flops - done, sum(map(len, streams)))

@@ -315,6 +315,32 @@ class RoundingAdamW(torch.optim.Optimizer):
                     stored.copy_(exact)
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for fp32 matrices: the momentum of the gradient, made nearly orthogonal by five
+    Newton-Schulz iterations, as large as a step of AdamW. torch.optim.Muon computes in bf16, which many CPUs
+    only emulate: here a base is the same on all machines."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step on the parameters' gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                x = x.T if len(x) > len(x.T) else x
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    square = x @ x.T
+                    x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+                x = x.T if x.shape != p.shape else x
+                p.add_(x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
 def map_file(path: Path, x: Tensor) -> Tensor:
     """A copy of a tensor that lies in a file and not in memory."""
     with open(path, "wb") as file:
@@ -646,10 +672,7 @@ class Policy(ppo.Policy):
         if groups:
             optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
         if matrices:
-            chosen = [p for p in trained if p in matrices]
-            optimizers.append(
-                torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            optimizers.append(Muon([p for p in trained if p in matrices], lr))
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
         return optimizers
@@ -1143,32 +1166,33 @@ def load_policy(loading: Loading, model: str, pictures: bool = False) -> Policy:
 
 @dataclass(frozen=True)
 class Measure:
-    """How the checkpoints of an arm are evaluated. Temperature 0 is greedy."""
+    """How the checkpoints of an arm are evaluated: on the way, at temperature 1, on a quarter of the hands; the
+    last one on all hands, at every one of `end` (0 is greedy)."""
 
-    curve: tuple[float, ...] = (1.0,)  # temperatures at every checkpoint
-    end: tuple[float, ...] = (1.0, 0.0)  # and at the last one
-    variants: tuple[str, ...] | None = None  # None: all of the task
+    curve: bool = True  # on the way too
+    end: tuple[float, ...] = (1.0, 0.0)
     series: str = "test"  # of deals or routes
+    variants: tuple[str, ...] | None = None  # None: all of the task
     validate: bool = False  # also ID success on validation deals, to choose the best checkpoint
-    verify_iter: int | None = None  # replies judged; None: as many as in training
+    verify_iter: int | None = None  # replies judged; None: as the study says
     pictures: str = "own"  # or a control, see `evaluate.PICTURES`
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a study. An experiment is a list of arms; arms of one name are one run, which all
-    experiments share."""
+    """One training run of a study. An experiment is a list of arms, which may be measured in several ways; arms
+    of one name are one run, which all experiments share."""
 
     name: str  # of its folder, and in results.jsonl
     algorithm: str = "sft"  # or "ppo"
-    start: str = (
-        "init"  # the arm whose last checkpoint it starts from; "NAME@STEP": the one next to that step
-    )
+    start: str = "init"  # the arm whose last checkpoint it starts from; "NAME@K": its checkpoint number K, or
+    # the last one of a shorter run
     training: dict = field(default_factory=dict)  # over the study's settings for the algorithm
     environment: dict = field(default_factory=dict)  # over the study's options, in training
-    records: str = "expert"  # what SFT learns from: "expert" or "imperfect" demonstrations
+    records: str = "expert"  # what SFT learns from, one of RECORDS
     parts: str | None = None  # of the model that are trained; None: those of the command line
     checkpoints: int | None = None  # None: as many as the study says
+    searched: bool = False  # the learning rate is: see `search_arms`
     measure: Measure = Measure()
 
 
@@ -1188,7 +1212,8 @@ class Study:
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
     options: dict = field(default_factory=dict)  # of the environments: small enough for the tiny model
-    grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that the search tries for both arms
+    rates: dict = field(default_factory=dict)  # learning rates by arm, over those of `sft` and `rl`
+    grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that the search tries for all arms
 
     def scaled(self, scale: float) -> "Study":
         """Every stage shortened to `scale` of its length, for a quick look."""
@@ -1203,6 +1228,7 @@ class Study:
         return replace(
             self,
             init=self.init | {"lr": sft.SFTConfig.lr},
+            rates={},
             sft=replace(self.sft, lr=sft.SFTConfig.lr),
             rl=replace(self.rl, lr=usual.lr, value_lr=usual.value_lr, max_new_tokens=256),
             flops=self.flops * parameters / TINY_PARAMETERS,
@@ -1213,7 +1239,8 @@ class Study:
     def config(self, arm: Arm) -> sft.SFTConfig | ppo.PPOConfig:
         """The training settings of an arm."""
         usual = self.sft if arm.algorithm == "sft" else self.rl
-        return replace(usual, **{"flops": self.flops} | arm.training)
+        given = {"lr": self.rates.get(arm.name, usual.lr), "flops": self.flops} | arm.training
+        return replace(usual, **given)
 
 
 TINY_PARAMETERS = 1_128_832
@@ -1238,7 +1265,7 @@ _CARDS = Study(
 )
 _WALKS = replace(
     _CARDS,
-    base=replace(_CARDS.base, steps=220, loss_on="all"),
+    base=replace(_CARDS.base, steps=150, loss_on="all"),
     init={"lr": 3e-4, "microbatch_size": 8, "steps": 60},
     sft=replace(_CARDS.sft, lr=1e-3, microbatch_size=8),
     rl=replace(_CARDS.rl, episodes=256, minibatch_size=32, microbatch_size=8),
@@ -1269,7 +1296,6 @@ STUDIES = {
         hands=128,
         max_new_tokens=80,
         options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,
-        grid=(1e-4, 2e-4, 5e-4, 1e-3),
     ),
 }
 SEARCH_SEEDS = (1000, 1001)  # the rates are chosen on these, which no report shows; one alone is not enough
@@ -1278,20 +1304,86 @@ SEARCH_SEEDS = (1000, 1001)  # the rates are chosen on these, which no report sh
 def main_arms(study: Study) -> list[Arm]:
     """The study's main comparison: SFT and RL from one init at equal compute. The init is a short SFT on
     demonstrations as imperfect as the base's corpus; it teaches the reply's form."""
-    init = Arm(
-        "init", start="base", training=study.init | {"flops": math.inf}, records="imperfect", checkpoints=1
-    )
-    return [init, Arm("sft", measure=Measure(validate=True)), Arm("rl", "ppo")]
+    training = study.init | {"flops": math.inf}
+    init = Arm("init", start="base", training=training, records="imperfect", checkpoints=1)
+    return [init, Arm("sft", searched=True, measure=Measure(validate=True)), Arm("rl", "ppo", searched=True)]
 
 
-def search_arms(study: Study) -> list[Arm]:
-    """Both arms at every rate of the grid, measured on validation deals alone."""
-    init, *arms = main_arms(study)
-    only_end = Measure(curve=(), end=(1.0,), series="valid")
-    rates = [
-        replace(arm, name=f"{arm.name}-{lr:g}", training={"lr": lr}) for arm in arms for lr in study.grid
+def more_arms(study: Study, experiment: str) -> list[Arm]:
+    """The arms of another experiment, after those of the main one."""
+    init, demonstrated, reinforced = main_arms(study)
+    at_end, rate = Measure(curve=False), study.config(reinforced).lr
+    if experiment == "no-init":
+        rates = (rate / 2, rate, rate * 2)
+        return [Arm(f"no-init-{lr:g}", "ppo", "base", {"lr": lr}, measure=at_end) for lr in rates]
+    if experiment == "verification":  # one evaluation with 10 replies tells of all smaller budgets
+        ten = Measure(curve=False, end=(1.0,), verify_iter=10)
+        budgets = [
+            Arm(f"rl-budget-{k}", "ppo", environment={"verify_iter": k}, checkpoints=1) for k in (1, 3, 5, 10)
+        ]
+        return [replace(arm, measure=ten) for arm in (init, demonstrated, *budgets)]
+    if experiment == "start":
+        later = range(1, study.count + 1)
+        return [Arm(f"rl-from-sft-{k}", "ppo", f"sft@{k}", checkpoints=1, measure=at_end) for k in later]
+    if experiment == "recognition":
+        arms = init, demonstrated, reinforced
+        return [
+            replace(a, measure=Measure(False, (1.0,), pictures=p)) for a in arms for p in evaluate.PICTURES
+        ]
+    if experiment == "revision-sft":
+        return [Arm("sft-revision", training={"loss_on": "last"}, records="revision", searched=True)]
+    if experiment == "sft-search":
+        tried = [(parts, lr) for parts in TRAINED for lr in study.grid]
+        return [
+            Arm(f"sft-{parts}-{lr:g}", training={"lr": lr}, parts=parts, checkpoints=1, measure=at_end)
+            for parts, lr in tried
+        ]
+    if experiment == "reply-ratio":
+        return [Arm("rl-reply", "ppo", training={"ratio": "reply"}, searched=True)]
+    if experiment == "rivals":
+        diverse = {"diverse": True}
+        return [
+            Arm("dft", training={"objective": "dft"}, searched=True),
+            Arm("self-sft", "ppo", training={"objective": "imitate"}, searched=True),
+            Arm("rl-kl", "ppo", training={"kl_coef": 0.1}, searched=True),
+            Arm("diverse-sft", environment=diverse, searched=True),
+            Arm("diverse-rl", "ppo", environment=diverse, searched=True),
+        ]
+    return []  # "main", and "forgetting", which compares what the others measured
+
+
+def experiments_of(cls: type[envs.Environment]) -> list[str]:
+    """The experiments that a task can be asked for: those with frozen parts want pictures."""
+    seen = {"recognition", "sft-search"}
+    return ["main", *(name for name in evaluate.SECTIONS if cls.pictures or name not in seen)]
+
+
+def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[Arm]:
+    """The arms of an experiment after those of the main one; without such as change what an environment of
+    this class cannot change."""
+    known = {"verify_iter", *envs.options_of(cls)}
+    return [arm for arm in more_arms(study, experiment) if arm.environment.keys() <= known]
+
+
+def search_arms(study: Study, arms: Sequence[Arm]) -> list[Arm]:
+    """The init, and every arm whose rate is searched at every rate of the grid, measured on validation deals
+    alone."""
+    only_end = Measure(curve=False, end=(1.0,), series="valid")
+    tried = [
+        replace(arm, name=f"{arm.name}-{lr:g}", training=arm.training | {"lr": lr}, checkpoints=1)
+        for arm in arms
+        for lr in study.grid
+        if arm.searched
     ]
-    return [replace(arm, measure=only_end) for arm in (init, *rates)]
+    return [replace(arm, measure=only_end) for arm in (main_arms(study)[0], *tried)]
+
+
+# What SFT learns from, by name: a function of an environment.
+RECORDS = {
+    "expert": envs.demonstration,
+    "imperfect": sft.imperfect_demonstration,
+    "revision": sft.revision,
+}
 
 
 class StudyRun:
@@ -1321,19 +1413,19 @@ class StudyRun:
             raise ValueError("--hands must be at least 2, for an interval")
         out.mkdir(parents=True, exist_ok=True)
         self.results = evaluate.Results(out / "results.jsonl")
-        self._initial: tuple[int | None, Policy | None] = None, None
-        self.environment_class = envs.task_class(task)
-        self.variants, self.headline = tuple(self.environment_class.variants), self.environment_class.headline
+        self._reference: tuple[int | None, evaluate.Reference | None] = None, None
+        self.cls = envs.task_class(task)
+        self.variants, self.headline = tuple(self.cls.variants), self.cls.headline
 
     def load(self, model: str, parts: str | None = None) -> Policy:
         """A policy for this study's task."""
         loading = replace(self.loading, train=parts) if parts else self.loading
-        return load_policy(loading, model, pictures=self.environment_class.pictures)
+        return load_policy(loading, model, pictures=self.cls.pictures)
 
     def environment(self, variant: str = "id", series: str = "train", **options):
         """One of the study's environments. `series` "valid" and "test": routes that training does not
         walk."""
-        split = {"split": series} if "split" in envs.options_of(self.environment_class) else {}
+        split = {"split": series} if "split" in envs.options_of(self.cls) else {}
         options = {"verify_iter": self.study.verify_iter} | self.study.options | split | options
         return envs.make(self.task, variant, **options)
 
@@ -1344,12 +1436,12 @@ class StudyRun:
         return self.out / name if name == "base" else self.out / f"seed-{seed}" / name
 
     def checkpoint(self, start: str, seed: int) -> str:
-        """The model that "NAME" or "NAME@STEP" means."""
-        name, _, step = start.partition("@")
+        """The model that "NAME" or "NAME@K" means."""
+        name, _, number = start.partition("@")
         if name == "base" and not self.tiny:
             return self.model
         found = checkpoints(self.folder(name, seed))
-        return str(min(found, key=lambda path: abs(step_of(path) - int(step))) if step else found[-1])
+        return str(found[min(int(number or len(found)), len(found)) - 1])
 
     def place(self, model: str) -> str:
         """A checkpoint by its place in the study's folder, which may move; any other model by its name."""
@@ -1367,7 +1459,7 @@ class StudyRun:
 
     def train(self, arm: Arm, seed: int) -> None:
         """One arm, unless it is finished."""
-        self._initial = None, None  # training needs its memory
+        self._reference = None, None  # training needs its memory
         config, model = self.study.config(arm), self.checkpoint(arm.start, seed)
         settings = {
             "task": self.task,
@@ -1383,11 +1475,8 @@ class StudyRun:
         given = (lambda: self.load(model, arm.parts)), self.folder(arm.name, seed)
         logs = {"count": count, "tensorboard": self.tensorboard}
         if arm.algorithm == "sft":
-            demonstrate = {"expert": envs.demonstration, "imperfect": sft.imperfect_demonstration}[
-                arm.records
-            ]
             env = self.environment(**arm.environment)
-            batches = sft.fresh_batches(env, demonstrate, config.batch_size, f"{arm.records}/{seed}")
+            batches = sft.fresh_batches(env, RECORDS[arm.records], config.batch_size, f"{arm.records}/{seed}")
             run_sft(*given, batches, config, settings, **logs)
         else:
             config = replace(config, seed=seed)
@@ -1397,67 +1486,56 @@ class StudyRun:
 
     def measure(self, arm: Arm, seed: int, experiment: str = "main") -> None:
         """Evaluates what results.jsonl does not hold yet of an arm's checkpoints."""
-        measure, variants = arm.measure, arm.measure.variants or self.variants
-        paths = (
-            [self.model] if arm.name == "base" and not self.tiny else checkpoints(self.folder(arm.name, seed))
-        )
-        wanted = [(path, measure.series, variants, t) for path in paths for t in measure.curve]
-        wanted += [(path, "valid", ("id",), 1.0) for path in paths if measure.validate]
-        wanted += [(paths[-1], measure.series, variants, t) for t in measure.end]
-        with Progress(f"seed-{seed}/{arm.name} evaluation", len(wanted) + measure.validate) as bar:
-            for path, series, chosen, temperature in wanted:
-                self.point(arm, seed, experiment, path, series, chosen, temperature)
+        m, own = arm.measure, arm.name == "base" and not self.tiny
+        *early, last = [self.model] if own else checkpoints(self.folder(arm.name, seed))
+        few, variants = max(2, self.hands // 4), m.variants or self.variants
+        wanted = [(path, few, m.series, variants, 1.0) for path in early if m.curve]
+        wanted += [(path, few, "valid", ("id",), 1.0) for path in (*early, last) if m.validate]
+        wanted += [(last, self.hands, m.series, variants, t) for t in m.end]
+        with Progress(f"seed-{seed}/{arm.name} evaluation", len(wanted) + len(m.end) * m.validate) as bar:
+            for point in wanted:
+                self.point(arm, seed, experiment, *point)
                 bar.update()
-            if measure.validate:  # the best checkpoint greedily too
-                valid = self.results.find(arm=arm.name, seed=seed, series="valid", episodes=self.hands)
-                best = max(valid, key=lambda p: p[self.headline])["checkpoint"]
-                self.point(arm, seed, experiment, self.out / best, measure.series, variants, 0.0)
-                bar.update()
+            if m.validate:  # the best checkpoint like the last one
+                valid = self.results.find(arm=arm.name, seed=seed, series="valid", episodes=few)
+                best = self.out / max(valid, key=lambda p: p[self.headline])["checkpoint"]
+                for t in m.end:
+                    self.point(arm, seed, experiment, best, self.hands, m.series, variants, t)
+                    bar.update()
 
-    def initial(self, seed: int) -> Policy:
-        """The seed's init, from which KL is measured; the last one that was asked for is kept."""
-        if self._initial[0] != seed:
-            self._initial = seed, self.load(self.checkpoint("init", seed))
-        return self._initial[1]
+    def reference(self, seed: int) -> evaluate.Reference:
+        """The seed's init, from which distances are measured; the last one that was asked for is kept."""
+        if self._reference[0] != seed:
+            self._reference = seed, evaluate.Reference(self.load(self.checkpoint("init", seed)))
+        return self._reference[1]
 
     def point(
-        self, arm: Arm, seed: int, experiment: str, path, series: str, variants, temperature: float
+        self,
+        arm: Arm,
+        seed: int,
+        experiment: str,
+        path,
+        hands: int,
+        series: str,
+        variants,
+        temperature: float,
     ) -> None:
         """Evaluates one checkpoint under some variants, unless that was done."""
-        measure = arm.measure
         lines = read_lines(Path(path).parent / "metrics.jsonl") if isinstance(path, Path) else []
         line = next((x for x in lines if f"checkpoint-{x['step']}" == path.name), {"step": 0, "flops": 0.0})
-        budget = measure.verify_iter or self.study.verify_iter
-        place = {
-            "arm": arm.name,
-            "seed": -1 if arm.name == "base" else seed,
-            "step": line["step"],
-            "series": series,
-            "temperature": temperature,
-            "verify_iter": budget,
-            "pictures": measure.pictures,
-        }
-        missing = [v for v in variants if not self.results.find(**place, variant=v, episodes=self.hands)]
+        budget, pictures = arm.measure.verify_iter or self.study.verify_iter, arm.measure.pictures
+        place = {"arm": arm.name, "seed": -1 if arm.name == "base" else seed, "step": line["step"]}
+        place |= {"series": series, "temperature": temperature, "verify_iter": budget, "pictures": pictures}
+        missing = [v for v in variants if not self.results.find(**place, variant=v, episodes=hands)]
         policy = self.load(str(path)) if missing else None
-        initial = self.initial(seed) if missing and temperature else None
+        reference = self.reference(seed) if missing and temperature and pictures == "own" else None
         for variant in missing:
-            environments = [self.environment(variant, series, verify_iter=budget) for _ in range(self.hands)]
+            environments = [self.environment(variant, series, verify_iter=budget) for _ in range(hands)]
             result, episodes = evaluate.evaluate(
-                policy,
-                environments,
-                temperature,
-                self.study.max_new_tokens,
-                series,
-                initial,
-                measure.pictures,
+                policy, environments, temperature, self.study.max_new_tokens, series, reference, pictures
             )
-            new = {
-                "task": self.task,
-                "experiment": experiment,
-                **place,
-                "flops": line["flops"],
-                "variant": variant,
-            }
+            new = {"task": self.task, "experiment": experiment, **place}
+            new |= {"flops": line["flops"], "variant": variant}
             self.results.add(new | result | {"checkpoint": self.place(str(path))}, write=policy.rank == 0)
             if policy.rank == 0:
                 self.save_transcripts(new, environments, episodes[:2])
@@ -1492,11 +1570,12 @@ class StudyRun:
 
     # ---- experiments
 
-    def compare(self, seeds: int, note: str) -> None:
-        """The main experiment: after every seed the report is written and its table of claims printed."""
-        arms = main_arms(self.study)
+    def compare(self, experiments: Sequence[str], seeds: int, note: str) -> None:
+        """The main experiment and others: after every seed the report is written and its table of claims
+        printed."""
         if self.tiny and self.task == "gp-vl":
             self.measure_reading()
+        main = main_arms(self.study)
         settings = {
             "task": self.task,
             "model": self.model,
@@ -1506,48 +1585,62 @@ class StudyRun:
             "note": note,
         }
         for seed in range(seeds):
-            for arm in arms:
-                self.train(arm, seed)
-            for arm in (Arm("base", measure=Measure(curve=())), *arms):
-                self.measure(arm, seed)
+            for name in experiments:
+                # Others are compared with the main arms' ends.
+                arms = main + arms_of(self.study, name, self.cls)
+                for arm in arms:
+                    self.train(arm, seed)
+                base = [Arm("base", measure=Measure(curve=False))] if name == "main" else []
+                for arm in base + arms:
+                    self.measure(arm, seed, name)
             if policy_rank() == 0:
-                claims = evaluate.write_report(
-                    self.results.of(range(seed + 1), self.hands), self.out, settings
-                )
-                print("\n".join(["", *claims, "", f"report: {self.out / 'report.md'}"]), flush=True)
+                print("\n".join(["", *self.report(range(seed + 1), settings)]), flush=True)
 
-    def search(self) -> None:
-        """Chooses the rates: the one with the highest ID success on validation deals, in the mean over the
-        search's seeds, wins for each arm. What the same weights do out of distribution stands beside it and
-        chooses nothing. Prints and writes search.md."""
-        arms = search_arms(self.study)
-        for arm in arms:
+    def report(self, seeds: Sequence[int], settings: dict) -> list[str]:
+        """Writes the report of all experiments that were measured; returns its table of claims."""
+        results = self.results.of(seeds, (self.hands, max(2, self.hands // 4)))
+        measured = {}
+        for name in experiments_of(self.cls)[1:]:
+            arms = arms_of(self.study, name, self.cls)
+            ways = [{"verify_iter": a.measure.verify_iter, "pictures": a.measure.pictures} for a in arms]
+            places = [(a.name, {k: v for k, v in way.items() if v}) for a, way in zip(arms, ways)]
+            if all(results.find(arm=arm, **place) for arm, place in places):
+                measured[name] = places
+        claims = evaluate.Report(results, self.out, settings, measured).write()
+        return [*claims, "", f"report: {self.out / 'report.md'}"]
+
+    def search(self, experiment: str) -> None:
+        """Chooses the rates of an experiment's arms: the one with the highest ID success on validation deals,
+        in the mean over the search's seeds, wins for each arm. What the same weights do out of distribution
+        stands beside it and chooses nothing. Prints and writes search-EXPERIMENT.md."""
+        main = experiment == "main"
+        arms = main_arms(self.study) if main else arms_of(self.study, experiment, self.cls)
+        tried = search_arms(self.study, [arm for arm in arms if arm.searched])
+        rows, best = [], {}
+        for arm in tried:
             for seed in SEARCH_SEEDS:
                 self.train(arm, seed)
                 self.measure(arm, seed, "search")
-        rows, success = [], {}
-        for arm in arms:
             cells = []
             for variant in self.variants:
                 points = self.results.find(arm=arm.name, variant=variant, series="valid", episodes=self.hands)
                 points = [p for p in points if p["seed"] in SEARCH_SEEDS]
-                error = self.headline + "_se"
-                cells.append(
-                    ", ".join(f"{100 * p[self.headline]:.1f} ± {100 * p[error]:.1f}" for p in points)
-                )
+                shown = [100 * p[key] for p in points for key in (self.headline, self.headline + "_se")]
+                cells.append("{:.1f} ± {:.1f}, {:.1f} ± {:.1f}".format(*shown))
                 if variant == "id":
-                    success[arm.name] = sum(p[self.headline] for p in points)
-            rows.append([arm.name.partition("-")[0], f"{self.study.config(arm).lr:g}", *cells])
-        for name in ("sft", "rl"):
-            tried = [arm for arm in arms if arm.name.startswith(name + "-")]
-            best = max(tried, key=lambda arm: (success[arm.name], -arm.training["lr"]))
-            rows.append([name, f"**chosen by id: {best.training['lr']:g}**", *[""] * len(self.variants)])
+                    rate = self.study.config(arm).lr
+                    name, success = arm.name.removesuffix(f"-{rate:g}"), sum(p[self.headline] for p in points)
+                    best[name] = max(best.get(name, (0.0, 0.0)), (success, -rate))
+            rows.append([name, f"{rate:g}", *cells])
+        for name, (_, rate) in best.items():
+            if name != "init":
+                rows.append([name, f"**chosen by id: {-rate:g}**", *[""] * len(self.variants)])
         if policy_rank() == 0:
             measure = self.headline.replace("_", " ")
             title = f"{measure} on validation hands or routes, temperature 1, in percent, of seeds "
             table = evaluate.table(["arm", "learning rate", *self.variants], rows)
             lines = [title + ", ".join(map(str, SEARCH_SEEDS)), "", *table]
-            write_whole(self.out / "search.md", "\n".join(lines) + "\n")
+            write_whole(self.out / f"search-{experiment}.md", "\n".join(lines) + "\n")
             print("\n".join(lines))
 
 
@@ -1648,6 +1741,9 @@ class Training(EveryCommand):
 class StudyCommand(Training):
     """The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report."""
 
+    experiment: Annotated[
+        str, Option(f"main, {', '.join(evaluate.SECTIONS)}, or all (docs/results.md)", metavar="NAME")
+    ] = "main"
     seeds: Annotated[int, Option("number of seeds after the base", least=1)] = 3
     out: Annotated[str, Option("the study folder", metavar="DIR")] = "runs/study"
     model: Annotated[
@@ -1835,10 +1931,9 @@ def command_study(args: argparse.Namespace) -> None:
     if own:
         study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
     given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
-    for stage, lr in given.items():
-        old = getattr(study, stage)
-        new = old | {"lr": lr} if stage == "init" else replace(old, lr=lr)
-        study = replace(study, **{stage: new})
+    rates = {arm: lr for arm, lr in given.items() if arm != "init"}
+    init = study.init | ({"lr": given["init"]} if "init" in given else {})
+    study = replace(study, rates=study.rates | rates, init=init)
     loading = loading_of(args)
     run = StudyRun(args.task, study, Path(args.out), loading, args.model, args.hands, args.tensorboard)
     note = "How the learning rates were chosen: docs/rates.md."
@@ -1852,11 +1947,16 @@ def command_study(args: argparse.Namespace) -> None:
         note += (
             ", ".join(f"{name} {value} ({listed[name][1]})" for name, value in study.options.items()) + "."
         )
+    known = experiments_of(run.cls)
+    if args.experiment not in (*known, "all"):
+        raise ValueError(f"--experiment {args.experiment!r}: choose from {', '.join(known)}, all")
+    chosen = known if args.experiment == "all" else [args.experiment]
     run.train_base()
     if args.search:
-        run.search()
+        for name in chosen:
+            run.search(name)
     else:
-        run.compare(args.seeds, note)
+        run.compare(chosen, args.seeds, note)
 
 
 def loading_of(args: argparse.Namespace) -> Loading:

@@ -149,7 +149,7 @@ def accumulate(out: Path) -> None:
         for metrics in sft.train(policy, policy.optimizers(1e-2), lambda step: records, config)
     ]
     hands = [envs.make("gp-l", verify_iter=1) for _ in range(65)]
-    result, _ = evaluate.evaluate(policy, hands, 1.0, 2, initial=policy)
+    result, _ = evaluate.evaluate(policy, hands, 1.0, 2, reference=evaluate.Reference(policy))
     if policy.rank == 0:
         (out / "result.json").write_text(json.dumps({"losses": losses, **result}))
     sftrl.leave(0)

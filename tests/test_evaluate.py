@@ -26,7 +26,7 @@ def episode(outcome, budget=3):
 
 def test_summary_counts_successes_first_replies_and_verdicts():
     result = evaluate.summary([episode(o) for o in (1, 0, 2, 1)], KINDS)
-    assert result["outcomes"] == "1021" and result["success"] == 0.75 and result["first_success"] == 0.5
+    assert result["outcomes"] == [1, 0, 2, 1] and result["success"] == 0.75 and result["first_success"] == 0.5
     assert result["verdicts"]["correct"] == pytest.approx(3 / 7) and result["verdicts"][
         "illegal"
     ] == pytest.approx(3 / 7)
@@ -59,7 +59,7 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     assert result["step_accuracy_se"] == pytest.approx(
         math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3)
     )  # routes of one length: that of a mean
-    assert evaluate.summary(routes, STEP_KINDS)["outcomes"] == "200"
+    assert evaluate.summary(routes, STEP_KINDS)["outcomes"] == [2, 0, 0]
     for verdict, recognized, right in (("wrong_observation", True, 5), ("correct", False, 6)):
         routes[1].turns[0] = envs.Turn("", 0.0, verdict, "", recognized, 0)
         assert envs.VIRL.measures(routes)["first_step_accuracy"] == pytest.approx(right / 9)
@@ -80,10 +80,10 @@ def test_evaluation_walks_every_route_to_its_end(policy):
 
 def test_difference_is_paired():
     rng = random.Random(0)
-    a = "".join(rng.choice("0123") for _ in range(1000))
-    b = "".join("0" if i % 10 == 0 else x for i, x in enumerate(a))  # loses a tenth of a's hands at most
+    a = [rng.choice((0, 1, 2, 3)) for _ in range(1000)]
+    b = [0 if i % 10 == 0 else x for i, x in enumerate(a)]  # loses a tenth of a's hands at most
     d = evaluate.difference([{"outcomes": a}] * 2, [{"outcomes": b}] * 2)
-    lost = [(x > "0") - (y > "0") for x, y in zip(a, b)]
+    lost = [(x > 0) - (y > 0) for x, y in zip(a, b)]
     p = sum(lost) / 1000
     half = 1.96 * math.sqrt(p * (1 - p) / 999)
     assert d["mean"] == pytest.approx(p) and d["interval"] == pytest.approx((p - half, p + half), abs=1e-9)
@@ -153,8 +153,8 @@ def test_seeds_that_disagree_are_not_called_a_finding():
 
 
 def test_the_interval_over_seeds_is_students_t():
-    points = [{"outcomes": "1" * k + "0" * (10 - k)} for k in (5, 6, 7)]
-    d = evaluate.difference(points, [{"outcomes": "0" * 10}] * 3)
+    points = [{"outcomes": [1] * k + [0] * (10 - k)} for k in (5, 6, 7)]
+    d = evaluate.difference(points, [{"outcomes": [0] * 10}] * 3)
     assert d["seed_interval"] == pytest.approx(
         (0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3))
     )
@@ -178,8 +178,15 @@ def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
     with torch.no_grad():
         other.model.get_output_embeddings().weight.mul_(0.8)
     environments = [envs.make("gp-l", verify_iter=1) for _ in range(64)]
-    assert evaluate.evaluate(policy, environments, 1.0, 12, initial=policy)[0]["kl_to_init"] == 0
-    measured = evaluate.evaluate(policy, environments, 1.0, 12, initial=other)[0]["kl_to_init"]
+    assert (
+        evaluate.evaluate(policy, environments, 1.0, 12, reference=evaluate.Reference(policy))[0][
+            "kl_to_init"
+        ]
+        == 0
+    )
+    measured = evaluate.evaluate(policy, environments, 1.0, 12, reference=evaluate.Reference(other))[0][
+        "kl_to_init"
+    ]
     with policy.responder(1.0, 12, policy.generator("x")) as respond:
         envs.play(environments, respond, [f"test/{i}" for i in range(64)])
     exact = []
@@ -195,14 +202,56 @@ def test_kl_to_init_is_zero_for_itself_and_near_the_exact_value_for_another():
     assert measured == pytest.approx(sum(exact) / len(exact), rel=0.15)
 
 
+def test_the_divergence_from_init_is_measured_on_inits_own_replies(policy):
+    """KL(init, policy) is near the exact one; weights count as changed after rounding to bf16 alone."""
+    other = make_policy()
+    assert all(torch.equal(p, q) for p, q in zip(policy.model.parameters(), other.model.parameters()))
+    matrix = other.model.get_output_embeddings().weight
+    with torch.no_grad():
+        matrix[: len(matrix) // 2].mul_(0.8)
+        matrix[len(matrix) // 2 :].mul_(1 + 2**-12)  # bf16 tells steps of 2^-8 apart: few weights cross one
+    environments = [envs.make("gp-l", verify_iter=1) for _ in range(64)]
+    reference = evaluate.Reference(policy)
+    measured = evaluate.evaluate(other, environments, 1.0, 12, reference=reference)[0]
+    (streams,) = reference.conversations.values()
+    exact = []
+    with torch.no_grad():
+        for stream in streams:
+            ids = torch.tensor([stream.ids])
+            p, q = (m.model(input_ids=ids).logits[0].log_softmax(-1) for m in (policy, other))
+            chosen = torch.tensor(stream.mask[1:]) > 0
+            exact += (p[:-1].exp() * (p[:-1] - q[:-1])).sum(-1)[chosen].tolist()
+    assert measured["kl_from_init"] == pytest.approx(sum(exact) / len(exact), rel=0.15)
+    assert measured["kl_from_init"] != measured["kl_to_init"]
+    half = matrix.numel() / 2 / sum(p.numel() for p in other.model.parameters())
+    assert half * 0.9 < measured["changed"] < half * 1.3
+    streams_before = reference.conversations["id", 64]
+    evaluate.evaluate(policy, environments, 1.0, 12, reference=reference)
+    assert reference.conversations["id", 64] is streams_before  # sampled once
+
+
+def test_rank_correlation_is_spearmans():
+    rng = random.Random(0)
+    x = [rng.choice(range(10)) for _ in range(50)]
+    y = [a + rng.choice(range(10)) for a in x]
+
+    def ranks(own):
+        order = sorted(own)
+        return [order.index(a) + (order.count(a) - 1) / 2 for a in own]
+
+    expected = np.corrcoef(ranks(x), ranks(y))[0, 1]
+    assert evaluate.rank_correlation(x, y) == pytest.approx(expected)
+    assert evaluate.rank_correlation([1, 2, 3], [1, 8, 27]) == pytest.approx(1)
+
+
 def results_of(tmp_path, rates):
     """A study's points with success rates by (arm, step, variant)."""
     results, rng = evaluate.Results(tmp_path / "results.jsonl"), random.Random(0)
     for seed in (0, 1):
         for (arm, step, variant, series), rate in rates.items():
             for temperature in (1.0, 0.0):
-                outcomes = "".join("1" if rng.random() < rate else "0" for _ in range(400))
-                summary = evaluate.summary([episode(int(o)) for o in outcomes], KINDS)
+                outcomes = [int(rng.random() < rate) for _ in range(400)]
+                summary = evaluate.summary([episode(o) for o in outcomes], KINDS)
                 results.add(
                     {
                         "task": "gp-l",
@@ -213,6 +262,8 @@ def results_of(tmp_path, rates):
                         "variant": variant,
                         "series": series,
                         "temperature": temperature,
+                        "verify_iter": 3,
+                        "pictures": "own",
                         **summary,
                         "kl_to_init": 0.1,
                         "checkpoint": "x",
@@ -236,17 +287,19 @@ def test_report_states_what_the_points_say(tmp_path):
             ("rl", step, "rule", "test"): rl,
         }
     results = results_of(tmp_path, rates)
-    claims = evaluate.write_report(results, tmp_path, {"task": "gp-l", "verify_iter": 3, "note": ""})
+    report = evaluate.Report(results, tmp_path, {"task": "gp-l", "verify_iter": 3, "note": ""}, {})
+    claims = report.write()
     said = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
     assert (
         "**holds**" in said["RL ends above init under the other rule"]
         and "**holds**" in said["SFT ends below init under the other rule"]
     )
-    assert [p["step"] for p in results.ends("sft", "rule", 1.0, "best")] == [1, 1]
-    assert [p["step"] for p in results.ends("sft", "rule", 1.0)] == [2, 2]
+    assert [p["step"] for p in results.ends("sft best", variant="rule")] == [1, 1]
+    assert [p["step"] for p in results.ends("sft", variant="rule")] == [2, 2]
+    assert [p["step"] for p in results.ends("sft@1", variant="rule")] == [1, 1]
     assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
-    curve = evaluate.curves(results, ["id", "rule"], "success")["rl"]
-    assert [p["flops"] for p in curve] == [0, 1e12, 2e12] and len(curve[1]["rule"]) == 2
+    curve = report.curves("rl", "rule", "success")
+    assert [flops for flops, _ in curve] == [0, 1e12, 2e12] and len(curve[1][1]) == 2
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"
 

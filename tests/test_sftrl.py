@@ -1503,7 +1503,7 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     shorten(monkeypatch, "gp-l", count=1, grid=(1e-4, 1e-3))
     args = ("study", "--search", "--out", tmp_path, "--scale", 0.002, "--hands", 4)
     assert inside(*args) == 0
-    table = (tmp_path / "search.md").read_text()
+    table = (tmp_path / "search-main.md").read_text()
     assert re.findall(
         r"\| (init|sft|rl) \| ([0-9.e-]+)(?: \| [0-9.]+ ± [0-9.]+, [0-9.]+ ± [0-9.]+){2} \|", table
     ) == [("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]
@@ -1522,7 +1522,7 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     assert inside(*args) == 0
     assert next(shown, None) is None
     assert re.findall(
-        r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search.md").read_text()
+        r"\| (sft|rl) \| \*\*chosen by id: ([0-9.e-]+)", (tmp_path / "search-main.md").read_text()
     ) == [("sft", "0.001"), ("rl", "0.0001")]
 
 
@@ -1530,7 +1530,7 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
     shorten(monkeypatch, "gp-l", count=3)
     args = ("study", "--out", tmp_path, "--seeds", 2, "--scale", 0.002, "--hands", 6)
     assert inside(*args) == 0
-    assert "| claim of the paper |" in capsys.readouterr().out
+    assert "| claim | measured |" in capsys.readouterr().out
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {(p["arm"], p["variant"], p["temperature"]) for p in lines} >= {
         (a, v, t) for a in ("init", "sft", "rl") for v in ("id", "rule") for t in (0.0, 1.0)
@@ -1562,6 +1562,62 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
         and (tmp_path / "report.md").read_text() == report
         and time.time() - start < 60
     )
+
+
+EXPERIMENTS = {  # by name, arms with what they are about
+    "no-init": {"no-init-0.0001", "no-init-0.0004"},
+    "verification": {"rl-budget-1", "rl-budget-10"},
+    "start": {"rl-from-sft-1", "rl-from-sft-2"},
+    "revision-sft": {"sft-revision"},
+    "reply-ratio": {"rl-reply"},
+    "rivals": {"dft", "self-sft", "rl-kl", "diverse-sft", "diverse-rl"},
+    "forgetting": {"sft", "rl"},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "start",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (*sorted(EXPERIMENTS.keys() - {"start"}), "all")),
+    ],
+)
+def test_experiments_in_miniature(tmp_path, monkeypatch, name):
+    shorten(monkeypatch, "gp-l", count=2)
+    args = ("study", "--out", tmp_path, "--seeds", 1, "--scale", 0.006, "--hands", 8, "--experiment", name)
+    assert inside(*args) == 0
+    lines, report = sftrl.read_lines(tmp_path / "results.jsonl"), (tmp_path / "report.md").read_text()
+    for experiment, arms in EXPERIMENTS.items() if name == "all" else [(name, EXPERIMENTS[name])]:
+        assert arms <= {p["arm"] for p in lines} and f"## {experiment}" in report
+        if importlib.util.find_spec("matplotlib"):
+            assert (tmp_path / f"figures/{experiment}.png").read_bytes()[:4] == b"\x89PNG"
+    if name == "start":  # each starts from another checkpoint of SFT
+        started = [json.loads((tmp_path / f"seed-0/rl-from-sft-{k}/config.json").read_text()) for k in (1, 2)]
+        assert started[0]["settings"]["model"] != started[1]["settings"]["model"]
+        assert all(run["settings"]["model"].startswith("seed-0/sft/checkpoint-") for run in started)
+        assert "rl-from-sft-1 ends above its start under the other rule" in report
+
+
+@pytest.mark.slow
+def test_frozen_parts_and_controls_in_miniature(tmp_path, monkeypatch):
+    shorten(monkeypatch, "gp-vl", count=1, grid=(1e-4,))
+    args = ("study", "--task", "gp-vl", "--out", tmp_path, "--seeds", 1, "--scale", 0.002, "--hands", 8)
+    for name in ("recognition", "sft-search"):
+        assert inside(*args, "--experiment", name) == 0
+    lines = sftrl.read_lines(tmp_path / "results.jsonl")
+    assert {p["pictures"] for p in lines if p["arm"] == "rl"} == {"own", "blank", "shuffled"}
+    assert {"sft-all-0.0001", "sft-language-0.0001"} < {p["arm"] for p in lines}
+    base, all_parts, language = (
+        load_file(next((tmp_path / f"seed-0/{arm}").glob("checkpoint-*")) / "model.safetensors")
+        for arm in ("init", "sft-all-0.0001", "sft-language-0.0001")
+    )
+    tower = next(key for key in base if "vision_tower" in key and key.endswith("weight"))
+    assert torch.equal(base[tower], language[tower]) and not torch.equal(base[tower], all_parts[tower])
+
+
+def test_an_unknown_experiment_is_one_line(tmp_path, capsys):
+    assert inside("study", "--out", tmp_path, "--experiment", "recognition") == 2
+    assert "choose from main, no-init" in capsys.readouterr().err
 
 
 @pytest.mark.slow
