@@ -781,6 +781,21 @@ def test_foundation_corpus_mixes_rules_and_never_shows_the_target_form():
     )
 
 
+def test_diverse_hands_have_rules_of_their_own_and_never_the_tests():
+    env, rules = envs.make("gp-l", seed=5, diverse=True), set()
+    for seed in range(80):
+        observation, info = env.reset(seed)
+        rules.add(tuple(env.faces.values()))
+        assert "J is {J}, Q is {Q}, K is {K}".format(**env.faces) in observation.messages[0]["content"]
+        assert (
+            info["numbers"] == [env.value_of(card) for card in info["cards"]] and max(info["numbers"]) <= 10
+        )
+        assert env.step(env.expert_reply())[4]["verdict"] == "correct"
+    assert len(rules) > 60 and {value for rule in rules for value in rule} == set(range(1, 11))
+    again = envs.make("gp-l", seed=0, diverse=True)
+    assert again.reset(79)[1] == info
+
+
 def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_corpus():
     env, seen = envs.make("gp-l"), set()
     for seed in range(60):

@@ -218,6 +218,30 @@ def test_advantages_run_across_the_waypoints_of_a_route(policy):
         )
 
 
+def test_imitation_learns_from_right_replies_alone_and_every_token_counts_alike():
+    policy, config = make_policy(), small_config(objective="imitate", episodes=2, minibatch_size=2)
+    env = envs.make("gp-l", seed=1)
+    records = [envs.demonstration(env, wrong_turns) for wrong_turns in (2, 0)]
+    streams = policy.streams(records)
+    verdicts = [["wrong_value", "wrong_value", "correct"], ["wrong_value"]]  # the last one's is made up
+    episodes = [
+        envs.Episode("", [], [envs.Turn("", 5.0 if v == "correct" else -1.0, v, "", True) for v in own])
+        for own in verdicts
+    ]
+    batch = ppo.collect(policy, [[s] for s in streams], episodes, config, "formula")
+    start, stop = streams[0].replies[-1]
+    for row, stream in zip(batch["advantages"], sorted(streams, key=len)):
+        right = set(range(start, stop)) if stream is streams[0] else set()
+        assert {t for t, a in enumerate(row.tolist()) if a == 1} == right and set(row.tolist()) <= {0.0, 1.0}
+    part = ppo.rows_of(batch, torch.arange(2))
+    scores = policy(part, values="detached", entropy=True)
+    actions = part["actions"].sum().item()
+    loss, logged = ppo.losses(scores, part, config, actions, actions, warming=False)
+    row = [len(s) for s in sorted(streams, key=len)].index(len(streams[0]))
+    expected = -scores["logp"][row, start:stop].sum() / actions
+    assert logged["policy_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 class Guided:
     """Plays a walk with pictures: the first reply at each waypoint is the model's own, the second the
     expert's."""

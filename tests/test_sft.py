@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from conftest import SIGHTED, SMALL, make_policy
+from torch import nn
 
 import envs
 import evaluate
@@ -57,6 +58,49 @@ def test_loss_is_the_mean_over_reply_tokens_of_the_global_batch(policy):
         config = sft.SFTConfig(batch_size=5, microbatch_size=micro, steps=1, lr=0.0)
         (metrics,) = sft.train(policy, policy.optimizers(0.0), lambda step: batch, config)
         assert metrics["loss"] == pytest.approx(total / n, rel=1e-5) and metrics["reply_tokens"] == n
+
+
+def test_dft_weights_every_token_by_its_own_probability_as_a_constant():
+    policy, batch = make_policy(), records(3)
+    (plain,) = sft.train(policy, [], lambda step: batch, sft.SFTConfig(batch_size=3, steps=1))
+    expected, n = 0.0, 0
+    for stream in policy.streams(batch):
+        logp = policy(policy.collate([stream]))["logp"][0][torch.tensor(stream.mask) > 0]
+        expected, n = expected - sum(p.exp().item() * p for p in logp), n + len(logp)
+    gradients = torch.autograd.grad(expected / n, list(policy.model.base_model.language_model.parameters()))
+    policy.step = lambda *args: 0.0  # keeps the gradients
+    config = sft.SFTConfig(batch_size=3, microbatch_size=2, steps=1, objective="dft")
+    policy.zero_grad()
+    (metrics,) = sft.train(policy, [], lambda step: batch, config)
+    assert metrics["loss"] == pytest.approx(expected.item() / n, rel=1e-5) and metrics["loss"] < plain["loss"]
+    for p, g in zip(policy.model.base_model.language_model.parameters(), gradients):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5)
+
+
+def test_muon_makes_the_momentum_orthogonal_and_is_torchs_but_for_bf16():
+    for shape in ((24, 64), (64, 24), (32, 32)):
+        torch.manual_seed(0)
+        own, other = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        mine = sftrl.Muon([own], lr=0.1)
+        torchs = torch.optim.Muon([other], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            own.grad, before = torch.randn(shape), own.detach().clone()
+            other.grad = own.grad.clone()
+            mine.step(), torchs.step()
+            sizes = torch.linalg.svdvals(own.detach() - before) / (0.1 * 0.2 * max(shape) ** 0.5)
+            assert 0.5 < sizes.min() and sizes.max() < 1.3
+        torch.testing.assert_close(own, other, rtol=0, atol=0.1 * own.abs().max().item())
+
+
+def test_revisions_are_right_replies_after_none_or_some_wrong_ones():
+    env, lengths = envs.make("gp-l", seed=0, verify_iter=3), []
+    for _ in range(60):
+        turns = sft.revision(env)["conversations"]
+        lengths.append(len(turns) // 2)
+        env.reset(options={"cards": env.cards})
+        verdicts = [env.step(turn["value"])[4]["verdict"] for turn in turns[1::2]]
+        assert verdicts == ["wrong_value"] * (len(verdicts) - 1) + ["correct"]
+    assert set(lengths) == {1, 2, 3}
 
 
 def test_accumulation_gives_the_same_step():
