@@ -65,33 +65,26 @@ CHAT_TEMPLATE = (
 )
 
 
-TINY_PICTURES = {
-    "size": (128, 64),
-    "font_size": 0.36,
-    "jitter": 0.45,
-}  # of the visual tasks: a rank is about 10 pixels high
-TINY_WALKS = {"turns": 3, "points_per_leg": 1}  # about 6 waypoints a route
+# Options of the tiny studies: ranks about 10 pixels high, walks of about 6 waypoints.
+TINY_PICTURES = {"size": (128, 64), "font_size": 0.36, "jitter": 0.45}
+TINY_WALKS = {"turns": 3, "points_per_leg": 1}
 TINY_VIEWS = {"view_size": 64, "panorama_width": 256}
+
+
+def demonstrations(task: str, n: int, **options) -> list[dict]:
+    """n conversations with one wrong reply each under both rules."""
+    seeds = [(variant, seed) for variant in ("id", "rule") for seed in range(n)]
+    return [envs.demonstration(envs.make(task, *which, **options), 1) for which in seeds]
 
 
 @lru_cache(maxsize=None)  # drawing hands and walks takes seconds
 def card_texts() -> list[str]:
     """What is said about cards, for the tokenizer."""
     rng = random.Random(0)
-    records = [sft.foundation_record(rng) for _ in range(500)]
-    records += [
-        envs.demonstration(envs.make("gp-l", variant, seed), 1)
-        for variant in envs.FACE_RULES
-        for seed in range(200)
-    ]
-    records += [sft.foundation_record(rng, TINY_PICTURES) for _ in range(300)] + [
-        sft.reading_record(rng, **TINY_PICTURES) for _ in range(100)
-    ]
-    records += [
-        envs.demonstration(envs.make("gp-vl", variant, seed, **TINY_PICTURES), 1)
-        for variant in envs.FACE_RULES
-        for seed in range(100)
-    ]
+    records = [sft.foundation_record(rng) for _ in range(500)] + demonstrations("gp-l", 200)
+    records += [sft.foundation_record(rng, TINY_PICTURES) for _ in range(300)]
+    records += [sft.reading_record(rng, **TINY_PICTURES) for _ in range(100)]
+    records += demonstrations("gp-vl", 100, **TINY_PICTURES)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     formulas = ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "01", "1" * 300, "(" * 30, "1", "2")
     answers = [([], [], "")] + [(["A"] * 4, [1] * 4, formula) for formula in formulas]
@@ -105,19 +98,14 @@ def street_texts() -> list[str]:
     """What is said on a walk."""
     rng = random.Random(0)
     records = [sft.foundation_walk(rng, cities=sft.PICTURE_CITIES, **TINY_WALKS) for _ in range(500)]
-    records += [
-        envs.demonstration(envs.make("virl-l", variant, seed, **TINY_WALKS), 1)
-        for variant in envs.VIRL.rules
-        for seed in range(100)
-    ]
+    records += demonstrations("virl-l", 100, **TINY_WALKS)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     env = envs.make("virl-vl", **TINY_WALKS, **TINY_VIEWS)
     env.reset(seed=0)
     while not any(env.done):
         env.step(env.expert_reply())
-    rare = [
-        envs.text_of(message["content"]) for message in env.messages
-    ]  # what only walks in pictures hear, and what few walkers do
+    # What only walks in pictures hear, and what few walkers do.
+    rare = [envs.text_of(message["content"]) for message in env.messages]
     for report, there in (("nothing", False), ("nothing", True), ("an intersection", False), (None, True)):
         reply = json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", ""))))
         here = envs.Waypoint((0, 0), 0, envs.NOTHING, there, "", "forward()")
@@ -125,7 +113,8 @@ def street_texts() -> list[str]:
     return texts + 50 * rare
 
 
-# By model, what its tokenizer learns from and, as a pattern, what stands alone in it.
+# By model, what its tokenizer learns from and, as a pattern, what stands alone in it: for cards numbers up to
+# 13, digits, operators, ranks and field names; for streets the words of a turn and of names.
 TINY_MODELS = {
     "tiny": (card_texts, r'(?<![0-9])1[0-3](?![0-9])|[0-9]|[-+*/()=]|\b[AJQK]\b|(?<=")[a-z]+(?=")'),
     "tiny-streets": (
@@ -137,32 +126,19 @@ TINY_MODELS = {
 
 
 def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on our own prompts and replies.
-
-    For cards, numbers up to 13, digits, operators, ranks and field names stand alone; for streets, the
-    words of a turn and of names. The fixed text between them merges into single tokens, because every token
-    costs study time."""
+    """A byte-level BPE tokenizer, trained on our own prompts and replies. Fixed text merges into single tokens,
+    because every token costs study time."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts_of, alone = TINY_MODELS[name]
-    texts, tokenizer = texts_of(), Tokenizer(models.BPE())
+    texts, tokenizer, bytewise = texts_of(), Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(alone), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [pre_tokenizers.Split(Regex(alone), "isolated"), bytewise(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<image>"] + [f"<|{role}|>" for role in ROLES]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    options = {"initial_alphabet": bytewise.alphabet(), "special_tokens": special, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -175,26 +151,18 @@ def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.
 def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
     """A built-in model, one of TINY_MODELS: a Hugging Face Llava of about 1M parameters with random
     weights, and its processor. Needs no network."""
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     tokenizer = build_tokenizer(name)
-    size, patch = (
-        128,
-        32,
-    )  # 16 patches; a picture of four cards, stretched to a square, has four for each card
+    side, patch = 128, 32  # a picture of four cards, stretched to a square, has four of 16 patches for each
+    features = {"vision_feature_select_strategy": "full"}
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        image_size=size,
+        image_size=side,
         patch_size=patch,
         projection_dim=64,
     )
@@ -216,22 +184,20 @@ def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrain
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
         tie_word_embeddings=True,
+        **features,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-    images = CLIPImageProcessorPil(
-        size={"height": size, "width": size}, crop_size={"height": size, "width": size}
-    )
+    square = {"height": side, "width": side}
     processor = LlavaProcessor(
-        images,
+        CLIPImageProcessorPil(size=square, crop_size=square),
         tokenizer,
         patch_size=patch,
-        vision_feature_select_strategy="full",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
+        **features,
     )
     return model, processor
 
@@ -1198,8 +1164,7 @@ class Arm:
 
 @dataclass
 class Study:
-    """The settings of `sftrl study` for one task and the tiny model. How the rates were chosen:
-    docs/rates.md."""
+    """The settings of `sftrl study` for one task and the tiny model."""
 
     base: sft.SFTConfig
     sft: sft.SFTConfig
@@ -1212,7 +1177,8 @@ class Study:
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
     options: dict = field(default_factory=dict)  # of the environments: small enough for the tiny model
-    rates: dict = field(default_factory=dict)  # learning rates by arm, over those of `sft` and `rl`
+    # Learning rates by arm, see docs/rates.md; other arms take that of "sft" or "rl".
+    rates: dict = field(default_factory=dict)
     grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that the search tries for all arms
 
     def scaled(self, scale: float) -> "Study":
@@ -1224,13 +1190,10 @@ class Study:
     def for_model(self, parameters: int) -> "Study":
         """The same for a model of the caller's own: the task at full size, as many tokens as the tiny model
         gets, and the rates with which `sftrl sft` and `sftrl ppo` train."""
-        usual = ppo.PPOConfig()
         return replace(
             self,
-            init=self.init | {"lr": sft.SFTConfig.lr},
-            rates={},
-            sft=replace(self.sft, lr=sft.SFTConfig.lr),
-            rl=replace(self.rl, lr=usual.lr, value_lr=usual.value_lr, max_new_tokens=256),
+            rates={"init": sft.SFTConfig.lr},
+            rl=replace(self.rl, value_lr=ppo.PPOConfig.value_lr),
             flops=self.flops * parameters / TINY_PARAMETERS,
             max_new_tokens=256,
             options={},
@@ -1238,9 +1201,10 @@ class Study:
 
     def config(self, arm: Arm) -> sft.SFTConfig | ppo.PPOConfig:
         """The training settings of an arm."""
-        usual = self.sft if arm.algorithm == "sft" else self.rl
-        given = {"lr": self.rates.get(arm.name, usual.lr), "flops": self.flops} | arm.training
-        return replace(usual, **given)
+        usual, main = (self.sft, "sft") if arm.algorithm == "sft" else (self.rl, "rl")
+        given = {"lr": self.rates.get(arm.name, self.rates.get(main, usual.lr)), "flops": self.flops}
+        given |= {"max_new_tokens": self.max_new_tokens} if main == "rl" else {}
+        return replace(usual, **given | arm.training)
 
 
 TINY_PARAMETERS = 1_128_832
@@ -1248,10 +1212,9 @@ _CARDS = Study(
     base=sft.SFTConfig(
         lr=3e-3, batch_size=64, microbatch_size=8, steps=800, warmup=0.05, loss_on="last", muon=True
     ),
-    init={"lr": 3e-4, "microbatch_size": 8, "steps": 60, "loss_on": "last"},
-    sft=sft.SFTConfig(lr=5e-4, batch_size=64, microbatch_size=16, steps=10**9),
+    init={"microbatch_size": 8, "steps": 60, "loss_on": "last"},
+    sft=sft.SFTConfig(batch_size=64, microbatch_size=16, steps=10**9),
     rl=ppo.PPOConfig(
-        lr=2e-4,
         value_lr=3e-3,
         episodes=512,
         minibatch_size=64,
@@ -1259,16 +1222,17 @@ _CARDS = Study(
         epochs=1,
         steps=10**9,
         warmup=0.1,
-        max_new_tokens=48,
     ),
+    rates={"init": 3e-4, "sft": 5e-4, "rl": 2e-4},
     flops=1.6e13,
 )
 _WALKS = replace(
     _CARDS,
     base=replace(_CARDS.base, steps=150, loss_on="all"),
-    init={"lr": 3e-4, "microbatch_size": 8, "steps": 60},
-    sft=replace(_CARDS.sft, lr=1e-3, microbatch_size=8),
+    init={"microbatch_size": 8, "steps": 60},
+    sft=replace(_CARDS.sft, microbatch_size=8),
     rl=replace(_CARDS.rl, episodes=256, minibatch_size=32, microbatch_size=8),
+    rates=_CARDS.rates | {"sft": 1e-3},
     count=4,
     hands=192,
     verify_iter=2,
@@ -1289,8 +1253,8 @@ STUDIES = {
     "virl-vl": replace(
         _WALKS,
         base=replace(_WALKS.base, steps=800),
-        sft=replace(_WALKS.sft, lr=5e-4),
-        rl=replace(_WALKS.rl, lr=1e-4, episodes=128, minibatch_size=16, max_new_tokens=80),
+        rl=replace(_WALKS.rl, episodes=128, minibatch_size=16),
+        rates=_CARDS.rates | {"rl": 1e-4},
         flops=1e13,
         count=3,
         hands=128,
@@ -1699,8 +1663,8 @@ def add_options(group, cls: type, given_alone: bool = False) -> None:
         group.add_argument("--" + name.replace("_", "-"), **how)
 
 
-def reward(text: str) -> tuple[str, float]:
-    """VERDICT=REWARD, as --rewards takes it."""
+def named_number(text: str) -> tuple[str, float]:
+    """NAME=NUMBER, as --rewards and --rates take it."""
     name, _, value = text.partition("=")
     return name, float(value)
 
@@ -1753,9 +1717,6 @@ class StudyCommand(Training):
         int | None, Option("evaluation hands, or routes, per point; None: the task's", least=1)
     ] = None
     scale: Annotated[float, Option("length of every stage relative to the defaults", above=0)] = 1.0
-    init_lr: Annotated[float | None, Option("learning rate of the init", above=0)] = None
-    sft_lr: Annotated[float | None, Option("learning rate of the SFT arm", above=0)] = None
-    rl_lr: Annotated[float | None, Option("learning rate of the RL arm", above=0)] = None
     search: Annotated[
         bool, Option("only search the learning rates, on ID success and seeds of their own")
     ] = False
@@ -1865,7 +1826,10 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
         add_options(sub, options)
         if config:
             add_options(sub.add_argument_group("training"), config)
-        if options is not StudyCommand:
+        if options is StudyCommand:
+            text = "other learning rates for some arms, the init among them"
+            sub.add_argument("--rates", type=named_number, nargs="+", metavar="ARM=RATE", help=text)
+        else:
             add_environment(sub.add_argument_group("environment"), cls)
         if options is PlayCommand:
             for start, (kind, text) in cls.start_options.items():
@@ -1879,7 +1843,7 @@ def add_environment(group, cls: type[envs.Environment]) -> None:
     group.add_argument("--variant", default="id", metavar="NAME", help=f"{variants} (default: %(default)s)")
     usual = " ".join(f"{name}={value:g}" for name, value in cls.rewards.items())
     text = f"other rewards for some verdicts, or for a budget that is used up (default: {usual})"
-    group.add_argument("--rewards", type=reward, nargs="+", metavar="VERDICT=REWARD", help=text)
+    group.add_argument("--rewards", type=named_number, nargs="+", metavar="VERDICT=REWARD", help=text)
     add_options(group, cls, given_alone=True)
 
 
@@ -1921,36 +1885,41 @@ def logs_of(args: argparse.Namespace) -> dict:
     return {"count": args.checkpoints, "keep": args.keep, "tensorboard": args.tensorboard}
 
 
-def command_study(args: argparse.Namespace) -> None:
-    """`sftrl study`."""
-    study = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale)
-    own = args.model not in ("tiny", study.tiny)
-    if args.task not in STUDIES and not own:
+def study_of(args: argparse.Namespace) -> tuple[Study, str]:
+    """The settings that a command line asks for, and what the report shall note of them."""
+    study, tiny = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale), True
+    note = "How the learning rates were chosen: docs/rates.md."
+    if args.model not in ("tiny", study.tiny):
+        parameters = Policy.load(args.model, torch.device("meta")).parameter_count
+        study, tiny, note = study.for_model(parameters), False, "Learning rates: those of sftrl sft and ppo."
+    elif args.task not in STUDIES:
         known = ", ".join(STUDIES)
         raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
-    if own:
-        study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
-    given = {stage: lr for stage in ("init", "sft", "rl") if (lr := getattr(args, f"{stage}_lr"))}
-    rates = {arm: lr for arm, lr in given.items() if arm != "init"}
-    init = study.init | ({"lr": given["init"]} if "init" in given else {})
-    study = replace(study, rates=study.rates | rates, init=init)
-    loading = loading_of(args)
-    run = StudyRun(args.task, study, Path(args.out), loading, args.model, args.hands, args.tensorboard)
-    note = "How the learning rates were chosen: docs/rates.md."
-    if given or own:
-        note = (
-            f"Learning rates given on the command line: {given}; the others are those of sftrl sft and ppo."
-        )
-    if study.options and run.tiny:
-        note += " For the tiny model the task is made smaller; its options, the defaults in brackets: "
-        listed = envs.options_of(envs.task_class(args.task))
+    cls, given = envs.task_class(args.task), dict(args.rates or ())
+    arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
+    for name, rate in given.items():
+        if name not in arms or not 0 < rate < math.inf:
+            raise ValueError(f"--rates {name}={rate:g}: an arm and a positive number are needed")
+    if given:
+        note += f" Given on the command line: {given}."
+    if study.options and tiny:
+        listed = envs.options_of(cls)
+        shown = ", ".join(f"{name} {value} ({listed[name][1]})" for name, value in study.options.items())
         note += (
-            ", ".join(f"{name} {value} ({listed[name][1]})" for name, value in study.options.items()) + "."
+            f" For the tiny model the task is made smaller; its options, the defaults in brackets: {shown}."
         )
-    known = experiments_of(run.cls)
+    return replace(study, rates=study.rates | given), note
+
+
+def command_study(args: argparse.Namespace) -> None:
+    """`sftrl study`."""
+    known = experiments_of(envs.task_class(args.task))
     if args.experiment not in (*known, "all"):
         raise ValueError(f"--experiment {args.experiment!r}: choose from {', '.join(known)}, all")
     chosen = known if args.experiment == "all" else [args.experiment]
+    study, note = study_of(args)
+    loading = loading_of(args)
+    run = StudyRun(args.task, study, Path(args.out), loading, args.model, args.hands, args.tensorboard)
     run.train_base()
     if args.search:
         for name in chosen:

@@ -210,12 +210,14 @@ def test_a_study_of_it_needs_a_model_and_writes_a_report(task, tmp_path, capsys)
     assert run(*study) == 2
     assert "the tiny model has no study of" in capsys.readouterr().err
     assert run("sft", "--task", task, "--out", "base", "--steps", 30, "--batch-size", 8, "--lr", 3e-3) == 0
-    assert run(*study, "--model", "base/checkpoint-30", "--sft-lr", 1e-3) == 0
+    assert run(*study, "--model", "base/checkpoint-30", "--rates", "sft=1e-3") == 0
     lines = sftrl.read_lines(tmp_path / "study" / "results.jsonl")
     arms = {(p["arm"], p["variant"]) for p in lines}
     assert arms >= {(arm, v) for arm in ("base", "init", "sft", "rl") for v in ("id", "rule")}
     report = (tmp_path / "study" / "report.md").read_text()
-    assert "| RL ends above init on capitals |" in report and "evaluation episodes per point" in report
+    assert (
+        "| RL ends above init on capitals |" in report and "evaluation episodes per end of an arm" in report
+    )
     rates = {
         arm: json.loads((tmp_path / f"study/seed-0/{arm}/config.json").read_text())
         for arm in ("init", "sft", "rl")
