@@ -388,7 +388,7 @@ class Section:
 
     question: str
     claims: Sequence[tuple[str, str, str, int, str]] = ()
-    figure: str = "ends"  # or "budgets", "starts", "distances"
+    figure: str = "ends"  # or "budgets", "starts", "distances", "none"
 
 
 SECTIONS = {
@@ -414,7 +414,8 @@ SECTIONS = {
     ),
     "recognition": Section(
         "Do the policies look at the cards? They are shown grey pictures (`blank`), or those of other hands "
-        "(`shuffled`), which name the same number of cards."
+        "(`shuffled`), which name the same number of cards.",
+        figure="none",
     ),
     "revision-sft": Section(
         "Is it the single turn that makes SFT forget? Here it learns from conversations with errors and the "
@@ -582,7 +583,7 @@ class Report:
             f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the "
             f"policy's own replies{recognition}.",
             "",
-            *self.ends_table([("base", {}), ("init", {}), ("sft", {}), ("sft best", {}), ("rl", {})]),
+            *self.ends_table([("base", {}), *MAIN]),
             "",
             "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their "
             f"own). Steps: {best}.",
@@ -605,8 +606,9 @@ class Report:
         if name == "forgetting":
             lines += [*self.distances_table(), ""]
         else:
-            lines += [*self.ends_table(self.experiments[name], SECTIONS[name]), ""]
-        return lines + [f"![{name}](figures/{name}.png)", ""]
+            main = MAIN if SECTIONS[name].figure == "ends" else []
+            lines += [*self.ends_table(main + self.experiments[name], SECTIONS[name]), ""]
+        return lines + ([f"![{name}](figures/{name}.png)", ""] if SECTIONS[name].figure != "none" else [])
 
     def claims_table(self, claims: Sequence[Claim]) -> list[str]:
         """One row for each claim whose arms were measured."""
@@ -702,6 +704,8 @@ class Report:
         return table(["arm at its end", *DISTANCES.values(), head], rows)
 
 
+# The main comparison's ends, as measured usually.
+MAIN: list[tuple[str, dict]] = [("init", {}), ("sft", {}), ("sft best", {}), ("rl", {})]
 DISTANCES = {
     "kl_to_init": "KL(policy, init)",
     "kl_from_init": "KL(init, policy)",
@@ -772,22 +776,23 @@ class Figures:
             if kind == "distances":
                 change = f"change {report.where[report.last]}, points"
                 self.panels(name, list(DISTANCES), "distance to init", change, self.scatter)
-            elif kind and name != "recognition":
+            elif kind in labels:
                 self.panels(name, *labels[kind], lambda axis, v: getattr(self, kind)(axis, v, name))
 
     def panels(self, name: str, parts: Sequence[str], x: str, y: str, draw: Callable) -> None:
         """One figure: a panel for each of `parts`, into which `draw(axis, part)` draws."""
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 3.6), squeeze=False)
+        size = {"figsize": (4.5 * len(parts) + 1.5, 3.6), "squeeze": False, "layout": "constrained"}
+        figure, axes = plt.subplots(1, len(parts), **size)
         for axis, part in zip(axes[0], parts):
             axis.set(title=self.report.where.get(part) or DISTANCES[part], xlabel=x)
             draw(axis, part)
             axis.grid(alpha=0.3)
         axes[0, 0].set_ylabel(y)
-        if axes[0, 0].get_legend_handles_labels()[0]:
-            axes[0, 0].legend(frameon=False, fontsize=8)
-        figure.tight_layout()
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside right upper", fontsize=8)
         figure.savefig(self.report.folder / "figures" / f"{name}.png", dpi=120)
         plt.close(figure)
 
@@ -815,7 +820,7 @@ class Figures:
     def ends(self, axis, variant: str, name: str) -> None:
         """A dot for each arm's end, with 95% over hands."""
         report, rows = self.report, []
-        for arm, place in report.experiments[name]:
+        for arm, place in MAIN + report.experiments[name]:
             points = report.ends(arm, variant, **place)
             if points:
                 middle = _mean(points, report.headline)
@@ -855,8 +860,8 @@ class Figures:
     def scatter(self, axis, key: str) -> None:
         """Change under the other rule against a distance, one dot per checkpoint."""
         found = self.report.distances()
-        for arm in dict.fromkeys(arm for arm, *_ in found):
+        for i, arm in enumerate(dict.fromkeys(arm for arm, *_ in found)):
             dots = [(p[key], 100 * change) for name, p, change in found if name == arm]
-            axis.scatter(*zip(*dots), s=12, alpha=0.7, label=arm)
+            axis.scatter(*zip(*dots), s=12, color=f"C{i % 10}", marker="osD^v"[i // 10 % 5], label=arm)
         if key != "changed":
             axis.set_xscale("log")

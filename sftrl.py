@@ -207,11 +207,8 @@ def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrain
 
 def best_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    gpu = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
 
 
 def one_line(error: BaseException) -> str:
@@ -224,11 +221,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-TRAINED = (
-    "all",
-    "language",
-    "language+adapter",
-)  # parts of a model; the adapter stands between vision tower and language model
+# Parts of a model; the adapter stands between vision tower and language model.
+TRAINED = ("all", "language", "language+adapter")
 
 
 def _recomputed(forward, *args, **kwargs):
@@ -314,6 +308,32 @@ def map_file(path: Path, x: Tensor) -> Tensor:
     return torch.from_file(str(path), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
 
 
+def read_model(name: str, dtype: torch.dtype, outline: bool) -> tuple[transformers.PreTrainedModel, Any]:
+    """A model with weights of `dtype`, or its outline without weights, and its processor."""
+    if name in TINY_MODELS:
+        model, processor = build_tiny(name)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
+        return model, processor
+    config = transformers.AutoConfig.from_pretrained(name)
+    processor = transformers.AutoProcessor.from_pretrained(name)
+    # For a vision-language model the causal class would silently drop the vision tower.
+    visual = hasattr(config, "vision_config")
+    auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
+    if outline:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype), processor
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = auto.from_pretrained(name, dtype=dtype, **told)
+    faults = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
+    if faults:  # the library would draw these at random
+        raise ValueError(
+            f"{len(faults)} of its weights are missing or of another shape than its config.json says, "
+            f"first {faults[0]}"
+        )
+    return model, processor
+
+
 class Policy(ppo.Policy):
     """The policy of ppo.py, loaded and saved in Hugging Face format, on one process or sharded over many:
     after `shard()` the same methods run on FSDP's shards.
@@ -343,57 +363,28 @@ class Policy(ppo.Policy):
         loaded too. The model's weights are of `dtype`, the value head's fp32; `options` are the
         constructor's. On the device "meta" it is an outline without weights. Raises ValueError in one line
         for what cannot be loaded or served."""
-        device = device or best_device()
-        outline = device.type == "meta"
-        if name in TINY_MODELS:
-            model, processor = build_tiny(name)
-            for p in model.parameters():
-                p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
-        else:
-            if not (folder := Path(name).is_dir()) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-                raise ValueError(
-                    f"model {name!r} is neither {' nor '.join(TINY_MODELS)}, nor a folder, "
-                    "nor a Hub id (owner/name)"
-                )
-            try:
-                config = transformers.AutoConfig.from_pretrained(name)
-                processor = transformers.AutoProcessor.from_pretrained(name)
-                # For a vision-language model the causal class would silently drop the vision tower.
-                visual = hasattr(config, "vision_config")
-                auto = (
-                    transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
-                )
-                if outline:
-                    with device:
-                        model = auto.from_config(config, dtype=dtype)
-                else:
-                    model, found = auto.from_pretrained(
-                        name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-                    )
-                    if faults := sorted(
-                        map(str, {*found["missing_keys"], *found["mismatched_keys"]})
-                    ):  # the library would draw these at random
-                        raise ValueError(
-                            f"{len(faults)} of its weights are missing or of another shape "
-                            f"than its config.json says, first {faults[0]}"
-                        )
-            except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-                if out_of_memory(error):
-                    raise
-                place = "" if folder else "there is no such folder, and as a Hub id it "
-                raise ValueError(f"model {name!r}: {place}cannot be loaded: {one_line(error)}") from None
+        device, folder = device or best_device(), Path(name).is_dir()
+        if name not in TINY_MODELS and not folder and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            known = " nor ".join(TINY_MODELS)
+            raise ValueError(f"model {name!r} is neither {known}, nor a folder, nor a Hub id (owner/name)")
+        try:
+            model, processor = read_model(name, dtype, outline=device.type == "meta")
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            if out_of_memory(error):
+                raise
+            place = "" if folder else "there is no such folder, and as a Hub id it "
+            raise ValueError(f"model {name!r}: {place}cannot be loaded: {one_line(error)}") from None
         try:
             if model.generation_config:
                 repair_generation_config(model.generation_config)
             policy = cls(model.to(device), processor, **options).to(device)
+            tokens, rows = len(policy.tokenizer), model.get_input_embeddings().num_embeddings
+            if tokens > rows:
+                raise ValueError(f"its tokenizer has {tokens} tokens, its vocabulary {rows}")
         except (ValueError, TypeError) as error:
             raise ValueError(f"model {name!r}: {one_line(error)}") from None
-        if len(policy.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-            raise ValueError(
-                f"model {name!r}: its tokenizer has {len(policy.tokenizer)} tokens, its vocabulary {rows}"
-            )
         head = Path(name) / "value_head.safetensors"
-        if head.exists() and not outline:
+        if head.exists() and device.type != "meta":
             try:
                 policy.value_head.load_state_dict(load_file(head))
             except (RuntimeError, SafetensorError) as error:
@@ -407,26 +398,23 @@ class Policy(ppo.Policy):
         """`load`, `set_trainable` and `shard` for many processes: rank 0 alone reads the weights, into host
         memory, and sends each rank its parts, tensor by tensor. A collective call."""
         rank, device = dist.get_rank(), best_device()
-        read: list[Any] = [None, None]
+        read: list[Any] = [None]
         if rank == 0:
             try:
                 whole = cls.load(name, torch.device("cpu"), **options)
-                read = [
-                    None,
-                    (type(whole.model), whole.model.config, whole.model.generation_config, whole.processor),
-                ]
+                own = whole.model
+                read = [(type(own), own.config, own.generation_config, whole.processor)]
             except (ValueError, OSError) as error:  # all ranks end with it
-                read = [error, None]
+                read = [error]
         dist.broadcast_object_list(read)
-        if read[0]:
+        if isinstance(read[0], Exception):
             raise read[0]
-        architecture, config, generation_config, processor = read[1]
+        architecture, config, generation_config, processor = read[0]
         with torch.device("meta"):  # shapes without memory
             model = architecture(config)
         model.generation_config = generation_config
-        policy = (
-            cls(model, processor, **options).to("meta").set_trainable(train, recompute).shard(param_dtype)
-        )
+        policy = cls(model, processor, **options).to("meta")
+        policy.set_trainable(train, recompute).shard(param_dtype)
         policy.to_empty(device=device)
         policy.model.tie_weights()
         set_model_state_dict(
@@ -435,10 +423,8 @@ class Policy(ppo.Policy):
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
         buffers = dict(whole.named_buffers()) if rank == 0 else {}
-        for (
-            key,
-            buffer,
-        ) in policy.named_buffers():  # those too that no checkpoint holds, such as RoPE frequencies
+        # Buffers too that no checkpoint holds, such as RoPE frequencies.
+        for key, buffer in policy.named_buffers():
             if rank == 0:
                 buffer.copy_(buffers[key])
             dist.broadcast(buffer, 0)
@@ -617,28 +603,20 @@ class Policy(ppo.Policy):
         """AdamW on what is trained of the model (RoundingAdamW if it is in bf16) and, if `value_lr` is
         given, on the value head at its own rate. With `muon`, the language model's fp32 matrices are
         trained by Muon at the same rate: pre-training from random weights takes about half the steps."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices = {
-            p
-            for name, p in self.model.named_parameters()
-            if muon
-            and p.ndim == 2
-            and p.dtype == torch.float32
-            and p.requires_grad
-            and "language_model.layers" in name
-        }
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        bf16 = self.model.dtype == torch.bfloat16
+        matrices = {p for name, p in trained if p.ndim == 2 and "language_model.layers" in name}
+        matrices = matrices if muon and not bf16 else set()
+        rest = [p for _, p in trained if p not in matrices]
         settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        groups, optimizers = [], []
-        if self.model.dtype == torch.bfloat16:
-            optimizers.append(RoundingAdamW(trained, lr, **settings))
-        else:
-            groups.append({"params": [p for p in trained if p not in matrices], "lr": lr})
+        optimizers = [RoundingAdamW(rest, lr, **settings)] if bf16 else []
+        groups = [] if bf16 else [{"params": rest, "lr": lr}]
         if value_lr:
             groups.append({"params": list(self.value_head.parameters()), "lr": value_lr})
         if groups:
             optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
         if matrices:
-            optimizers.append(Muon([p for p in trained if p in matrices], lr))
+            optimizers.append(Muon([p for _, p in trained if p in matrices], lr))
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
         return optimizers
