@@ -424,7 +424,9 @@ SECTIONS = {
     ),
     "sft-search": Section("Does another rate, or a frozen part, save SFT? The paper: none passes 30% ID."),
     "reply-ratio": Section(
-        "The paper's PPO has one ratio, value and advantage for each reply; ours one for each token.",
+        "The paper's PPO has one ratio, value and advantage for each reply, half the weight for what stands "
+        "before the answer, a value head that trains the trunk and a clip range of .1; ours a ratio for each "
+        "token, a detached value head and .2.",
         [
             ("reply-level RL ends above init", "rl-reply", "init", +1, "yes"),
             ("token-level RL ends above reply-level RL", "rl", "rl-reply", +1, "-"),

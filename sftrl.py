@@ -1211,6 +1211,7 @@ _WALKS = replace(
     sft=replace(_CARDS.sft, microbatch_size=8),
     rl=replace(_CARDS.rl, episodes=256, minibatch_size=32, microbatch_size=8),
     rates=_CARDS.rates | {"sft": 1e-3},
+    flops=3.2e13,
     count=4,
     hands=192,
     verify_iter=2,
@@ -1251,6 +1252,10 @@ def main_arms(study: Study) -> list[Arm]:
     return [init, Arm("sft", searched=True, measure=Measure(validate=True)), Arm("rl", "ppo", searched=True)]
 
 
+# PPO as the paper has it (sections 4 and C), but for its rates and sizes.
+PAPERS_PPO = {"ratio": "reply", "thought_coef": 0.5, "value_trunk": "shared", "clip": 0.1}
+
+
 def more_arms(study: Study, experiment: str) -> list[Arm]:
     """The arms of another experiment, after those of the main one."""
     init, demonstrated, reinforced = main_arms(study)
@@ -1281,7 +1286,7 @@ def more_arms(study: Study, experiment: str) -> list[Arm]:
             for parts, lr in tried
         ]
     if experiment == "reply-ratio":
-        return [Arm("rl-reply", "ppo", training={"ratio": "reply"}, searched=True)]
+        return [Arm("rl-reply", "ppo", training=PAPERS_PPO, searched=True)]
     if experiment == "rivals":
         diverse = {"diverse": True}
         return [
