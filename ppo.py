@@ -127,10 +127,6 @@ class Stream:
         self.mask += [1] * len(ids)
         self.logp += logp or [0.0] * len(ids)
 
-    def cut(self, length: int) -> None:
-        """Drops what stands behind so many tokens."""
-        self.ids, self.mask, self.logp = self.ids[:length], self.mask[:length], self.logp[:length]
-
 
 # -------------------------------------------------------------------------------- one update after the other
 
@@ -206,57 +202,36 @@ class Player:
     conversation: one stream, or on a walk with pictures one for each place, opened anew with the picture seen
     there and the words of the walk so far."""
 
-    def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
-        self.policy, self.generator = policy, generator
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+    def __init__(self, policy: Policy, model: nn.Module, *settings):
+        self.policy, self.model, self.settings = policy, model, settings  # the last as of `Policy.sample`
         self.streams: dict[int, list[Stream]] = {}
-        self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
+        # Of each environment's last stream:
         self.images: dict[int, Image.Image | None] = {}
-        self.features: dict[int, dict[str, Tensor]] = {}  # of those images
-        self.caches: dict[int, "KVCache"] | None = None
-
-    def __enter__(self) -> "Player":
-        self._weights = self.policy.rollout_weights()
-        self._model = self._weights.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._weights.__exit__(*error)
-        self.features.clear()
-        self.caches = None
+        self.features: dict[int, dict[str, Tensor]] = {}  # what the vision tower makes of the image
+        self.caches: dict[int, KVCache] = {}
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
         """One reply each; None where the conversation is as long as the model's positions reach. Raises
         ValueError for a first prompt of that length."""
-        policy = self.policy
-        if not self.streams and len(indices) <= policy.rollout_batch:  # more caches might not find room
-            self.caches = {}
-        # Conversations that begin, or that go on with another picture, are opened; the others are extended.
-        seen = {
-            i: o for i, o in zip(indices, observations) if i in self.streams and self.images[i] is o.image
-        }
-        new = {i: o for i, o in zip(indices, observations) if i not in seen}
-        said = [self.said.get(i, []) for i in new]
-        opened = dict(zip(new, policy.open([(o.messages, o.image) for o in new.values()], said)))
-        if any(stream.picture for stream in opened.values()):
-            features = policy.image_features(self._model, [stream.picture for stream in opened.values()])
-            self.features |= dict(zip(opened, features))
-        ready = [i for i, o in zip(indices, observations) if self._take_in(i, o, opened.get(i))]
+        policy, seen = self.policy, dict(zip(indices, observations))
+        if not self.streams:  # more caches might not find room
+            self.keeps_caches = len(indices) <= policy.rollout_batch
+        # 1. Conversations that begin, or that go on with another picture, are opened.
+        new = [i for i in indices if i not in self.streams or self.images[i] is not seen[i].image]
+        said = [[s.ids[a:b] for s in self.streams.get(i, []) for a, b in s.replies] for i in new]
+        opened = dict(zip(new, policy.open([(seen[i].messages, seen[i].image) for i in new], said)))
+        if pictures := [stream.picture for stream in opened.values() if stream.picture]:
+            self.features |= zip(opened, policy.image_features(self.model, pictures))
+        # 2. The others are extended. What leaves no room for a reply ends the episode.
+        ready = [i for i in indices if self._take_in(i, seen[i], opened.get(i))]
+        # 3. One reply is sampled for each.
         now = [self.streams[i][-1] for i in ready]
-        drawn = policy.sample(
-            self._model,
-            [stream.ids for stream in now],
-            self.max_new_tokens,
-            self.temperature,
-            self.generator,
-            [self.features[i] for i in ready] if self.features else None,
-            [self.caches[i] for i in ready] if self.caches else None,
-        )
-        texts = {}
-        for i, stream, (ids, logp) in zip(ready, now, drawn):
-            stream.reply(ids, logp)
-            self.said.setdefault(i, []).append(ids)
-            texts[i] = policy.decode(ids)
+        features = [self.features[i] for i in ready] if self.features else None
+        caches = [self.caches[i] for i in ready] if self.keeps_caches else None
+        drawn = policy.sample(self.model, [s.ids for s in now], *self.settings, features, caches)
+        for stream, reply in zip(now, drawn):
+            stream.reply(*reply)
+        texts = {i: policy.decode(ids) for i, (ids, _) in zip(ready, drawn)}
         return [texts.get(i) for i in indices]
 
     def _take_in(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
@@ -266,20 +241,19 @@ class Player:
             stream = self.streams[i][-1]
             before = len(stream)
             self.policy.extend(stream, observation.messages[-1]["content"])
-            if len(stream) >= self.policy.max_length:
-                stream.cut(before)
-            return len(stream) > before
+            fits = len(stream) < self.policy.max_length
+            if not fits:
+                del stream.ids[before:], stream.mask[before:], stream.logp[before:]
+            return fits
         if i not in self.streams:
             self.policy.require_room(len(opened), "a prompt")
-        if self.caches is not None:
-            self.caches[i] = self._kept(i, opened.ids)
-        self.images[i] = observation.image
-        if len(opened) >= self.policy.max_length:
-            return False
-        self.streams.setdefault(i, []).append(opened)
-        return True
+        self.caches[i], self.images[i] = self._kept(i, opened.ids), observation.image
+        fits = len(opened) < self.policy.max_length
+        if fits:
+            self.streams.setdefault(i, []).append(opened)
+        return fits
 
-    def _kept(self, i: int, ids: list[int]) -> "KVCache":
+    def _kept(self, i: int, ids: list[int]) -> KVCache:
         """What the cache of environment i's last conversation holds of a new one: the words before either
         one's picture. Mllama's keeps nothing, for there all words know the picture."""
         if i not in self.streams or isinstance(self.policy.family, Mllama):
@@ -1029,7 +1003,7 @@ class Policy(nn.Module):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.rollout_batch):
             rows = order[start : start + self.rollout_batch]
-            given = [[x[i] for i in rows] if x else None for x in (prompts, features, caches)]
+            given = chosen(rows, prompts, features, caches)
             for i, reply in zip(rows, self._decode(model, *given, max_new_tokens, temperature, generator)):
                 replies[i] = reply
         return replies
@@ -1055,9 +1029,7 @@ class Policy(nn.Module):
             still = int(writing.sum())
             if not still or t + 1 == max_new_tokens:
                 break
-            if still <= 0.75 * len(
-                ids
-            ):  # finished rows leave; each time the cache is copied, so not one by one
+            if still <= 0.75 * len(ids):  # finished rows leave, but not one by one: the cache is copied
                 keep = writing.nonzero()[:, 0]
                 batch.keep(keep)
                 ids, rows, writing = ids[keep], rows[keep], writing[keep]
@@ -1065,7 +1037,7 @@ class Policy(nn.Module):
         self._count(2, sum(map(len, prompts)) - cached + int(lengths.sum()) - len(prompts), {})
         return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
-    def _prefill(self, model, prompts, features, caches, room: int) -> tuple[list[int], "Decoder"]:
+    def _prefill(self, model, prompts, features, caches, room: int) -> tuple[list[int], Decoder]:
         """Reads the prompts of one batch, but for what the caches hold of them, in parts of PREFILL tokens.
         Returns which prompt each row is, and the batch with room for more tokens."""
         cached = [cache.length for cache in caches] if caches else [0] * len(prompts)
@@ -1076,67 +1048,65 @@ class Policy(nn.Module):
             if not fits or (cached[i] > 0) != (cached[parts[-1][0]] > 0):
                 parts.append([])
             parts[-1].append(i)
-        layers = model.config.get_text_config().num_hidden_layers
-        rows: list[list] = [[] for _ in range(layers)]  # by layer, the keys and values of each row
-        states, lasts, tiles = [], [], []
+        config, columns = model.config.get_text_config(), max(map(len, prompts))
+        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: they hold the picture alone
+        widths = [None if k in crossing else columns + room for k in range(config.num_hidden_layers)]
+        cache = transformers.Cache(layers=[GrowingLayer(len(prompts), width) for width in widths])
+        read, first = [], 0
         for part in parts:
-            given = [[x[i] for i in part] if x else None for x in (prompts, features, caches)]
-            hidden, position, shown, keys_and_values = self._read(
-                model, *given, new=max(unread[i] for i in part)
-            )
-            states, lasts, tiles = [*states, hidden], [*lasts, position], [*tiles, shown]
-            for own, more in zip(rows, keys_and_values):
-                own += more
-        cache = transformers.Cache(layers=[GrowingLayer(room) for _ in range(layers)])
-        for own, layer in zip(rows, cache.layers):
-            if own:  # without pictures Mllama's cross-attention layers hold nothing
-                layer.fill(own)
-            own.clear()  # or memory would hold two caches
+            rows, first = slice(first, first + len(part)), first + len(part)
+            given = chosen(part, prompts, features, caches)
+            read.append(self._read(model, cache, rows, columns, *given, new=unread[part[-1]]))
+        for layer in cache.layers:
+            layer.show(slice(0, None), 0, layer.stop)
+        hidden, positions, tiles = zip(*read)
         order = [i for part in parts for i in part]
         lengths = torch.tensor([len(prompts[i]) for i in order], device=model.device)
         shown = None if tiles[0] is None else torch.cat(tiles)
-        return order, Decoder(model, torch.cat(states), cache, lengths, torch.cat(lasts, -2), shown)
+        return order, Decoder(model, torch.cat(hidden), cache, lengths, torch.cat(positions, -2), shown)
 
-    def _read(self, model, prompts, features, caches, new: int):
-        """Reads the last `new` tokens of prompts whose other tokens the caches hold, and notes all of them in
-        the caches.
+    def _read(self, model, cache, rows: slice, columns: int, prompts, features, caches, new: int):
+        """Reads the last `new` tokens of prompts whose other tokens the caches hold into these rows of the
+        batch's cache, and notes all of them in the caches.
 
-        All rows must end in the same column, where the next token joins, and no masked column may stand
-        inside a row, for sliding windows and some positions count columns. So all padding stands on the
-        left, and every row reads as many tokens as the one that lacks most, some of them again. Returns the
-        state after the last token [B, H], its position [(3,) B, 1], the last row of Mllama's
-        cross-attention mask [B, 1, 1, tiles], and by layer the keys and values of each row."""
-        device, config = model.device, model.config.get_text_config()
-        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: their keys are the picture's
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        columns = int(lengths.max())
-        ids = torch.tensor([[self.pad_id] * (columns - len(p)) + p for p in prompts], device=device)
-        attention = left_padded(lengths, columns)
+        All rows must end in the same column, the last of `columns`, where the next token joins, and no masked
+        column may stand inside a row, for sliding windows and some positions count columns. So all padding
+        stands on the left, and every row reads as many tokens as the one that lacks most, some of them again.
+        Returns the state after the last token [B, H], its position [(3,) B, 1], and the last row of Mllama's
+        cross-attention mask [B, 1, 1, tiles]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        width = int(lengths.max())
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
+        attention = left_padded(lengths, width)
         positions = self.family.positions(self, model, ids, attention, features)[..., -new:]
-        room = new if columns > new else 0
-        cache = transformers.Cache(layers=[GrowingLayer(room) for _ in range(config.num_hidden_layers)])
-        if columns > new:
-            before = [kept.first(max(0, len(prompt) - new)) for kept, prompt in zip(caches, prompts)]
-            for k, layer in enumerate(cache.layers):
-                if k not in crossing:
-                    layer.fill([kept.layers[k] for kept in before])
         inputs = self.family.read(self, model, ids, new, features)
+        before = [kept.first(max(0, len(p) - new)) for kept, p in zip(caches or (), prompts) if kept.length]
+        for k, layer in enumerate(cache.layers):
+            if layer.columns is None:
+                layer.show(rows, 0, 0)
+            else:
+                layer.show(rows, columns - width, columns - new, [kept.layers[k] for kept in before])
         out = model.base_model(
             **inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
         )
+        for b, (kept, prompt) in enumerate(zip(caches or (), prompts)):
+            kept.length = len(prompt)
+            kept.layers = [layer.row(b, len(prompt)) for layer in cache.layers]
         shown = inputs["cross_attention_mask"][:, -1:] if "cross_attention_mask" in inputs else None
-        rows: list[list] = []
-        for k, layer in enumerate(cache.layers):
-            pairs = zip(layer.keys, layer.values, lengths.tolist()) if layer.is_initialized else ()
-            rows.append([(a, b) if k in crossing else (a[:, -n:], b[:, -n:]) for a, b, n in pairs])
-        for i, kept in enumerate(caches or ()):
-            kept.length = len(prompts[i])
-            kept.layers = [None if k in crossing else own[i] for k, own in enumerate(rows)]
-        return out.last_hidden_state[:, -1], positions[..., -1:], shown, rows
+        return out.last_hidden_state[:, -1], positions[..., -1:], shown
 
-    def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Player":
-        """A player for `envs.play` that keeps the streams of its conversations."""
-        return Player(self, temperature, max_new_tokens, generator)
+    @contextmanager
+    def responder(
+        self, temperature: float, max_new_tokens: int, generator: torch.Generator
+    ) -> Iterator[Player]:
+        """A player for `envs.play`. Afterwards it still has the streams of its conversations."""
+        with self.rollout_weights() as model:
+            player = Player(self, model, max_new_tokens, temperature, generator)
+            try:
+                yield player
+            finally:
+                player.features.clear()
+                player.caches.clear()
 
     def generator(self, seed: str) -> torch.Generator:
         """A random generator for sampling, a function of `seed` and the rank alone."""
@@ -1244,6 +1214,11 @@ def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
     point = torch.rand(len(logp), 1, generator=generator, device=generator.device, dtype=torch.double)
     ids = torch.searchsorted(mass, point.to(logp.device) * mass[:, -1:], right=True)
     return ids.clamp(max=logp.shape[-1] - 1)
+
+
+def chosen(rows: Sequence[int], *lists: Sequence | None) -> list[list | None]:
+    """The items of each list at these rows; None for a list that is empty or None."""
+    return [[items[i] for i in rows] if items else None for items in lists]
 
 
 # Tokens of prompts read together: many more at once are too much for a CPU's cache and a GPU's memory.
@@ -1403,50 +1378,54 @@ def family_of(model: transformers.PreTrainedModel) -> Llava:
 
 
 class GrowingLayer(transformers.cache_utils.DynamicLayer):
-    """One layer of a key-value cache with room for `room` more tokens from the start. The library's own layer
-    copies all keys and values for every token: in long conversations a third of the decoding time."""
+    """One layer of a batch's key-value cache, with room for so many columns from the start; None takes those
+    of the first keys. The library's own layer copies all keys and values for every token: in long
+    conversations a third of the decoding time.
 
-    def __init__(self, room: int):
+    The model sees and fills a part of it at a time: `rows`, and their columns from `start` to `stop`."""
+
+    def __init__(self, count: int, columns: int | None):
         super().__init__()
-        self.room, self.used = room, 0
+        self.count, self.columns = count, columns
+
+    def show(self, rows: slice, start: int, stop: int, kept: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """Goes on with this part. What was `kept` of its rows, keys and values [heads, n, d], is put before
+        its end."""
+        self.rows, self.start, self.stop = rows, start, stop
+        for b, pair in enumerate(kept, rows.start):
+            self._allocate(*pair)
+            for x, whole in zip(pair, self.whole):
+                whole[b, :, stop - x.shape[1] : stop] = x
+        if self.is_initialized:
+            self.keys, self.values = (whole[rows, :, start:stop] for whole in self.whole)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
-        if not self.is_initialized:
-            self._allocate(key_states, value_states, len(key_states), 0)
-        start, self.used = self.used, self.used + key_states.shape[2]
-        self.all_keys[:, :, start : self.used] = key_states
-        self.all_values[:, :, start : self.used] = value_states
-        self._view()
+        self._allocate(key_states, value_states)
+        stop = self.stop + key_states.shape[2]
+        for x, whole in zip((key_states, value_states), self.whole):
+            whole[self.rows, :, self.stop : stop] = x
+        self.show(self.rows, self.start, stop)
         return self.keys, self.values
 
-    def fill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Starts from rows of keys and values [heads, n, d], padded on the left to the longest."""
-        self._allocate(*rows[0], len(rows), max(keys.shape[1] for keys, _ in rows))
-        for i, row in enumerate(rows):
-            for x, whole in zip(row, (self.all_keys, self.all_values)):
-                padding = self.used - x.shape[1]
-                whole[i, :, :padding] = 0  # it is masked, but 0 times a stray NaN would be NaN
-                whole[i, :, padding : self.used] = x
-        self._view()
+    def row(self, b: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """A copy of the last keys and values of a row, to keep; None of those of a picture."""
+        if self.columns is not None:
+            return self.keys[b, :, -length:].clone(), self.values[b, :, -length:].clone()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows of the batch."""
         if self.is_initialized:
-            self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
-            self._view()
+            self.whole = [whole[indices] for whole in self.whole]
+            self.show(slice(0, None), self.start, self.stop)
 
-    def _allocate(self, keys: Tensor, values: Tensor, rows: int, used: int) -> None:
-        """Makes room for tensors like these, [..., heads, n, d], in so many rows, of which `used` tokens are
-        filled in next."""
-        self.dtype, self.device, self.is_initialized, self.used = keys.dtype, keys.device, True, used
-        length = (used or keys.shape[-2]) + self.room
-        self.all_keys, self.all_values = (
-            x.new_empty(rows, x.shape[-3], length, x.shape[-1]) for x in (keys, values)
-        )
-
-    def _view(self) -> None:
-        self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
+    def _allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Makes room for tensors like these, [..., heads, n, d]. Padding must be 0: it is masked, but 0 times
+        a stray NaN would be NaN."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            n = self.columns or keys.shape[-2]
+            self.whole = [x.new_zeros(self.count, x.shape[-3], n, x.shape[-1]) for x in (keys, values)]
 
 
 @dataclass
