@@ -645,11 +645,9 @@ class Policy(nn.Module):
         self.tokenizer = getattr(processor, "tokenizer", processor)
         width = model.config.get_text_config().hidden_size
         # At the paper's width of 4096 the value head's layers are 1024 and 512 wide. It starts at 0.
-        sizes = [width, max(64, width // 4), max(64, width // 8)]
-        layers = [(nn.Linear(m, n), nn.ReLU()) for m, n in zip(sizes, sizes[1:])]
-        self.value_head = nn.Sequential(
-            *(x for pair in layers for x in pair), nn.Linear(sizes[-1], 1)
-        ).float()
+        m, n = max(64, width // 4), max(64, width // 8)
+        layers = [nn.Linear(width, m), nn.ReLU(), nn.Linear(m, n), nn.ReLU(), nn.Linear(n, 1)]
+        self.value_head = nn.Sequential(*layers).float()
         nn.init.zeros_(self.value_head[-1].weight)
         nn.init.zeros_(self.value_head[-1].bias)
         self.rollout_dtype = rollout_dtype or (torch.bfloat16 if fast_bfloat16(model.device) else model.dtype)
@@ -669,13 +667,13 @@ class Policy(nn.Module):
     def render(self, messages: list[dict], reply_follows: bool = True) -> str:
         """The conversation as text by the model's own chat template."""
         if self._content_as_parts:  # templates of some vision-language models read nothing else
-            texts = [[{"type": "text", "text": m["content"]}] for m in messages]
-            messages = [
-                m | {"content": t} if isinstance(m["content"], str) else m for m, t in zip(messages, texts)
-            ]
-        template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+            messages = [dict(m) for m in messages]
+            for m in messages:
+                if isinstance(m["content"], str):
+                    m["content"] = [{"type": "text", "text": m["content"]}]
+        options = {"add_generation_prompt": reply_follows, "tokenize": False}
         try:
-            return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
+            return self._template.apply_chat_template(messages, **options)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"its chat template cannot be used: {error}") from None
 
@@ -705,11 +703,11 @@ class Policy(nn.Module):
         the template writes plain text. `end_ids` are all tokens that end a turn. Sampling stops at the
         `stop_ids`: those, and the tokens with which a turn of the user begins. `bos` is what the tokenizer
         puts before a text."""
-        if not (getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise ValueError(
-                "its tokenizer has no chat template; take a chat model, or add chat_template.jinja "
-                "to its folder"
-            )
+        templates = [x for x in (self.processor, self.tokenizer) if getattr(x, "chat_template", None)]
+        if not templates:
+            advice = "take a chat model, or add chat_template.jinja to its folder"
+            raise ValueError(f"its tokenizer has no chat template; {advice}")
+        self._template = templates[0]
         start = self.tokenizer("x")["input_ids"][:1]
         self.bos = start if start == [self.tokenizer.bos_token_id] else []
         asked, replied = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
@@ -725,7 +723,7 @@ class Policy(nn.Module):
         whole = parts[1].startswith(self.opening)  # a template may open a thought that it drops later
         self.reply_start = parts[1].removeprefix(self.opening) if whole else ""
         added = {k: t.content for k, t in self.tokenizer.added_tokens_decoder.items() if t.content.strip()}
-        (inside, after) = self._continue([self.reply_start, parts[2]])
+        inside, after = self._continue([self.reply_start, parts[2]])
         marks = [token for token in after if token in added]
         blank = parts[2].partition(added[marks[0]])[0] if marks else "none"
         closing, self.end_blank = (marks[:1], blank) if not blank.strip() else ([], "")
@@ -733,9 +731,8 @@ class Policy(nn.Module):
         named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = closing + [token for token in named if token is not None]
         if not ends:
-            raise ValueError(
-                "its tokenizer has no eos token, and its chat template ends replies with no token of its own"
-            )
+            lacking = "its chat template ends replies with no token of its own"
+            raise ValueError(f"its tokenizer has no eos token, and {lacking}")
         self.end_id, self.end_ids = ends[0], set(ends)
         self.stop_ids = self.end_ids | (set(marks) - set(inside))
 
@@ -750,9 +747,9 @@ class Policy(nn.Module):
         """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized
         again. If the reply closed its turn, the template's end token stands already; if it was cut off, the
         end token joins as context."""
-        turns = (("user", "x"), ("assistant", self._MARK), ("user", feedback))
-        text = self.render([{"role": role, "content": content} for role, content in turns])
-        self._go_on(stream, *self._continue([text.split(self._MARK)[-1]]))
+        turns = (("user", "x"), ("assistant", ""), ("user", feedback))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        self._go_on(stream, *self._continue(self._around_replies(messages, 1)[-1:]))
 
     def _go_on(self, stream: Stream, ids: list[int]) -> None:
         """Appends what the template writes after a reply: `ids`, less the end that the reply has already."""
@@ -772,17 +769,18 @@ class Policy(nn.Module):
         none, its chat template leaves out the picture's place, or only some conversations have one.
         """
         replies = replies or [[] for _ in conversations]
-        texts = [
-            self._around_replies(messages, len(own)) for (messages, _), own in zip(conversations, replies)
-        ]
-        follow = [len(parts) > 1 for parts in texts]
-        images = [image for _, image in conversations]
-        prompts, pictures = self._last_parts([parts[-1] for parts in texts], follow, images)
+        texts = [self._around_replies(asked, len(own)) for (asked, _), own in zip(conversations, replies)]
+        first = self.tokenize([parts[0] for parts in texts])
+        later = iter(self._continue([part for parts in texts for part in parts[1:]]))
+        spoken = [[ids, *(next(later) for _ in parts[1:])] for ids, parts in zip(first, texts)]
+        images, pictures = [image for _, image in conversations], [None] * len(texts)
+        if any(image is not None for image in images):
+            prompts, pictures = self._beside_pictures(texts, images)
+            spoken = [[*parts[:-1], prompt] for parts, prompt in zip(spoken, prompts)]
         streams = [Stream(picture=picture) for picture in pictures]
-        for stream, (*before, _), own, prompt in zip(streams, texts, replies, prompts):
-            spoken = [*self.tokenize(before[:1]), *self._continue(before[1:]), prompt]
-            stream.context(spoken[0] if spoken[0][:1] == self.bos else self.bos + spoken[0])
-            for reply, ids in zip(own, spoken[1:], strict=True):
+        for stream, (start, *parts), own in zip(streams, spoken, replies):
+            stream.context(start if start[:1] == self.bos else self.bos + start)
+            for reply, ids in zip(own, parts, strict=True):
                 stream.context(reply)
                 self._go_on(stream, ids)
         return streams
@@ -795,33 +793,29 @@ class Policy(nn.Module):
         messages = [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
         return self.render(messages).split(self._MARK)
 
-    def _last_parts(
-        self, texts: list[str], follow: list[bool], images: list[Image.Image | None]
-    ) -> tuple[list[list[int]], list[dict[str, Tensor] | None]]:
-        """Tokens of the last parts of conversations, some of which follow a reply, and what the processor
-        makes of their pictures."""
-        shown = [image for image in images if image is not None]
-        if not shown:
-            alone, inside = self.tokenize(texts), self._continue(texts) if any(follow) else texts
-            return [ids[after] for *ids, after in zip(alone, inside, follow)], [None] * len(texts)
-        if len(shown) < len(texts):
-            lacking = f"{len(texts) - len(shown)} of {len(texts)} conversations"
-            raise ValueError(f"{lacking} of a batch have no picture: all must have one, or none")
-        name = type(self.model).__name__
+    def _beside_pictures(
+        self, texts: list[list[str]], images: list[Image.Image | None]
+    ) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+        """Of conversations as `_around_replies` says them, the tokens of the last parts, with the places of
+        the pictures, and what the processor makes of these."""
+        name, lacking = type(self.model).__name__, sum(image is None for image in images)
+        if lacking:
+            lot = f"{lacking} of {len(images)} conversations of a batch"
+            raise ValueError(f"{lot} have no picture: all must have one, or none")
         if self.processor is self.tokenizer:
             raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
         # What follows a reply is tokenized as in `_continue`; BOS keeps Mllama's processor from writing one.
         before = f"{self.tokenizer.bos_token or ''}x"
+        follow, n = [len(parts) > 1 for parts in texts], len(self.tokenize([before])[0])
         out = self.processor(
-            text=[before * after + text for text, after in zip(texts, follow)],
-            images=[[image] for image in shown],
+            text=[before * after + parts[-1] for parts, after in zip(texts, follow)],
+            images=[[image] for image in images],
             add_special_tokens=False,
             padding=True,
             return_tensors="pt",
         )
-        kept = out.pop("attention_mask").bool()
-        prompts = [row[mask].tolist() for row, mask in zip(out.pop("input_ids"), kept)]
-        prompts = [ids[after * len(self.tokenize([before])[0]) :] for ids, after in zip(prompts, follow)]
+        rows = zip(out.pop("input_ids"), out.pop("attention_mask").bool(), follow)
+        prompts = [ids[mask].tolist()[n * after :] for ids, mask, after in rows]
         if any(self.image_id not in prompt for prompt in prompts):
             raise ValueError("the chat template leaves out the picture's place")
         for known in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length alone
@@ -839,25 +833,24 @@ class Policy(nn.Module):
         a demonstration that is longer than the model's positions reach."""
         opened, known = [], []  # conversations up to the message with the picture, and the replies before it
         for record in records:
-            image, turns = record.get("image"), record["conversations"]
+            image, turns, shown = record.get("image"), record["conversations"], 0
             if isinstance(image, str):
                 try:
                     image = Image.open(image).convert("RGB")
                 except OSError as error:
                     raise ValueError(f"picture {image} cannot be read: {error}") from None
-            asked = range(0, len(turns), 2)
-            shown = next((k for k in asked if image and "<image>" in turns[k]["value"]), 0)
+            if image:
+                shown = next((k for k, t in enumerate(turns) if k % 2 == 0 and "<image>" in t["value"]), 0)
             roles = {"human": "user", "gpt": "assistant"}
             messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns[: shown + 1]]
             if image:
                 messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
             opened.append((messages, image))
             known.append(shown // 2)
-        said = [turn["value"] for record in records for turn in record["conversations"][1::2]]
-        tokens = iter(
-            self._continue([self.reply_start + text + self.end_blank for text in said], self.opening)
-        )
-        replies = [[next(tokens) + [self.end_id] for _ in r["conversations"][1::2]] for r in records]
+        said = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
+        texts = [self.reply_start + text + self.end_blank for own in said for text in own]
+        tokens = iter(self._continue(texts, self.opening))
+        replies = [[next(tokens) + [self.end_id] for _ in own] for own in said]
         streams = self.open(opened, [own[:n] for own, n in zip(replies, known)])
         for stream, record, own, n in zip(streams, records, replies, known):
             for k in range(n, len(own)):
@@ -868,18 +861,16 @@ class Policy(nn.Module):
                 stream.reply(own[k])
             places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
             if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
-                raise ValueError(
-                    "a demonstration has a picture's place without a picture, or after its first message"
-                )
+                wrong = "a picture's place without a picture, or after its first message"
+                raise ValueError(f"a demonstration has {wrong}")
             self.require_room(len(stream), "a demonstration", least=0)
         return streams
 
     def require_room(self, length: int, what: str, least: int = 1) -> None:
         """Raises ValueError if positions do not reach `least` tokens beyond a text of so many."""
         if length + least > self.max_length:
-            name = type(self.model).__name__
-            reach = f"the positions of {name} reach no farther than {self.max_length}"
-            raise ValueError(f"{what} has {length} tokens, but {reach}")
+            reach = f"positions of {type(self.model).__name__} reach no farther than {self.max_length}"
+            raise ValueError(f"{what} has {length} tokens, but the {reach}")
 
     def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
         """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
@@ -909,9 +900,9 @@ class Policy(nn.Module):
         ids, mask = batch["ids"], batch["mask"].bool()
         # Padding stands on the right, where no real token can see it: causal attention needs no padding mask.
         pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
-        inputs = pictures | (
-            self.family.forward_inputs(self, ids, batch["length"], pictures) if pictures else {}
-        )
+        inputs = dict(pictures)
+        if pictures:
+            inputs |= self.family.forward_inputs(self, ids, batch["length"], pictures)
         mixed = ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
             hidden = self.model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
@@ -925,9 +916,8 @@ class Policy(nn.Module):
 
         out = {"logp": scatter(chosen)}
         if values:
-            out["value"] = scatter(
-                self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0]
-            )
+            trunk = hidden.detach() if values == "detached" else hidden
+            out["value"] = scatter(self.value_head(trunk.float())[:, 0])
         if entropy:
             out["entropy"] = scatter(-(logps.exp() * logps).sum(-1))
         return out
@@ -989,7 +979,7 @@ class Policy(nn.Module):
         temperature: float,
         generator: torch.Generator,
         features: Sequence[dict[str, Tensor]] | None = None,
-        caches: Sequence["KVCache"] | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> list[tuple[list[int], list[float]]]:
         """Draws one reply per prompt: its tokens, end token included if it was drawn, and their
         log-probabilities.
@@ -1078,7 +1068,7 @@ class Policy(nn.Module):
         width = int(lengths.max())
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
         attention = left_padded(lengths, width)
-        positions = self.family.positions(self, model, ids, attention, features)[..., -new:]
+        positions = self.family.positions(self, ids, attention, features)[..., -new:]
         inputs = self.family.read(self, model, ids, new, features)
         before = [kept.first(max(0, len(p) - new)) for kept, p in zip(caches or (), prompts) if kept.length]
         for k, layer in enumerate(cache.layers):
@@ -1086,14 +1076,12 @@ class Policy(nn.Module):
                 layer.show(rows, 0, 0)
             else:
                 layer.show(rows, columns - width, columns - new, [kept.layers[k] for kept in before])
-        out = model.base_model(
-            **inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        hidden = read_on(model, cache, positions, inputs | {"attention_mask": attention})
         for b, (kept, prompt) in enumerate(zip(caches or (), prompts)):
             kept.length = len(prompt)
             kept.layers = [layer.row(b, len(prompt)) for layer in cache.layers]
         shown = inputs["cross_attention_mask"][:, -1:] if "cross_attention_mask" in inputs else None
-        return out.last_hidden_state[:, -1], positions[..., -1:], shown
+        return hidden, positions[..., -1:], shown
 
     @contextmanager
     def responder(
@@ -1158,27 +1146,25 @@ class Policy(nn.Module):
 
     def keep_initial_weights(self) -> None:
         """Keeps a copy of the weights as they are now (of this rank's shards)."""
-        self._initial = self._weights()
+        self.reshard()
+        self._initial = [p.detach().clone() for p in self.model.parameters()]
 
     @contextmanager
     def initial_weights(self) -> Iterator[None]:
         """Inside, the model has the weights that `keep_initial_weights` kept."""
-        current = self._weights()
-        self._set_weights(self._initial)
+        self._exchange_weights()
         try:
             yield
         finally:
-            self._set_weights(current)
-
-    def _weights(self) -> list[Tensor]:
-        self.reshard()
-        return [p.detach().clone() for p in self.model.parameters()]
+            self._exchange_weights()
 
     @torch.no_grad()
-    def _set_weights(self, weights: list[Tensor]) -> None:
+    def _exchange_weights(self) -> None:
         self.reshard()
-        for p, w in zip(self.model.parameters(), weights):
-            p.copy_(w)
+        for p, kept in zip(self.model.parameters(), self._initial):
+            current = p.clone()
+            p.copy_(kept)
+            kept.copy_(current)
 
     # ---- over all ranks
 
@@ -1258,27 +1244,23 @@ class Llava:
         """What the processor made of a batch of pictures, by picture."""
         return {name: values.split(1) for name, values in out.items()}
 
-    def forward_inputs(
-        self, policy: "Policy", ids: Tensor, lengths: Tensor, pictures: dict
-    ) -> dict[str, Tensor]:
+    def forward_inputs(self, policy: Policy, ids: Tensor, lengths: Tensor | None, pictures: dict) -> dict:
         """What the model's forward pass over ids [B, T], padded on the right, takes beside the pictures."""
         return {}
 
-    def plain_inputs(self, policy: "Policy", ids: Tensor, pictures: dict) -> dict[str, Tensor]:
+    def plain_inputs(self, policy: Policy, ids: Tensor, pictures: dict) -> dict[str, Tensor]:
         """The same for a call of the whole model, without anything worked out for it."""
-        return {}
+        return self.forward_inputs(policy, ids, None, pictures)
 
     def features(self, model: nn.Module, pictures: dict) -> list[dict[str, Tensor]]:
         """What the vision tower and its projection make of pictures: "features" [n, H] each."""
         return [{"features": f} for f in model.get_image_features(**pictures).pooler_output]
 
-    def positions(
-        self, policy: "Policy", model: nn.Module, ids: Tensor, attention: Tensor, pictures
-    ) -> Tensor:
+    def positions(self, policy: Policy, ids: Tensor, attention: Tensor, pictures) -> Tensor:
         """The position of each token of ids [B, T], padded on the left: its place in the row, [B, T]."""
         return (attention.cumsum(-1) - 1).clamp(min=0)
 
-    def read(self, policy: "Policy", model: nn.Module, ids: Tensor, new: int, pictures) -> dict[str, Tensor]:
+    def read(self, policy: Policy, model: nn.Module, ids: Tensor, new: int, pictures) -> dict[str, Tensor]:
         """What the model reads of the last `new` tokens of ids [B, T] when it samples: tokens, or embeddings
         where image tokens are among them. The features of a picture that was cut are its last ones."""
         places = ids[:, -new:] == policy.image_id
@@ -1308,7 +1290,7 @@ class Qwen(Llava):
 
     def forward_inputs(self, policy, ids, lengths, pictures):
         attention = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-        return {"position_ids": self._rope(policy, policy.model, ids, attention, pictures["image_grid_thw"])}
+        return {"position_ids": self._rope(policy, ids, attention, pictures["image_grid_thw"])}
 
     def plain_inputs(self, policy, ids, pictures):
         return {"mm_token_type_ids": (ids == policy.image_id).int()}
@@ -1317,17 +1299,15 @@ class Qwen(Llava):
         grids = pictures["image_grid_thw"]
         return [f | {"grid": grid} for f, grid in zip(super().features(model, pictures), grids)]
 
-    def positions(self, policy, model, ids, attention, pictures):
+    def positions(self, policy, ids, attention, pictures):
         if not pictures:
-            return super().positions(policy, model, ids, attention, pictures)
-        return self._rope(policy, model, ids, attention, torch.stack([p["grid"] for p in pictures]))
+            return super().positions(policy, ids, attention, pictures)
+        return self._rope(policy, ids, attention, torch.stack([p["grid"] for p in pictures]))
 
-    def _rope(self, policy, model, ids, attention, grids) -> Tensor:
+    def _rope(self, policy, ids, attention, grids) -> Tensor:
         """[3, B, T]"""
-        kinds = (ids == policy.image_id).int()
-        return model.base_model.get_rope_index(
-            ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=attention
-        )[0]
+        known = self.plain_inputs(policy, ids, {}) | {"image_grid_thw": grids, "attention_mask": attention}
+        return policy.model.base_model.get_rope_index(ids, **known)[0]
 
 
 class Mllama(Llava):
@@ -1337,9 +1317,6 @@ class Mllama(Llava):
 
     def forward_inputs(self, policy, ids, lengths, pictures):
         return {"cross_attention_mask": self._tiles(policy, ids, pictures["aspect_ratio_mask"])}
-
-    def plain_inputs(self, policy, ids, pictures):
-        return self.forward_inputs(policy, ids, None, pictures)
 
     def features(self, model, pictures):
         tower = model.base_model.vision_model(**pictures).last_hidden_state  # [B, 1, tiles, patches, D]
@@ -1436,7 +1413,7 @@ class KVCache:
     length: int = 0
     layers: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
-    def first(self, length: int) -> "KVCache":
+    def first(self, length: int) -> KVCache:
         """The cache of the first `length` tokens alone."""
         return KVCache(length, [kept and (kept[0][:, :length], kept[1][:, :length]) for kept in self.layers])
 
@@ -1458,24 +1435,22 @@ class Decoder:
         """Reads one more token of every row, ids [B, 1]."""
         self.lengths, self.positions = self.lengths + 1, self.positions + 1
         columns = self.cache.get_seq_length() + 1
-        crossing = (
-            {} if self.tiles is None else {"cross_attention_mask": self.tiles.expand(-1, columns, -1, -1)}
-        )
-        out = self.model.base_model(
-            input_ids=ids,
-            attention_mask=left_padded(self.lengths, columns),
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **crossing,
-        )
-        self.hidden = out.last_hidden_state[:, -1]
+        inputs = {"input_ids": ids, "attention_mask": left_padded(self.lengths, columns)}
+        if self.tiles is not None:
+            inputs["cross_attention_mask"] = self.tiles.expand(-1, columns, -1, -1)
+        self.hidden = read_on(self.model, self.cache, self.positions, inputs)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with some rows of the batch."""
         self.cache.batch_select_indices(rows)
         self.lengths, self.positions = self.lengths[rows], self.positions[..., rows, :]
         self.tiles = None if self.tiles is None else self.tiles[rows]
+
+
+def read_on(model: nn.Module, cache: transformers.Cache, positions: Tensor, inputs: dict) -> Tensor:
+    """Reads tokens behind those of the cache and appends theirs to it; the state after the last one [B, H]."""
+    out = model.base_model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.last_hidden_state[:, -1]
 
 
 def left_padded(lengths: Tensor, columns: int) -> Tensor:
