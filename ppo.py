@@ -46,6 +46,10 @@ from torch import Tensor, nn
 import envs
 from envs import Option
 
+Batch = dict[str, Any]  # tensors by name, and perhaps "pictures"
+Spans = list[list[tuple[int, int, int]]]  # for each episode, its replies' (row, start, stop) in order of time
+Optimizers = list[torch.optim.Optimizer]
+
 
 @dataclass
 class PPOConfig:
@@ -59,34 +63,24 @@ class PPOConfig:
     microbatch_size: Annotated[int, Option("rows per forward pass and rank", least=1)] = 64
     epochs: Annotated[int, Option("passes over each batch of episodes", least=1)] = 4
     steps: Annotated[int, Option("updates", least=1)] = 20
-    flops: Annotated[
-        float, Option("end the run here: 6 N per trained, 2 N per generated or scored token", above=0)
-    ] = math.inf
-    warmup: Annotated[
-        float, Option("share of the run in which the rate rises; then a cosine to 0", least=0, most=1)
-    ] = 0.0
+    flops: Annotated[float, Option("end: 6 N a trained, 2 N a generated or scored token", above=0)] = math.inf
+    warmup: Annotated[float, Option("rising rate for this share; then a cosine to 0", least=0, most=1)] = 0.0
     gamma: Annotated[float, Option("discount per turn; inside a reply it is 1", least=0, most=1)] = 0.9
     lam: Annotated[float, Option("lambda of GAE, per action", least=0, most=1)] = 0.95
     clip: Annotated[float, Option("clip range of the ratio", above=0)] = 0.2
     value_clip: Annotated[float, Option("clip range of the value, in units of the return", above=0)] = 1.0
     value_coef: Annotated[float, Option("weight of the value loss", least=0)] = 0.5
     entropy_coef: Annotated[float, Option("weight of the entropy bonus, in nats", least=0)] = 0.0
-    kl_coef: Annotated[
-        float, Option("weight of KL(policy || initial policy), in nats; 0 keeps no copy of that", least=0)
-    ] = 0.0
+    kl_coef: Annotated[float, Option("weight of KL(policy || initial) in nats; at 0 no copy", least=0)] = 0.0
     max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
-    ratio: Annotated[str, Option("one ratio, value and advantage for each", choices=("token", "reply"))] = (
-        "token"
-    )
+    ratio: Annotated[str, Option("one ratio, value and advantage per", choices=("token", "reply"))] = "token"
     thought_coef: Annotated[
         float, Option("with ratio reply: weight of what stands before the answer field (paper: .5)", least=0)
     ] = 1.0
     value_trunk: Annotated[
         str, Option("shared: the value loss trains the language model too", choices=("detached", "shared"))
     ] = "detached"
-    value_warmup: Annotated[
-        int, Option("first updates that train the value head alone, on the detached trunk", least=0)
-    ] = 0
+    value_warmup: Annotated[int, Option("first updates: the value head alone, detached trunk", least=0)] = 0
     temperature: Annotated[float, Option("sampling temperature", above=0)] = 1.0
     max_new_tokens: Annotated[int, Option("longest reply, in tokens", least=1)] = 128
     betas: Annotated[tuple[float, float], Option("of Adam", least=0, most=1)] = (0.9, 0.98)
@@ -132,12 +126,7 @@ class Stream:
 
 
 def train(
-    policy: Policy,
-    optimizers: list[torch.optim.Optimizer],
-    environments: Sequence,
-    config: PPOConfig,
-    step: int = 0,
-    flops: float = 0.0,
+    policy: Policy, optimizers: Optimizers, environments: Sequence, config: PPOConfig, step=0, flops=0.0
 ) -> Iterator[dict]:
     """Trains until `config.steps` updates or `config.flops`, and yields the metrics of every update.
 
@@ -149,22 +138,19 @@ def train(
         spent, clock = policy.flops, [time.perf_counter()]
         streams, episodes = rollout(policy, environments, config, step)
         clock.append(time.perf_counter())
-        batch = collect(
-            policy, streams, episodes, config, environments[0].answer_field, center_values=step == 0
-        )
+        batch = collect(policy, streams, episodes, config, environments[0].answer_field, step == 0)
         clock.append(time.perf_counter())
         logged = update(policy, optimizers, batch, config, step)
         clock.append(time.perf_counter())
-        generated, trained, work = policy.sum(
-            batch["mask"].sum(), batch["length"].sum() * config.epochs, policy.flops - spent
-        )
+        tokens = batch["mask"].sum(), batch["length"].sum() * config.epochs
+        generated, trained, work = policy.sum(*tokens, policy.flops - spent)
         step, flops = step + 1, flops + work
         yield {
             "step": step,
             "flops": flops,
             "progress": max(step / config.steps, flops / config.flops),
             "lr": factor * config.lr,
-            **episode_metrics(policy, streams, episodes, batch, config, environments[0].verdicts),
+            **episode_metrics(policy, episodes, batch, config, environments[0].verdicts),
             **logged,
             "rollout_tokens_per_s": generated / (clock[1] - clock[0]),
             "update_tokens_per_s": trained / (clock[3] - clock[2]),
@@ -273,7 +259,7 @@ def collect(
     config: PPOConfig,
     answer_field: str,
     center_values: bool = False,
-) -> dict[str, Any]:
+) -> Batch:
     """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
 
     `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio:
@@ -315,11 +301,8 @@ def collect(
     return batch
 
 
-def arrange(
-    policy: Policy, streams: list[list[Stream]]
-) -> tuple[list[Stream], list[list[tuple[int, int, int]]]]:
-    """The rows of a batch, and for each episode the spans of its replies in the order of time, as
-    (row, start, stop).
+def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], Spans]:
+    """The rows of a batch, and where in them the replies of each episode stand.
 
     Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as
     many: where episodes have several rows, a rank with fewer adds copies of its shortest one that train
@@ -356,11 +339,8 @@ def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
 
 
 @torch.no_grad()
-def score(
-    policy: Policy, batch: dict[str, Any], config: PPOConfig, values: bool = False
-) -> dict[str, Tensor]:
-    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both
-    [B, T]."""
+def score(policy: Policy, batch: Batch, config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
+    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", [B, T]."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         part = rows_of(batch, rows)
@@ -370,7 +350,7 @@ def score(
     return out
 
 
-def rows_of(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
     """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
     width, part = int(batch["length"][rows].max()), {}
     for name, values in batch.items():
@@ -381,7 +361,7 @@ def rows_of(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return part
 
 
-def action_logp(logp: Tensor, batch: dict[str, Any]) -> Tensor:
+def action_logp(logp: Tensor, batch: Batch) -> Tensor:
     """Log-probability of each action [B, T]: of the token, or the weighted sum over the reply, on its first
     token."""
     return per_reply(logp * batch["weights"], batch["actions"]) if "weights" in batch else logp
@@ -426,14 +406,9 @@ def gae(
 
 
 def advantages_of(
-    rewards: list[list[float]],
-    values: Tensor,
-    spans: list[list[tuple[int, int, int]]],
-    gamma: float,
-    lam: float,
+    rewards: list[list[float]], values: Tensor, spans: Spans, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. `values` [B, T],
-    `spans` as of `arrange`."""
+    """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. values [B, T]."""
     before, advantages, returns = values.tolist(), torch.zeros(values.shape), torch.zeros(values.shape)
     for reward, own in zip(rewards, spans):
         lines = gae(reward, [before[b][start:stop] for b, start, stop in own], gamma, lam)
@@ -481,12 +456,7 @@ def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
 
 
 def losses(
-    scores: dict[str, Tensor],
-    part: dict[str, Any],
-    config: PPOConfig,
-    actions: float,
-    tokens: float,
-    warming: bool,
+    scores: dict[str, Tensor], part: Batch, config: PPOConfig, actions: float, tokens: float, warming: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one microbatch and, by name, what is logged of it; all are its shares of the means over the
     global minibatch, which has so many actions and tokens. `warming`: the value loss alone."""
@@ -500,14 +470,12 @@ def losses(
         loss = loss + pg - config.entropy_coef * entropy
     logged = {"policy_loss": pg, "value_loss": vf, "entropy": entropy}
     if config.kl_coef:
+        now, initial = scores["logp"], part["initial_logp"]
         if not warming:
             # The gradient of half the squared log-ratio is that of KL(policy || initial); that of k3 is the
             # reverse KL's.
-            squared = ((scores["logp"] - part["initial_logp"]) ** 2).sum() / tokens
-            loss = loss + config.kl_coef * 0.5 * squared
-        logged["kl_to_init"] = (
-            kl_estimate(scores["logp"], part["initial_logp"]) * part["mask"]
-        ).sum() / tokens
+            loss = loss + config.kl_coef * 0.5 * (((now - initial) ** 2).sum() / tokens)
+        logged["kl_to_init"] = (kl_estimate(now, initial) * part["mask"]).sum() / tokens
     ratio = torch.exp(logp - part["old_logp"])
     logged["approx_kl"] = masked_mean(kl_estimate(part["old_logp"], logp), act) * share
     logged["clip_fraction"] = masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
@@ -520,11 +488,7 @@ def losses(
 
 
 def update(
-    policy: Policy,
-    optimizers: list[torch.optim.Optimizer],
-    batch: dict[str, Any],
-    config: PPOConfig,
-    step: int,
+    policy: Policy, optimizers: Optimizers, batch: Batch, config: PPOConfig, step: int
 ) -> dict[str, float]:
     """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is
     logged.
@@ -567,17 +531,11 @@ def update(
 
 
 def episode_metrics(
-    policy: Policy,
-    streams: list[list[Stream]],
-    episodes: list[envs.Episode],
-    batch: dict[str, Any],
-    config: PPOConfig,
-    verdicts: Sequence[str],
+    policy: Policy, episodes: list[envs.Episode], batch: Batch, config: PPOConfig, verdicts: Sequence[str]
 ) -> dict[str, float]:
     """What the rollout says, over all ranks: return, success, shares of the task's `verdicts`, lengths, and
     how much of the return the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    error, act = batch["returns"] - batch["old_values"], batch["actions"]
     own = {
         "episodes": len(episodes),
         "replies": len(turns),
@@ -586,19 +544,18 @@ def episode_metrics(
         "return": sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)),
         "tokens": batch["mask"].sum(),
         "gap": batch["sampler_gap"].sum(),
-        "actions": act.sum(),
-        "error": (error * act).sum(),
-        "error^2": (error**2 * act).sum(),
-        "R": (batch["returns"] * act).sum(),
-        "R^2": (batch["returns"] ** 2 * act).sum(),
+        "actions": batch["actions"].sum(),
     }
+    errors = batch["returns"] - batch["old_values"]
+    for name, x in (("returns", batch["returns"]), ("errors", errors)):
+        own[name], own[f"{name}^2"] = (x * batch["actions"]).sum(), (x**2 * batch["actions"]).sum()
     for verdict in verdicts:
         rewards = [turn.reward for turn in turns if turn.verdict == verdict]
         own[f"share/{verdict}"], own[f"reward/{verdict}"] = len(rewards), sum(rewards)
     total = dict(zip(own, policy.sum(*own.values())))
     n, replies, actions = total["episodes"], total["replies"], total["actions"]
-    variance = total["R^2"] / actions - (total["R"] / actions) ** 2
-    unexplained = total["error^2"] / actions - (total["error"] / actions) ** 2
+    moments = ((total[name] / actions, total[f"{name}^2"] / actions) for name in ("returns", "errors"))
+    variance, unexplained = (square - mean**2 for mean, square in moments)
     return {
         **{name: total[name] / n for name in ("return", "success", "first_success")},
         "turns": replies / n,
@@ -872,7 +829,7 @@ class Policy(nn.Module):
             reach = f"positions of {type(self.model).__name__} reach no farther than {self.max_length}"
             raise ValueError(f"{what} has {length} tokens, but the {reach}")
 
-    def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
+    def collate(self, streams: Sequence[Stream]) -> Batch:
         """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
         lengths = torch.tensor([len(s) for s in streams])
         ids = torch.full((len(streams), int(lengths.max())), self.pad_id)
@@ -886,11 +843,7 @@ class Policy(nn.Module):
     # ---- scores
 
     def forward(
-        self,
-        batch: dict[str, Any],
-        temperature: float = 1.0,
-        values: str | None = None,
-        entropy: bool = False,
+        self, batch: Batch, temperature: float = 1.0, values: str | None = None, entropy: bool = False
     ) -> dict[str, Tensor]:
         """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
 
@@ -1107,7 +1060,7 @@ class Policy(nn.Module):
         marks the last one. (Over ranks gradients are summed in sftrl.py.)"""
         loss.backward()
 
-    def step(self, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, loss: float) -> float:
+    def step(self, optimizers: Optimizers, max_grad_norm: float, loss: float) -> float:
         """Clips by the global norm, steps, clears the gradients; returns the norm before clipping.
 
         Raises FloatingPointError if `loss` (already summed over ranks) or the norm is not finite: every rank
@@ -1124,7 +1077,7 @@ class Policy(nn.Module):
         return norm
 
     @staticmethod
-    def set_lr(optimizers: list[torch.optim.Optimizer], progress: float, warmup: float) -> float:
+    def set_lr(optimizers: Optimizers, progress: float, warmup: float) -> float:
         """Learning rates at `progress` in [0, 1): linear warm-up from a tenth, then cosine to 0. Returns the
         factor."""
         if progress < warmup:
@@ -1368,22 +1321,29 @@ class GrowingLayer(transformers.cache_utils.DynamicLayer):
     def show(self, rows: slice, start: int, stop: int, kept: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         """Goes on with this part. What was `kept` of its rows, keys and values [heads, n, d], is put before
         its end."""
+        for b, keys_and_values in enumerate(kept, rows.start):
+            self._write(b, stop, *keys_and_values)
         self.rows, self.start, self.stop = rows, start, stop
-        for b, pair in enumerate(kept, rows.start):
-            self._allocate(*pair)
-            for x, whole in zip(pair, self.whole):
-                whole[b, :, stop - x.shape[1] : stop] = x
         if self.is_initialized:
             self.keys, self.values = (whole[rows, :, start:stop] for whole in self.whole)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
-        self._allocate(key_states, value_states)
         stop = self.stop + key_states.shape[2]
-        for x, whole in zip((key_states, value_states), self.whole):
-            whole[self.rows, :, self.stop : stop] = x
+        self._write(self.rows, stop, key_states, value_states)
         self.show(self.rows, self.start, stop)
         return self.keys, self.values
+
+    def _write(self, rows: int | slice, stop: int, *keys_and_values: Tensor) -> None:
+        if not self.is_initialized:
+            first = keys_and_values[0]
+            self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
+            columns = self.columns or first.shape[-2]
+            # Of 0, for padding is masked, but 0 times a stray NaN would be NaN.
+            shapes = [(self.count, x.shape[-3], columns, x.shape[-1]) for x in keys_and_values]
+            self.whole = [first.new_zeros(shape) for shape in shapes]
+        for x, whole in zip(keys_and_values, self.whole):
+            whole[rows, :, stop - x.shape[-2] : stop] = x
 
     def row(self, b: int, length: int) -> tuple[Tensor, Tensor] | None:
         """A copy of the last keys and values of a row, to keep; None of those of a picture."""
@@ -1395,14 +1355,6 @@ class GrowingLayer(transformers.cache_utils.DynamicLayer):
         if self.is_initialized:
             self.whole = [whole[indices] for whole in self.whole]
             self.show(slice(0, None), self.start, self.stop)
-
-    def _allocate(self, keys: Tensor, values: Tensor) -> None:
-        """Makes room for tensors like these, [..., heads, n, d]. Padding must be 0: it is masked, but 0 times
-        a stray NaN would be NaN."""
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            n = self.columns or keys.shape[-2]
-            self.whole = [x.new_zeros(self.count, x.shape[-3], n, x.shape[-1]) for x in (keys, values)]
 
 
 @dataclass
@@ -1448,7 +1400,7 @@ class Decoder:
 
 
 def read_on(model: nn.Module, cache: transformers.Cache, positions: Tensor, inputs: dict) -> Tensor:
-    """Reads tokens behind those of the cache and appends theirs to it; the state after the last one [B, H]."""
+    """Reads tokens behind those of the cache, where theirs join; the state after the last one [B, H]."""
     out = model.base_model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
     return out.last_hidden_state[:, -1]
 
