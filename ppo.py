@@ -165,8 +165,7 @@ def train(
 def rollout(
     policy: Policy, environments: Sequence, config: PPOConfig, step: int
 ) -> tuple[list[list[Stream]], list[envs.Episode]]:
-    """Plays one episode in each of this rank's environments: the streams of each episode (one, or on a walk
-    with pictures one for each place) and the episodes, in the same order.
+    """Plays one episode in each of this rank's environments; the streams of each, and the episodes.
 
     Episodes and samples are a function of (seed, step, rank): a resumed run sees what the unbroken one would
     have seen.
@@ -946,7 +945,7 @@ class Policy(nn.Module):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.rollout_batch):
             rows = order[start : start + self.rollout_batch]
-            given = chosen(rows, prompts, features, caches)
+            given = items_at(rows, prompts, features, caches)
             for i, reply in zip(rows, self._decode(model, *given, max_new_tokens, temperature, generator)):
                 replies[i] = reply
         return replies
@@ -998,8 +997,9 @@ class Policy(nn.Module):
         read, first = [], 0
         for part in parts:
             rows, first = slice(first, first + len(part)), first + len(part)
-            given = chosen(part, prompts, features, caches)
-            read.append(self._read(model, cache, rows, columns, *given, new=unread[part[-1]]))
+            given = items_at(part, prompts, features, caches)
+            new = unread[part[-1]]  # the most of the part
+            read.append(self._read(model, cache, rows, columns, *given, new))
         for layer in cache.layers:
             layer.show(slice(0, None), 0, layer.stop)
         hidden, positions, tiles = zip(*read)
@@ -1010,13 +1010,12 @@ class Policy(nn.Module):
 
     def _read(self, model, cache, rows: slice, columns: int, prompts, features, caches, new: int):
         """Reads the last `new` tokens of prompts whose other tokens the caches hold into these rows of the
-        batch's cache, and notes all of them in the caches.
+        batch's cache; afterwards the caches hold them all.
 
         All rows must end in the same column, the last of `columns`, where the next token joins, and no masked
         column may stand inside a row, for sliding windows and some positions count columns. So all padding
         stands on the left, and every row reads as many tokens as the one that lacks most, some of them again.
-        Returns the state after the last token [B, H], its position [(3,) B, 1], and the last row of Mllama's
-        cross-attention mask [B, 1, 1, tiles]."""
+        Returns what a `Decoder` holds of these rows: hidden, positions and tiles."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         width = int(lengths.max())
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -1043,11 +1042,9 @@ class Policy(nn.Module):
         """A player for `envs.play`. Afterwards it still has the streams of its conversations."""
         with self.rollout_weights() as model:
             player = Player(self, model, max_new_tokens, temperature, generator)
-            try:
-                yield player
-            finally:
-                player.features.clear()
-                player.caches.clear()
+            yield player
+        player.features.clear()  # their memory is for what comes next
+        player.caches.clear()
 
     def generator(self, seed: str) -> torch.Generator:
         """A random generator for sampling, a function of `seed` and the rank alone."""
@@ -1155,7 +1152,7 @@ def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
     return ids.clamp(max=logp.shape[-1] - 1)
 
 
-def chosen(rows: Sequence[int], *lists: Sequence | None) -> list[list | None]:
+def items_at(rows: Sequence[int], *lists: Sequence | None) -> list[list | None]:
     """The items of each list at these rows; None for a list that is empty or None."""
     return [[items[i] for i in rows] if items else None for items in lists]
 
