@@ -520,9 +520,8 @@ def update(
                     first_error = max(first_error, error)
                 sums.update({name: x.item() for name, x in logged.items()})
             norms.append(policy.step(optimizers, config.max_grad_norm, policy.sum(minibatch_loss)[0]))
-    names = sorted(sums)
-    totals = policy.sum(*(sums[name] for name in names))
-    return {name: total / len(norms) for name, total in zip(names, totals)} | {
+    totals = zip(sums, policy.sum(*sums.values()))
+    return {name: total / len(norms) for name, total in totals} | {
         "grad_norm": sum(norms) / len(norms),
         "largest_ratio": policy.largest(largest),
         "first_ratio_error": policy.largest(first_error),
@@ -535,35 +534,24 @@ def episode_metrics(
     """What the rollout says, over all ranks: return, success, shares of the task's `verdicts`, lengths, and
     how much of the return the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    own = {
-        "episodes": len(episodes),
-        "replies": len(turns),
-        "success": sum(e.success for e in episodes),
-        "first_success": sum(e.success and e.most_tries() == 1 for e in episodes),
-        "return": sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)),
-        "tokens": batch["mask"].sum(),
-        "gap": batch["sampler_gap"].sum(),
-        "actions": batch["actions"].sum(),
+    n, replies, tokens, act = len(episodes), len(turns), batch["mask"].sum(), batch["actions"]
+    rewards = {v: [turn.reward for turn in turns if turn.verdict == v] for v in verdicts}
+    means = {  # of each the sum and what it is divided by
+        "return": (sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)), n),
+        "success": (sum(e.success for e in episodes), n),
+        "first_success": (sum(e.success and e.most_tries() == 1 for e in episodes), n),
+        "turns": (replies, n),
+        "reply_length": (tokens, replies),
+        "sampler_gap": (batch["sampler_gap"].sum(), tokens),
+        **{f"share/{v}": (len(own), replies) for v, own in rewards.items()},
+        **{f"reward/{v}": (sum(own), n) for v, own in rewards.items()},
     }
-    errors = batch["returns"] - batch["old_values"]
-    for name, x in (("returns", batch["returns"]), ("errors", errors)):
-        own[name], own[f"{name}^2"] = (x * batch["actions"]).sum(), (x**2 * batch["actions"]).sum()
-    for verdict in verdicts:
-        rewards = [turn.reward for turn in turns if turn.verdict == verdict]
-        own[f"share/{verdict}"], own[f"reward/{verdict}"] = len(rewards), sum(rewards)
-    total = dict(zip(own, policy.sum(*own.values())))
-    n, replies, actions = total["episodes"], total["replies"], total["actions"]
-    moments = ((total[name] / actions, total[f"{name}^2"] / actions) for name in ("returns", "errors"))
-    variance, unexplained = (square - mean**2 for mean, square in moments)
-    return {
-        **{name: total[name] / n for name in ("return", "success", "first_success")},
-        "turns": replies / n,
-        "reply_length": total["tokens"] / replies,
-        "sampler_gap": total["gap"] / total["tokens"],
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
-        **{name: x / replies for name, x in total.items() if name.startswith("share/")},
-        **{name: x / n for name, x in total.items() if name.startswith("reward/")},
-    }
+    for name, x in (("R", batch["returns"]), ("error", batch["returns"] - batch["old_values"])):
+        means |= {name: ((x * act).sum(), act.sum()), f"{name}^2": ((x**2 * act).sum(), act.sum())}
+    sums = policy.sum(*(number for pair in means.values() for number in pair))
+    mean = {name: total / count for name, total, count in zip(means, sums[::2], sums[1::2])}
+    variance, unexplained = (mean.pop(f"{x}^2") - mean.pop(x) ** 2 for x in ("R", "error"))
+    return mean | {"explained_variance": 1 - unexplained / variance if variance > 0 else 0.0}
 
 
 # ----------------------------------------------------------------------- the policy: tokens, scores, samples
