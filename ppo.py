@@ -750,7 +750,7 @@ class Policy(nn.Module):
             raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
         # What follows a reply is tokenized as in `_continue`; BOS keeps Mllama's processor from writing one.
         before = f"{self.tokenizer.bos_token or ''}x"
-        follow, n = [len(parts) > 1 for parts in texts], len(self.tokenize([before])[0])
+        follow = [len(parts) > 1 for parts in texts]
         out = self.processor(
             text=[before * after + parts[-1] for parts, after in zip(texts, follow)],
             images=[[image] for image in images],
@@ -758,6 +758,7 @@ class Policy(nn.Module):
             padding=True,
             return_tensors="pt",
         )
+        n = len(self.tokenize([before])[0])  # last, for it ends the padding, which would be saved
         rows = zip(out.pop("input_ids"), out.pop("attention_mask").bool(), follow)
         prompts = [ids[mask].tolist()[n * after :] for ids, mask, after in rows]
         if any(self.image_id not in prompt for prompt in prompts):
