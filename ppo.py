@@ -46,6 +46,10 @@ from torch import Tensor, nn
 import envs
 from envs import Option
 
+Batch = dict[str, Any]  # tensors by name, and perhaps "pictures"
+Spans = list[list[tuple[int, int, int]]]  # for each episode, its replies' (row, start, stop) in order of time
+Optimizers = list[torch.optim.Optimizer]
+
 
 @dataclass
 class PPOConfig:
@@ -60,7 +64,7 @@ class PPOConfig:
     epochs: Annotated[int, Option("passes over each batch of episodes", least=1)] = 4
     steps: Annotated[int, Option("updates", least=1)] = 20
     flops: Annotated[
-        float, Option("end the run here: 6 N per trained, 2 N per generated or scored token", above=0)
+        float, Option("end here: 6 N per trained, 2 N per generated or scored token", above=0)
     ] = math.inf
     warmup: Annotated[
         float, Option("share of the run in which the rate rises; then a cosine to 0", least=0, most=1)
@@ -71,16 +75,11 @@ class PPOConfig:
     value_clip: Annotated[float, Option("clip range of the value, in units of the return", above=0)] = 1.0
     value_coef: Annotated[float, Option("weight of the value loss", least=0)] = 0.5
     entropy_coef: Annotated[float, Option("weight of the entropy bonus, in nats", least=0)] = 0.0
-    kl_coef: Annotated[
-        float, Option("weight of KL(policy || initial policy), in nats; 0 keeps no copy of that", least=0)
-    ] = 0.0
+    kl_coef: Annotated[float, Option("weight of KL(policy || initial policy), in nats", least=0)] = 0.0
     max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
-    ratio: Annotated[str, Option("one ratio, value and advantage for each", choices=("token", "reply"))] = (
-        "token"
-    )
+    ratio: Annotated[str, Option("one ratio, value and advantage per", choices=("token", "reply"))] = "token"
     objective: Annotated[
-        str,
-        Option("ppo, or SFT on one's own replies that the verifier accepted", choices=("ppo", "imitate")),
+        str, Option("ppo, or SFT on one's own accepted replies", choices=("ppo", "imitate"))
     ] = "ppo"
     thought_coef: Annotated[
         float, Option("with ratio reply: weight of what stands before the answer field (paper: .5)", least=0)
@@ -88,9 +87,7 @@ class PPOConfig:
     value_trunk: Annotated[
         str, Option("shared: the value loss trains the language model too", choices=("detached", "shared"))
     ] = "detached"
-    value_warmup: Annotated[
-        int, Option("first updates that train the value head alone, on the detached trunk", least=0)
-    ] = 0
+    value_warmup: Annotated[int, Option("updates at first that train the value head alone", least=0)] = 0
     temperature: Annotated[float, Option("sampling temperature", above=0)] = 1.0
     max_new_tokens: Annotated[int, Option("longest reply, in tokens", least=1)] = 128
     betas: Annotated[tuple[float, float], Option("of Adam", least=0, most=1)] = (0.9, 0.98)
@@ -131,21 +128,12 @@ class Stream:
         self.mask += [1] * len(ids)
         self.logp += logp or [0.0] * len(ids)
 
-    def cut(self, length: int) -> None:
-        """Drops what stands behind so many tokens."""
-        self.ids, self.mask, self.logp = self.ids[:length], self.mask[:length], self.logp[:length]
-
 
 # -------------------------------------------------------------------------------- one update after the other
 
 
 def train(
-    policy: Policy,
-    optimizers: list[torch.optim.Optimizer],
-    environments: Sequence,
-    config: PPOConfig,
-    step: int = 0,
-    flops: float = 0.0,
+    policy: Policy, optimizers: Optimizers, environments: Sequence, config: PPOConfig, step=0, flops=0.0
 ) -> Iterator[dict]:
     """Trains until `config.steps` updates or `config.flops`, and yields the metrics of every update.
 
@@ -157,22 +145,19 @@ def train(
         spent, clock = policy.flops, [time.perf_counter()]
         streams, episodes = rollout(policy, environments, config, step)
         clock.append(time.perf_counter())
-        batch = collect(
-            policy, streams, episodes, config, environments[0].answer_field, center_values=step == 0
-        )
+        batch = collect(policy, streams, episodes, config, environments[0].answer_field, step == 0)
         clock.append(time.perf_counter())
         logged = update(policy, optimizers, batch, config, step)
         clock.append(time.perf_counter())
-        generated, trained, work = policy.sum(
-            batch["mask"].sum(), batch["length"].sum() * config.epochs, policy.flops - spent
-        )
+        tokens = batch["mask"].sum(), batch["length"].sum() * config.epochs
+        generated, trained, work = policy.sum(*tokens, policy.flops - spent)
         step, flops = step + 1, flops + work
         yield {
             "step": step,
             "flops": flops,
             "progress": max(step / config.steps, flops / config.flops),
             "lr": factor * config.lr,
-            **episode_metrics(policy, streams, episodes, batch, config, environments[0].verdicts),
+            **episode_metrics(policy, episodes, batch, config, environments[0].verdicts),
             **logged,
             "rollout_tokens_per_s": generated / (clock[1] - clock[0]),
             "update_tokens_per_s": trained / (clock[3] - clock[2]),
@@ -187,8 +172,7 @@ def train(
 def rollout(
     policy: Policy, environments: Sequence, config: PPOConfig, step: int
 ) -> tuple[list[list[Stream]], list[envs.Episode]]:
-    """Plays one episode in each of this rank's environments: the streams of each episode (one, or on a walk
-    with pictures one for each place) and the episodes, in the same order.
+    """Plays one episode in each of this rank's environments; the streams of each, and the episodes.
 
     Episodes and samples are a function of (seed, step, rank): a resumed run sees what the unbroken one would
     have seen.
@@ -210,57 +194,36 @@ class Player:
     conversation: one stream, or on a walk with pictures one for each place, opened anew with the picture seen
     there and the words of the walk so far."""
 
-    def __init__(self, policy: Policy, temperature: float, max_new_tokens: int, generator: torch.Generator):
-        self.policy, self.generator = policy, generator
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+    def __init__(self, policy: Policy, model: nn.Module, *settings):
+        self.policy, self.model, self.settings = policy, model, settings  # the last as of `Policy.sample`
         self.streams: dict[int, list[Stream]] = {}
-        self.said: dict[int, list[list[int]]] = {}  # the tokens of all replies
+        # Of each environment's last stream:
         self.images: dict[int, Image.Image | None] = {}
-        self.features: dict[int, dict[str, Tensor]] = {}  # of those images
-        self.caches: dict[int, "KVCache"] | None = None
-
-    def __enter__(self) -> "Player":
-        self._weights = self.policy.rollout_weights()
-        self._model = self._weights.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._weights.__exit__(*error)
-        self.features.clear()
-        self.caches = None
+        self.features: dict[int, dict[str, Tensor]] = {}  # what the vision tower makes of the image
+        self.caches: dict[int, KVCache] = {}
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
         """One reply each; None where the conversation is as long as the model's positions reach. Raises
         ValueError for a first prompt of that length."""
-        policy = self.policy
-        if not self.streams and len(indices) <= policy.rollout_batch:  # more caches might not find room
-            self.caches = {}
-        # Conversations that begin, or that go on with another picture, are opened; the others are extended.
-        seen = {
-            i: o for i, o in zip(indices, observations) if i in self.streams and self.images[i] is o.image
-        }
-        new = {i: o for i, o in zip(indices, observations) if i not in seen}
-        said = [self.said.get(i, []) for i in new]
-        opened = dict(zip(new, policy.open([(o.messages, o.image) for o in new.values()], said)))
-        if any(stream.picture for stream in opened.values()):
-            features = policy.image_features(self._model, [stream.picture for stream in opened.values()])
-            self.features |= dict(zip(opened, features))
-        ready = [i for i, o in zip(indices, observations) if self._take_in(i, o, opened.get(i))]
+        policy, seen = self.policy, dict(zip(indices, observations))
+        if not self.streams:  # more caches might not find room
+            self.keeps_caches = len(indices) <= policy.rollout_batch
+        # 1. Conversations that begin, or that go on with another picture, are opened.
+        new = [i for i in indices if i not in self.streams or self.images[i] is not seen[i].image]
+        said = [[s.ids[a:b] for s in self.streams.get(i, []) for a, b in s.replies] for i in new]
+        opened = dict(zip(new, policy.open([(seen[i].messages, seen[i].image) for i in new], said)))
+        if pictures := [stream.picture for stream in opened.values() if stream.picture]:
+            self.features |= zip(opened, policy.image_features(self.model, pictures))
+        # 2. The others are extended. What leaves no room for a reply ends the episode.
+        ready = [i for i in indices if self._take_in(i, seen[i], opened.get(i))]
+        # 3. One reply is sampled for each.
         now = [self.streams[i][-1] for i in ready]
-        drawn = policy.sample(
-            self._model,
-            [stream.ids for stream in now],
-            self.max_new_tokens,
-            self.temperature,
-            self.generator,
-            [self.features[i] for i in ready] if self.features else None,
-            [self.caches[i] for i in ready] if self.caches else None,
-        )
-        texts = {}
-        for i, stream, (ids, logp) in zip(ready, now, drawn):
-            stream.reply(ids, logp)
-            self.said.setdefault(i, []).append(ids)
-            texts[i] = policy.decode(ids)
+        features = [self.features[i] for i in ready] if self.features else None
+        caches = [self.caches[i] for i in ready] if self.keeps_caches else None
+        drawn = policy.sample(self.model, [s.ids for s in now], *self.settings, features, caches)
+        for stream, reply in zip(now, drawn):
+            stream.reply(*reply)
+        texts = {i: policy.decode(ids) for i, (ids, _) in zip(ready, drawn)}
         return [texts.get(i) for i in indices]
 
     def _take_in(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
@@ -270,20 +233,19 @@ class Player:
             stream = self.streams[i][-1]
             before = len(stream)
             self.policy.extend(stream, observation.messages[-1]["content"])
-            if len(stream) >= self.policy.max_length:
-                stream.cut(before)
-            return len(stream) > before
+            fits = len(stream) < self.policy.max_length
+            if not fits:
+                del stream.ids[before:], stream.mask[before:], stream.logp[before:]
+            return fits
         if i not in self.streams:
             self.policy.require_room(len(opened), "a prompt")
-        if self.caches is not None:
-            self.caches[i] = self._kept(i, opened.ids)
-        self.images[i] = observation.image
-        if len(opened) >= self.policy.max_length:
-            return False
-        self.streams.setdefault(i, []).append(opened)
-        return True
+        self.caches[i], self.images[i] = self._kept(i, opened.ids), observation.image
+        fits = len(opened) < self.policy.max_length
+        if fits:
+            self.streams.setdefault(i, []).append(opened)
+        return fits
 
-    def _kept(self, i: int, ids: list[int]) -> "KVCache":
+    def _kept(self, i: int, ids: list[int]) -> KVCache:
         """What the cache of environment i's last conversation holds of a new one: the words before either
         one's picture. Mllama's keeps nothing, for there all words know the picture."""
         if i not in self.streams or isinstance(self.policy.family, Mllama):
@@ -303,7 +265,7 @@ def collect(
     config: PPOConfig,
     answer_field: str,
     center_values: bool = False,
-) -> dict[str, Any]:
+) -> Batch:
     """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
 
     `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio:
@@ -348,11 +310,8 @@ def collect(
     return batch
 
 
-def arrange(
-    policy: Policy, streams: list[list[Stream]]
-) -> tuple[list[Stream], list[list[tuple[int, int, int]]]]:
-    """The rows of a batch, and for each episode the spans of its replies in the order of time, as
-    (row, start, stop).
+def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], Spans]:
+    """The rows of a batch, and where in them the replies of each episode stand.
 
     Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as
     many: where episodes have several rows, a rank with fewer adds copies of its shortest one that train
@@ -389,11 +348,8 @@ def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
 
 
 @torch.no_grad()
-def score(
-    policy: Policy, batch: dict[str, Any], config: PPOConfig, values: bool = False
-) -> dict[str, Tensor]:
-    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", both
-    [B, T]."""
+def score(policy: Policy, batch: Batch, config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
+    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", [B, T]."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         part = rows_of(batch, rows)
@@ -403,7 +359,7 @@ def score(
     return out
 
 
-def rows_of(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
     """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
     width, part = int(batch["length"][rows].max()), {}
     for name, values in batch.items():
@@ -414,7 +370,7 @@ def rows_of(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return part
 
 
-def action_logp(logp: Tensor, batch: dict[str, Any]) -> Tensor:
+def action_logp(logp: Tensor, batch: Batch) -> Tensor:
     """Log-probability of each action [B, T]: of the token, or the weighted sum over the reply, on its first
     token."""
     return per_reply(logp * batch["weights"], batch["actions"]) if "weights" in batch else logp
@@ -459,14 +415,9 @@ def gae(
 
 
 def advantages_of(
-    rewards: list[list[float]],
-    values: Tensor,
-    spans: list[list[tuple[int, int, int]]],
-    gamma: float,
-    lam: float,
+    rewards: list[list[float]], values: Tensor, spans: Spans, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. `values` [B, T],
-    `spans` as of `arrange`."""
+    """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. values [B, T]."""
     before, advantages, returns = values.tolist(), torch.zeros(values.shape), torch.zeros(values.shape)
     for reward, own in zip(rewards, spans):
         lines = gae(reward, [before[b][start:stop] for b, start, stop in own], gamma, lam)
@@ -514,12 +465,7 @@ def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
 
 
 def losses(
-    scores: dict[str, Tensor],
-    part: dict[str, Any],
-    config: PPOConfig,
-    actions: float,
-    tokens: float,
-    warming: bool,
+    scores: dict[str, Tensor], part: Batch, config: PPOConfig, actions: float, tokens: float, warming: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one microbatch and, by name, what is logged of it; all are its shares of the means over the
     global minibatch, which has so many actions and tokens. `warming`: the value loss alone."""
@@ -536,14 +482,12 @@ def losses(
         loss = loss + pg - config.entropy_coef * entropy
     logged = {"policy_loss": pg, "value_loss": vf, "entropy": entropy}
     if config.kl_coef:
+        now, initial = scores["logp"], part["initial_logp"]
         if not warming:
             # The gradient of half the squared log-ratio is that of KL(policy || initial); that of k3 is the
             # reverse KL's.
-            squared = ((scores["logp"] - part["initial_logp"]) ** 2).sum() / tokens
-            loss = loss + config.kl_coef * 0.5 * squared
-        logged["kl_to_init"] = (
-            kl_estimate(scores["logp"], part["initial_logp"]) * part["mask"]
-        ).sum() / tokens
+            loss = loss + config.kl_coef * 0.5 * (((now - initial) ** 2).sum() / tokens)
+        logged["kl_to_init"] = (kl_estimate(now, initial) * part["mask"]).sum() / tokens
     ratio = torch.exp(logp - part["old_logp"])
     logged["approx_kl"] = masked_mean(kl_estimate(part["old_logp"], logp), act) * share
     logged["clip_fraction"] = masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
@@ -556,11 +500,7 @@ def losses(
 
 
 def update(
-    policy: Policy,
-    optimizers: list[torch.optim.Optimizer],
-    batch: dict[str, Any],
-    config: PPOConfig,
-    step: int,
+    policy: Policy, optimizers: Optimizers, batch: Batch, config: PPOConfig, step: int
 ) -> dict[str, float]:
     """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is
     logged.
@@ -593,9 +533,8 @@ def update(
                     first_error = max(first_error, error)
                 sums.update({name: x.item() for name, x in logged.items()})
             norms.append(policy.step(optimizers, config.max_grad_norm, policy.sum(minibatch_loss)[0]))
-    names = sorted(sums)
-    totals = policy.sum(*(sums[name] for name in names))
-    return {name: total / len(norms) for name, total in zip(names, totals)} | {
+    totals = zip(sums, policy.sum(*sums.values()))
+    return {name: total / len(norms) for name, total in totals} | {
         "grad_norm": sum(norms) / len(norms),
         "largest_ratio": policy.largest(largest),
         "first_ratio_error": policy.largest(first_error),
@@ -603,47 +542,29 @@ def update(
 
 
 def episode_metrics(
-    policy: Policy,
-    streams: list[list[Stream]],
-    episodes: list[envs.Episode],
-    batch: dict[str, Any],
-    config: PPOConfig,
-    verdicts: Sequence[str],
+    policy: Policy, episodes: list[envs.Episode], batch: Batch, config: PPOConfig, verdicts: Sequence[str]
 ) -> dict[str, float]:
     """What the rollout says, over all ranks: return, success, shares of the task's `verdicts`, lengths, and
     how much of the return the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    error, act = batch["returns"] - batch["old_values"], batch["actions"]
-    own = {
-        "episodes": len(episodes),
-        "replies": len(turns),
-        "success": sum(e.success for e in episodes),
-        "first_success": sum(e.success and e.most_tries() == 1 for e in episodes),
-        "return": sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)),
-        "tokens": batch["mask"].sum(),
-        "gap": batch["sampler_gap"].sum(),
-        "actions": act.sum(),
-        "error": (error * act).sum(),
-        "error^2": (error**2 * act).sum(),
-        "R": (batch["returns"] * act).sum(),
-        "R^2": (batch["returns"] ** 2 * act).sum(),
+    n, replies, tokens, act = len(episodes), len(turns), batch["mask"].sum(), batch["actions"]
+    rewards = {v: [turn.reward for turn in turns if turn.verdict == v] for v in verdicts}
+    means = {  # of each the sum and what it is divided by
+        "return": (sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)), n),
+        "success": (sum(e.success for e in episodes), n),
+        "first_success": (sum(e.success and e.most_tries() == 1 for e in episodes), n),
+        "turns": (replies, n),
+        "reply_length": (tokens, replies),
+        "sampler_gap": (batch["sampler_gap"].sum(), tokens),
+        **{f"share/{v}": (len(own), replies) for v, own in rewards.items()},
+        **{f"reward/{v}": (sum(own), n) for v, own in rewards.items()},
     }
-    for verdict in verdicts:
-        rewards = [turn.reward for turn in turns if turn.verdict == verdict]
-        own[f"share/{verdict}"], own[f"reward/{verdict}"] = len(rewards), sum(rewards)
-    total = dict(zip(own, policy.sum(*own.values())))
-    n, replies, actions = total["episodes"], total["replies"], total["actions"]
-    variance = total["R^2"] / actions - (total["R"] / actions) ** 2
-    unexplained = total["error^2"] / actions - (total["error"] / actions) ** 2
-    return {
-        **{name: total[name] / n for name in ("return", "success", "first_success")},
-        "turns": replies / n,
-        "reply_length": total["tokens"] / replies,
-        "sampler_gap": total["gap"] / total["tokens"],
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
-        **{name: x / replies for name, x in total.items() if name.startswith("share/")},
-        **{name: x / n for name, x in total.items() if name.startswith("reward/")},
-    }
+    for name, x in (("R", batch["returns"]), ("error", batch["returns"] - batch["old_values"])):
+        means |= {name: ((x * act).sum(), act.sum()), f"{name}^2": ((x**2 * act).sum(), act.sum())}
+    sums = policy.sum(*(number for pair in means.values() for number in pair))
+    mean = {name: total / count for name, total, count in zip(means, sums[::2], sums[1::2])}
+    variance, unexplained = (mean.pop(f"{x}^2") - mean.pop(x) ** 2 for x in ("R", "error"))
+    return mean | {"explained_variance": 1 - unexplained / variance if variance > 0 else 0.0}
 
 
 # ----------------------------------------------------------------------- the policy: tokens, scores, samples
@@ -681,11 +602,9 @@ class Policy(nn.Module):
         self.tokenizer = getattr(processor, "tokenizer", processor)
         width = model.config.get_text_config().hidden_size
         # At the paper's width of 4096 the value head's layers are 1024 and 512 wide. It starts at 0.
-        sizes = [width, max(64, width // 4), max(64, width // 8)]
-        layers = [(nn.Linear(m, n), nn.ReLU()) for m, n in zip(sizes, sizes[1:])]
-        self.value_head = nn.Sequential(
-            *(x for pair in layers for x in pair), nn.Linear(sizes[-1], 1)
-        ).float()
+        m, n = max(64, width // 4), max(64, width // 8)
+        layers = [nn.Linear(width, m), nn.ReLU(), nn.Linear(m, n), nn.ReLU(), nn.Linear(n, 1)]
+        self.value_head = nn.Sequential(*layers).float()
         nn.init.zeros_(self.value_head[-1].weight)
         nn.init.zeros_(self.value_head[-1].bias)
         self.rollout_dtype = rollout_dtype or (torch.bfloat16 if fast_bfloat16(model.device) else model.dtype)
@@ -705,13 +624,13 @@ class Policy(nn.Module):
     def render(self, messages: list[dict], reply_follows: bool = True) -> str:
         """The conversation as text by the model's own chat template."""
         if self._content_as_parts:  # templates of some vision-language models read nothing else
-            texts = [[{"type": "text", "text": m["content"]}] for m in messages]
-            messages = [
-                m | {"content": t} if isinstance(m["content"], str) else m for m, t in zip(messages, texts)
-            ]
-        template = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+            messages = [dict(m) for m in messages]
+            for m in messages:
+                if isinstance(m["content"], str):
+                    m["content"] = [{"type": "text", "text": m["content"]}]
+        options = {"add_generation_prompt": reply_follows, "tokenize": False}
         try:
-            return template.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False)
+            return self._template.apply_chat_template(messages, **options)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"its chat template cannot be used: {error}") from None
 
@@ -741,11 +660,11 @@ class Policy(nn.Module):
         the template writes plain text. `end_ids` are all tokens that end a turn. Sampling stops at the
         `stop_ids`: those, and the tokens with which a turn of the user begins. `bos` is what the tokenizer
         puts before a text."""
-        if not (getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise ValueError(
-                "its tokenizer has no chat template; take a chat model, or add chat_template.jinja "
-                "to its folder"
-            )
+        templates = [x for x in (self.processor, self.tokenizer) if getattr(x, "chat_template", None)]
+        if not templates:
+            advice = "take a chat model, or add chat_template.jinja to its folder"
+            raise ValueError(f"its tokenizer has no chat template; {advice}")
+        self._template = templates[0]
         start = self.tokenizer("x")["input_ids"][:1]
         self.bos = start if start == [self.tokenizer.bos_token_id] else []
         asked, replied = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
@@ -761,7 +680,7 @@ class Policy(nn.Module):
         whole = parts[1].startswith(self.opening)  # a template may open a thought that it drops later
         self.reply_start = parts[1].removeprefix(self.opening) if whole else ""
         added = {k: t.content for k, t in self.tokenizer.added_tokens_decoder.items() if t.content.strip()}
-        (inside, after) = self._continue([self.reply_start, parts[2]])
+        inside, after = self._continue([self.reply_start, parts[2]])
         marks = [token for token in after if token in added]
         blank = parts[2].partition(added[marks[0]])[0] if marks else "none"
         closing, self.end_blank = (marks[:1], blank) if not blank.strip() else ([], "")
@@ -769,9 +688,8 @@ class Policy(nn.Module):
         named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = closing + [token for token in named if token is not None]
         if not ends:
-            raise ValueError(
-                "its tokenizer has no eos token, and its chat template ends replies with no token of its own"
-            )
+            lacking = "its chat template ends replies with no token of its own"
+            raise ValueError(f"its tokenizer has no eos token, and {lacking}")
         self.end_id, self.end_ids = ends[0], set(ends)
         self.stop_ids = self.end_ids | (set(marks) - set(inside))
 
@@ -786,9 +704,9 @@ class Policy(nn.Module):
         """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized
         again. If the reply closed its turn, the template's end token stands already; if it was cut off, the
         end token joins as context."""
-        turns = (("user", "x"), ("assistant", self._MARK), ("user", feedback))
-        text = self.render([{"role": role, "content": content} for role, content in turns])
-        self._go_on(stream, *self._continue([text.split(self._MARK)[-1]]))
+        turns = (("user", "x"), ("assistant", ""), ("user", feedback))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        self._go_on(stream, *self._continue(self._around_replies(messages, 1)[-1:]))
 
     def _go_on(self, stream: Stream, ids: list[int]) -> None:
         """Appends what the template writes after a reply: `ids`, less the end that the reply has already."""
@@ -808,17 +726,18 @@ class Policy(nn.Module):
         none, its chat template leaves out the picture's place, or only some conversations have one.
         """
         replies = replies or [[] for _ in conversations]
-        texts = [
-            self._around_replies(messages, len(own)) for (messages, _), own in zip(conversations, replies)
-        ]
-        follow = [len(parts) > 1 for parts in texts]
-        images = [image for _, image in conversations]
-        prompts, pictures = self._last_parts([parts[-1] for parts in texts], follow, images)
+        texts = [self._around_replies(asked, len(own)) for (asked, _), own in zip(conversations, replies)]
+        first = self.tokenize([parts[0] for parts in texts])
+        later = iter(self._continue([part for parts in texts for part in parts[1:]]))
+        spoken = [[ids, *(next(later) for _ in parts[1:])] for ids, parts in zip(first, texts)]
+        images, pictures = [image for _, image in conversations], [None] * len(texts)
+        if any(image is not None for image in images):
+            prompts, pictures = self._beside_pictures(texts, images)
+            spoken = [[*parts[:-1], prompt] for parts, prompt in zip(spoken, prompts)]
         streams = [Stream(picture=picture) for picture in pictures]
-        for stream, (*before, _), own, prompt in zip(streams, texts, replies, prompts):
-            spoken = [*self.tokenize(before[:1]), *self._continue(before[1:]), prompt]
-            stream.context(spoken[0] if spoken[0][:1] == self.bos else self.bos + spoken[0])
-            for reply, ids in zip(own, spoken[1:], strict=True):
+        for stream, (start, *parts), own in zip(streams, spoken, replies):
+            stream.context(start if start[:1] == self.bos else self.bos + start)
+            for reply, ids in zip(own, parts, strict=True):
                 stream.context(reply)
                 self._go_on(stream, ids)
         return streams
@@ -831,33 +750,30 @@ class Policy(nn.Module):
         messages = [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
         return self.render(messages).split(self._MARK)
 
-    def _last_parts(
-        self, texts: list[str], follow: list[bool], images: list[Image.Image | None]
-    ) -> tuple[list[list[int]], list[dict[str, Tensor] | None]]:
-        """Tokens of the last parts of conversations, some of which follow a reply, and what the processor
-        makes of their pictures."""
-        shown = [image for image in images if image is not None]
-        if not shown:
-            alone, inside = self.tokenize(texts), self._continue(texts) if any(follow) else texts
-            return [ids[after] for *ids, after in zip(alone, inside, follow)], [None] * len(texts)
-        if len(shown) < len(texts):
-            lacking = f"{len(texts) - len(shown)} of {len(texts)} conversations"
-            raise ValueError(f"{lacking} of a batch have no picture: all must have one, or none")
-        name = type(self.model).__name__
+    def _beside_pictures(
+        self, texts: list[list[str]], images: list[Image.Image | None]
+    ) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+        """Of conversations as `_around_replies` says them, the tokens of the last parts, with the places of
+        the pictures, and what the processor makes of these."""
+        name, lacking = type(self.model).__name__, sum(image is None for image in images)
+        if lacking:
+            lot = f"{lacking} of {len(images)} conversations of a batch"
+            raise ValueError(f"{lot} have no picture: all must have one, or none")
         if self.processor is self.tokenizer:
             raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
         # What follows a reply is tokenized as in `_continue`; BOS keeps Mllama's processor from writing one.
         before = f"{self.tokenizer.bos_token or ''}x"
+        follow = [len(parts) > 1 for parts in texts]
         out = self.processor(
-            text=[before * after + text for text, after in zip(texts, follow)],
-            images=[[image] for image in shown],
+            text=[before * after + parts[-1] for parts, after in zip(texts, follow)],
+            images=[[image] for image in images],
             add_special_tokens=False,
             padding=True,
             return_tensors="pt",
         )
-        kept = out.pop("attention_mask").bool()
-        prompts = [row[mask].tolist() for row, mask in zip(out.pop("input_ids"), kept)]
-        prompts = [ids[after * len(self.tokenize([before])[0]) :] for ids, after in zip(prompts, follow)]
+        n = len(self.tokenize([before])[0])  # last, for it ends the padding, which would be saved
+        rows = zip(out.pop("input_ids"), out.pop("attention_mask").bool(), follow)
+        prompts = [ids[mask].tolist()[n * after :] for ids, mask, after in rows]
         if any(self.image_id not in prompt for prompt in prompts):
             raise ValueError("the chat template leaves out the picture's place")
         for known in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length alone
@@ -875,25 +791,24 @@ class Policy(nn.Module):
         a demonstration that is longer than the model's positions reach."""
         opened, known = [], []  # conversations up to the message with the picture, and the replies before it
         for record in records:
-            image, turns = record.get("image"), record["conversations"]
+            image, turns, shown = record.get("image"), record["conversations"], 0
             if isinstance(image, str):
                 try:
                     image = Image.open(image).convert("RGB")
                 except OSError as error:
                     raise ValueError(f"picture {image} cannot be read: {error}") from None
-            asked = range(0, len(turns), 2)
-            shown = next((k for k in asked if image and "<image>" in turns[k]["value"]), 0)
+            if image:
+                shown = next((k for k, t in enumerate(turns) if k % 2 == 0 and "<image>" in t["value"]), 0)
             roles = {"human": "user", "gpt": "assistant"}
             messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns[: shown + 1]]
             if image:
                 messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
             opened.append((messages, image))
             known.append(shown // 2)
-        said = [turn["value"] for record in records for turn in record["conversations"][1::2]]
-        tokens = iter(
-            self._continue([self.reply_start + text + self.end_blank for text in said], self.opening)
-        )
-        replies = [[next(tokens) + [self.end_id] for _ in r["conversations"][1::2]] for r in records]
+        said = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
+        texts = [self.reply_start + text + self.end_blank for own in said for text in own]
+        tokens = iter(self._continue(texts, self.opening))
+        replies = [[next(tokens) + [self.end_id] for _ in own] for own in said]
         streams = self.open(opened, [own[:n] for own, n in zip(replies, known)])
         for stream, record, own, n in zip(streams, records, replies, known):
             for k in range(n, len(own)):
@@ -904,20 +819,18 @@ class Policy(nn.Module):
                 stream.reply(own[k])
             places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
             if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
-                raise ValueError(
-                    "a demonstration has a picture's place without a picture, or after its first message"
-                )
+                wrong = "a picture's place without a picture, or after its first message"
+                raise ValueError(f"a demonstration has {wrong}")
             self.require_room(len(stream), "a demonstration", least=0)
         return streams
 
     def require_room(self, length: int, what: str, least: int = 1) -> None:
         """Raises ValueError if positions do not reach `least` tokens beyond a text of so many."""
         if length + least > self.max_length:
-            name = type(self.model).__name__
-            reach = f"the positions of {name} reach no farther than {self.max_length}"
-            raise ValueError(f"{what} has {length} tokens, but {reach}")
+            reach = f"positions of {type(self.model).__name__} reach no farther than {self.max_length}"
+            raise ValueError(f"{what} has {length} tokens, but the {reach}")
 
-    def collate(self, streams: Sequence[Stream]) -> dict[str, Any]:
+    def collate(self, streams: Sequence[Stream]) -> Batch:
         """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
         lengths = torch.tensor([len(s) for s in streams])
         ids = torch.full((len(streams), int(lengths.max())), self.pad_id)
@@ -931,11 +844,7 @@ class Policy(nn.Module):
     # ---- scores
 
     def forward(
-        self,
-        batch: dict[str, Any],
-        temperature: float = 1.0,
-        values: str | None = None,
-        entropy: bool = False,
+        self, batch: Batch, temperature: float = 1.0, values: str | None = None, entropy: bool = False
     ) -> dict[str, Tensor]:
         """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
 
@@ -945,9 +854,9 @@ class Policy(nn.Module):
         ids, mask = batch["ids"], batch["mask"].bool()
         # Padding stands on the right, where no real token can see it: causal attention needs no padding mask.
         pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
-        inputs = pictures | (
-            self.family.forward_inputs(self, ids, batch["length"], pictures) if pictures else {}
-        )
+        inputs = dict(pictures)
+        if pictures:
+            inputs |= self.family.forward_inputs(self, ids, batch["length"], pictures)
         mixed = ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
             hidden = self.model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
@@ -961,9 +870,8 @@ class Policy(nn.Module):
 
         out = {"logp": scatter(chosen)}
         if values:
-            out["value"] = scatter(
-                self.value_head((hidden.detach() if values == "detached" else hidden).float())[:, 0]
-            )
+            trunk = hidden.detach() if values == "detached" else hidden
+            out["value"] = scatter(self.value_head(trunk.float())[:, 0])
         if entropy:
             out["entropy"] = scatter(-(logps.exp() * logps).sum(-1))
         return out
@@ -1025,7 +933,7 @@ class Policy(nn.Module):
         temperature: float,
         generator: torch.Generator,
         features: Sequence[dict[str, Tensor]] | None = None,
-        caches: Sequence["KVCache"] | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> list[tuple[list[int], list[float]]]:
         """Draws one reply per prompt: its tokens, end token included if it was drawn, and their
         log-probabilities.
@@ -1039,7 +947,7 @@ class Policy(nn.Module):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.rollout_batch):
             rows = order[start : start + self.rollout_batch]
-            given = [[x[i] for i in rows] if x else None for x in (prompts, features, caches)]
+            given = items_at(rows, prompts, features, caches)
             for i, reply in zip(rows, self._decode(model, *given, max_new_tokens, temperature, generator)):
                 replies[i] = reply
         return replies
@@ -1065,9 +973,7 @@ class Policy(nn.Module):
             still = int(writing.sum())
             if not still or t + 1 == max_new_tokens:
                 break
-            if still <= 0.75 * len(
-                ids
-            ):  # finished rows leave; each time the cache is copied, so not one by one
+            if still <= 0.75 * len(ids):  # finished rows leave, but not one by one: the cache is copied
                 keep = writing.nonzero()[:, 0]
                 batch.keep(keep)
                 ids, rows, writing = ids[keep], rows[keep], writing[keep]
@@ -1075,7 +981,7 @@ class Policy(nn.Module):
         self._count(2, sum(map(len, prompts)) - cached + int(lengths.sum()) - len(prompts), {})
         return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
-    def _prefill(self, model, prompts, features, caches, room: int) -> tuple[list[int], "Decoder"]:
+    def _prefill(self, model, prompts, features, caches, room: int) -> tuple[list[int], Decoder]:
         """Reads the prompts of one batch, but for what the caches hold of them, in parts of PREFILL tokens.
         Returns which prompt each row is, and the batch with room for more tokens."""
         cached = [cache.length for cache in caches] if caches else [0] * len(prompts)
@@ -1086,67 +992,61 @@ class Policy(nn.Module):
             if not fits or (cached[i] > 0) != (cached[parts[-1][0]] > 0):
                 parts.append([])
             parts[-1].append(i)
-        layers = model.config.get_text_config().num_hidden_layers
-        rows: list[list] = [[] for _ in range(layers)]  # by layer, the keys and values of each row
-        states, lasts, tiles = [], [], []
+        config, columns = model.config.get_text_config(), max(map(len, prompts))
+        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: they hold the picture alone
+        widths = [None if k in crossing else columns + room for k in range(config.num_hidden_layers)]
+        cache = transformers.Cache(layers=[GrowingLayer(len(prompts), width) for width in widths])
+        read, first = [], 0
         for part in parts:
-            given = [[x[i] for i in part] if x else None for x in (prompts, features, caches)]
-            hidden, position, shown, keys_and_values = self._read(
-                model, *given, new=max(unread[i] for i in part)
-            )
-            states, lasts, tiles = [*states, hidden], [*lasts, position], [*tiles, shown]
-            for own, more in zip(rows, keys_and_values):
-                own += more
-        cache = transformers.Cache(layers=[GrowingLayer(room) for _ in range(layers)])
-        for own, layer in zip(rows, cache.layers):
-            if own:  # without pictures Mllama's cross-attention layers hold nothing
-                layer.fill(own)
-            own.clear()  # or memory would hold two caches
+            rows, first = slice(first, first + len(part)), first + len(part)
+            given = items_at(part, prompts, features, caches)
+            new = unread[part[-1]]  # the most of the part
+            read.append(self._read(model, cache, rows, columns, *given, new))
+        for layer in cache.layers:
+            layer.show(slice(0, None), 0, layer.stop)
+        hidden, positions, tiles = zip(*read)
         order = [i for part in parts for i in part]
         lengths = torch.tensor([len(prompts[i]) for i in order], device=model.device)
         shown = None if tiles[0] is None else torch.cat(tiles)
-        return order, Decoder(model, torch.cat(states), cache, lengths, torch.cat(lasts, -2), shown)
+        return order, Decoder(model, torch.cat(hidden), cache, lengths, torch.cat(positions, -2), shown)
 
-    def _read(self, model, prompts, features, caches, new: int):
-        """Reads the last `new` tokens of prompts whose other tokens the caches hold, and notes all of them in
-        the caches.
+    def _read(self, model, cache, rows: slice, columns: int, prompts, features, caches, new: int):
+        """Reads the last `new` tokens of prompts whose other tokens the caches hold into these rows of the
+        batch's cache; afterwards the caches hold them all.
 
-        All rows must end in the same column, where the next token joins, and no masked column may stand
-        inside a row, for sliding windows and some positions count columns. So all padding stands on the
-        left, and every row reads as many tokens as the one that lacks most, some of them again. Returns the
-        state after the last token [B, H], its position [(3,) B, 1], the last row of Mllama's
-        cross-attention mask [B, 1, 1, tiles], and by layer the keys and values of each row."""
-        device, config = model.device, model.config.get_text_config()
-        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: their keys are the picture's
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        columns = int(lengths.max())
-        ids = torch.tensor([[self.pad_id] * (columns - len(p)) + p for p in prompts], device=device)
-        attention = left_padded(lengths, columns)
-        positions = self.family.positions(self, model, ids, attention, features)[..., -new:]
-        room = new if columns > new else 0
-        cache = transformers.Cache(layers=[GrowingLayer(room) for _ in range(config.num_hidden_layers)])
-        if columns > new:
-            before = [kept.first(max(0, len(prompt) - new)) for kept, prompt in zip(caches, prompts)]
-            for k, layer in enumerate(cache.layers):
-                if k not in crossing:
-                    layer.fill([kept.layers[k] for kept in before])
+        All rows must end in the same column, the last of `columns`, where the next token joins, and no masked
+        column may stand inside a row, for sliding windows and some positions count columns. So all padding
+        stands on the left, and every row reads as many tokens as the one that lacks most, some of them again.
+        Returns what a `Decoder` holds of these rows: hidden, positions and tiles."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        width = int(lengths.max())
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
+        attention = left_padded(lengths, width)
+        positions = self.family.positions(self, ids, attention, features)[..., -new:]
         inputs = self.family.read(self, model, ids, new, features)
-        out = model.base_model(
-            **inputs, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        shown = inputs["cross_attention_mask"][:, -1:] if "cross_attention_mask" in inputs else None
-        rows: list[list] = []
+        before = [kept.first(max(0, len(p) - new)) for kept, p in zip(caches or (), prompts) if kept.length]
         for k, layer in enumerate(cache.layers):
-            pairs = zip(layer.keys, layer.values, lengths.tolist()) if layer.is_initialized else ()
-            rows.append([(a, b) if k in crossing else (a[:, -n:], b[:, -n:]) for a, b, n in pairs])
-        for i, kept in enumerate(caches or ()):
-            kept.length = len(prompts[i])
-            kept.layers = [None if k in crossing else own[i] for k, own in enumerate(rows)]
-        return out.last_hidden_state[:, -1], positions[..., -1:], shown, rows
+            if layer.columns is None:
+                layer.show(rows, 0, 0)
+            else:
+                layer.show(rows, columns - width, columns - new, [kept.layers[k] for kept in before])
+        hidden = read_on(model, cache, positions, inputs | {"attention_mask": attention})
+        for b, (kept, prompt) in enumerate(zip(caches or (), prompts)):
+            kept.length = len(prompt)
+            kept.layers = [layer.row(b, len(prompt)) for layer in cache.layers]
+        shown = inputs["cross_attention_mask"][:, -1:] if "cross_attention_mask" in inputs else None
+        return hidden, positions[..., -1:], shown
 
-    def responder(self, temperature: float, max_new_tokens: int, generator: torch.Generator) -> "Player":
-        """A player for `envs.play` that keeps the streams of its conversations."""
-        return Player(self, temperature, max_new_tokens, generator)
+    @contextmanager
+    def responder(
+        self, temperature: float, max_new_tokens: int, generator: torch.Generator
+    ) -> Iterator[Player]:
+        """A player for `envs.play`. Afterwards it still has the streams of its conversations."""
+        with self.rollout_weights() as model:
+            player = Player(self, model, max_new_tokens, temperature, generator)
+            yield player
+        player.features.clear()  # their memory is for what comes next
+        player.caches.clear()
 
     def generator(self, seed: str) -> torch.Generator:
         """A random generator for sampling, a function of `seed` and the rank alone."""
@@ -1159,7 +1059,7 @@ class Policy(nn.Module):
         marks the last one. (Over ranks gradients are summed in sftrl.py.)"""
         loss.backward()
 
-    def step(self, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, loss: float) -> float:
+    def step(self, optimizers: Optimizers, max_grad_norm: float, loss: float) -> float:
         """Clips by the global norm, steps, clears the gradients; returns the norm before clipping.
 
         Raises FloatingPointError if `loss` (already summed over ranks) or the norm is not finite: every rank
@@ -1176,7 +1076,7 @@ class Policy(nn.Module):
         return norm
 
     @staticmethod
-    def set_lr(optimizers: list[torch.optim.Optimizer], progress: float, warmup: float) -> float:
+    def set_lr(optimizers: Optimizers, progress: float, warmup: float) -> float:
         """Learning rates at `progress` in [0, 1): linear warm-up from a tenth, then cosine to 0. Returns the
         factor."""
         if progress < warmup:
@@ -1198,27 +1098,25 @@ class Policy(nn.Module):
 
     def keep_initial_weights(self) -> None:
         """Keeps a copy of the weights as they are now (of this rank's shards)."""
-        self._initial = self._weights()
+        self.reshard()
+        self._initial = [p.detach().clone() for p in self.model.parameters()]
 
     @contextmanager
     def initial_weights(self) -> Iterator[None]:
         """Inside, the model has the weights that `keep_initial_weights` kept."""
-        current = self._weights()
-        self._set_weights(self._initial)
+        self._exchange_weights()
         try:
             yield
         finally:
-            self._set_weights(current)
-
-    def _weights(self) -> list[Tensor]:
-        self.reshard()
-        return [p.detach().clone() for p in self.model.parameters()]
+            self._exchange_weights()
 
     @torch.no_grad()
-    def _set_weights(self, weights: list[Tensor]) -> None:
+    def _exchange_weights(self) -> None:
         self.reshard()
-        for p, w in zip(self.model.parameters(), weights):
-            p.copy_(w)
+        for p, kept in zip(self.model.parameters(), self._initial):
+            current = p.clone()
+            p.copy_(kept)
+            kept.copy_(current)
 
     # ---- over all ranks
 
@@ -1254,6 +1152,11 @@ def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
     point = torch.rand(len(logp), 1, generator=generator, device=generator.device, dtype=torch.double)
     ids = torch.searchsorted(mass, point.to(logp.device) * mass[:, -1:], right=True)
     return ids.clamp(max=logp.shape[-1] - 1)
+
+
+def items_at(rows: Sequence[int], *lists: Sequence | None) -> list[list | None]:
+    """The items of each list at these rows; None for a list that is empty or None."""
+    return [[items[i] for i in rows] if items else None for items in lists]
 
 
 # Tokens of prompts read together: many more at once are too much for a CPU's cache and a GPU's memory.
@@ -1293,27 +1196,23 @@ class Llava:
         """What the processor made of a batch of pictures, by picture."""
         return {name: values.split(1) for name, values in out.items()}
 
-    def forward_inputs(
-        self, policy: "Policy", ids: Tensor, lengths: Tensor, pictures: dict
-    ) -> dict[str, Tensor]:
+    def forward_inputs(self, policy: Policy, ids: Tensor, lengths: Tensor | None, pictures: dict) -> dict:
         """What the model's forward pass over ids [B, T], padded on the right, takes beside the pictures."""
         return {}
 
-    def plain_inputs(self, policy: "Policy", ids: Tensor, pictures: dict) -> dict[str, Tensor]:
+    def plain_inputs(self, policy: Policy, ids: Tensor, pictures: dict) -> dict[str, Tensor]:
         """The same for a call of the whole model, without anything worked out for it."""
-        return {}
+        return self.forward_inputs(policy, ids, None, pictures)
 
     def features(self, model: nn.Module, pictures: dict) -> list[dict[str, Tensor]]:
         """What the vision tower and its projection make of pictures: "features" [n, H] each."""
         return [{"features": f} for f in model.get_image_features(**pictures).pooler_output]
 
-    def positions(
-        self, policy: "Policy", model: nn.Module, ids: Tensor, attention: Tensor, pictures
-    ) -> Tensor:
+    def positions(self, policy: Policy, ids: Tensor, attention: Tensor, pictures) -> Tensor:
         """The position of each token of ids [B, T], padded on the left: its place in the row, [B, T]."""
         return (attention.cumsum(-1) - 1).clamp(min=0)
 
-    def read(self, policy: "Policy", model: nn.Module, ids: Tensor, new: int, pictures) -> dict[str, Tensor]:
+    def read(self, policy: Policy, model: nn.Module, ids: Tensor, new: int, pictures) -> dict[str, Tensor]:
         """What the model reads of the last `new` tokens of ids [B, T] when it samples: tokens, or embeddings
         where image tokens are among them. The features of a picture that was cut are its last ones."""
         places = ids[:, -new:] == policy.image_id
@@ -1343,7 +1242,7 @@ class Qwen(Llava):
 
     def forward_inputs(self, policy, ids, lengths, pictures):
         attention = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-        return {"position_ids": self._rope(policy, policy.model, ids, attention, pictures["image_grid_thw"])}
+        return {"position_ids": self._rope(policy, ids, attention, pictures["image_grid_thw"])}
 
     def plain_inputs(self, policy, ids, pictures):
         return {"mm_token_type_ids": (ids == policy.image_id).int()}
@@ -1352,17 +1251,15 @@ class Qwen(Llava):
         grids = pictures["image_grid_thw"]
         return [f | {"grid": grid} for f, grid in zip(super().features(model, pictures), grids)]
 
-    def positions(self, policy, model, ids, attention, pictures):
+    def positions(self, policy, ids, attention, pictures):
         if not pictures:
-            return super().positions(policy, model, ids, attention, pictures)
-        return self._rope(policy, model, ids, attention, torch.stack([p["grid"] for p in pictures]))
+            return super().positions(policy, ids, attention, pictures)
+        return self._rope(policy, ids, attention, torch.stack([p["grid"] for p in pictures]))
 
-    def _rope(self, policy, model, ids, attention, grids) -> Tensor:
+    def _rope(self, policy, ids, attention, grids) -> Tensor:
         """[3, B, T]"""
-        kinds = (ids == policy.image_id).int()
-        return model.base_model.get_rope_index(
-            ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=attention
-        )[0]
+        known = self.plain_inputs(policy, ids, {}) | {"image_grid_thw": grids, "attention_mask": attention}
+        return policy.model.base_model.get_rope_index(ids, **known)[0]
 
 
 class Mllama(Llava):
@@ -1372,9 +1269,6 @@ class Mllama(Llava):
 
     def forward_inputs(self, policy, ids, lengths, pictures):
         return {"cross_attention_mask": self._tiles(policy, ids, pictures["aspect_ratio_mask"])}
-
-    def plain_inputs(self, policy, ids, pictures):
-        return self.forward_inputs(policy, ids, None, pictures)
 
     def features(self, model, pictures):
         tower = model.base_model.vision_model(**pictures).last_hidden_state  # [B, 1, tiles, patches, D]
@@ -1413,50 +1307,53 @@ def family_of(model: transformers.PreTrainedModel) -> Llava:
 
 
 class GrowingLayer(transformers.cache_utils.DynamicLayer):
-    """One layer of a key-value cache with room for `room` more tokens from the start. The library's own layer
-    copies all keys and values for every token: in long conversations a third of the decoding time."""
+    """One layer of a batch's key-value cache, with room for so many columns from the start; None takes those
+    of the first keys. The library's own layer copies all keys and values for every token: in long
+    conversations a third of the decoding time.
 
-    def __init__(self, room: int):
+    The model sees and fills a part of it at a time: `rows`, and their columns from `start` to `stop`."""
+
+    def __init__(self, count: int, columns: int | None):
         super().__init__()
-        self.room, self.used = room, 0
+        self.count, self.columns = count, columns
+
+    def show(self, rows: slice, start: int, stop: int, kept: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """Goes on with this part. What was `kept` of its rows, keys and values [heads, n, d], is put before
+        its end."""
+        for b, keys_and_values in enumerate(kept, rows.start):
+            self._write(b, stop, *keys_and_values)
+        self.rows, self.start, self.stop = rows, start, stop
+        if self.is_initialized:
+            self.keys, self.values = (whole[rows, :, start:stop] for whole in self.whole)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
-        if not self.is_initialized:
-            self._allocate(key_states, value_states, len(key_states), 0)
-        start, self.used = self.used, self.used + key_states.shape[2]
-        self.all_keys[:, :, start : self.used] = key_states
-        self.all_values[:, :, start : self.used] = value_states
-        self._view()
+        stop = self.stop + key_states.shape[2]
+        self._write(self.rows, stop, key_states, value_states)
+        self.show(self.rows, self.start, stop)
         return self.keys, self.values
 
-    def fill(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Starts from rows of keys and values [heads, n, d], padded on the left to the longest."""
-        self._allocate(*rows[0], len(rows), max(keys.shape[1] for keys, _ in rows))
-        for i, row in enumerate(rows):
-            for x, whole in zip(row, (self.all_keys, self.all_values)):
-                padding = self.used - x.shape[1]
-                whole[i, :, :padding] = 0  # it is masked, but 0 times a stray NaN would be NaN
-                whole[i, :, padding : self.used] = x
-        self._view()
+    def _write(self, rows: int | slice, stop: int, *keys_and_values: Tensor) -> None:
+        if not self.is_initialized:
+            first = keys_and_values[0]
+            self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
+            columns = self.columns or first.shape[-2]
+            # Of 0, for padding is masked, but 0 times a stray NaN would be NaN.
+            shapes = [(self.count, x.shape[-3], columns, x.shape[-1]) for x in keys_and_values]
+            self.whole = [first.new_zeros(shape) for shape in shapes]
+        for x, whole in zip(keys_and_values, self.whole):
+            whole[rows, :, stop - x.shape[-2] : stop] = x
+
+    def row(self, b: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """A copy of the last keys and values of a row, to keep; None of those of a picture."""
+        if self.columns is not None:
+            return self.keys[b, :, -length:].clone(), self.values[b, :, -length:].clone()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows of the batch."""
         if self.is_initialized:
-            self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
-            self._view()
-
-    def _allocate(self, keys: Tensor, values: Tensor, rows: int, used: int) -> None:
-        """Makes room for tensors like these, [..., heads, n, d], in so many rows, of which `used` tokens are
-        filled in next."""
-        self.dtype, self.device, self.is_initialized, self.used = keys.dtype, keys.device, True, used
-        length = (used or keys.shape[-2]) + self.room
-        self.all_keys, self.all_values = (
-            x.new_empty(rows, x.shape[-3], length, x.shape[-1]) for x in (keys, values)
-        )
-
-    def _view(self) -> None:
-        self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
+            self.whole = [whole[indices] for whole in self.whole]
+            self.show(slice(0, None), self.start, self.stop)
 
 
 @dataclass
@@ -1467,7 +1364,7 @@ class KVCache:
     length: int = 0
     layers: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
-    def first(self, length: int) -> "KVCache":
+    def first(self, length: int) -> KVCache:
         """The cache of the first `length` tokens alone."""
         return KVCache(length, [kept and (kept[0][:, :length], kept[1][:, :length]) for kept in self.layers])
 
@@ -1489,24 +1386,22 @@ class Decoder:
         """Reads one more token of every row, ids [B, 1]."""
         self.lengths, self.positions = self.lengths + 1, self.positions + 1
         columns = self.cache.get_seq_length() + 1
-        crossing = (
-            {} if self.tiles is None else {"cross_attention_mask": self.tiles.expand(-1, columns, -1, -1)}
-        )
-        out = self.model.base_model(
-            input_ids=ids,
-            attention_mask=left_padded(self.lengths, columns),
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **crossing,
-        )
-        self.hidden = out.last_hidden_state[:, -1]
+        inputs = {"input_ids": ids, "attention_mask": left_padded(self.lengths, columns)}
+        if self.tiles is not None:
+            inputs["cross_attention_mask"] = self.tiles.expand(-1, columns, -1, -1)
+        self.hidden = read_on(self.model, self.cache, self.positions, inputs)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with some rows of the batch."""
         self.cache.batch_select_indices(rows)
         self.lengths, self.positions = self.lengths[rows], self.positions[..., rows, :]
         self.tiles = None if self.tiles is None else self.tiles[rows]
+
+
+def read_on(model: nn.Module, cache: transformers.Cache, positions: Tensor, inputs: dict) -> Tensor:
+    """Reads tokens behind those of the cache, where theirs join; the state after the last one [B, H]."""
+    out = model.base_model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.last_hidden_state[:, -1]
 
 
 def left_padded(lengths: Tensor, columns: int) -> Tensor:

@@ -107,7 +107,7 @@ def worker(kind: str, task: str, out: Path) -> None:
     optimizers = policy.optimizers(1e-3, 1e-2, eps=1e-3)
     batch = ppo.collect(policy, streams, episodes, config, "formula", center_values=True)
     metrics |= ppo.update(policy, optimizers, batch, config, 0) | ppo.episode_metrics(
-        policy, streams, episodes, batch, config, env.rewards
+        policy, episodes, batch, config, env.rewards
     )
     policy.save(out / "ppo")
 
