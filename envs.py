@@ -2328,10 +2328,6 @@ class VIRL(Environment):
     def expert_reply(self) -> str:
         return self._reply(self._here().action)
 
-    def careless_reply(self) -> str:
-        """The expert's reply, but at the destination it walks on."""
-        return self._reply("forward()") if self.at == self.decisions - 1 else self.expert_reply()
-
     def wrong_reply(self) -> str:
         right = self._here().action
         actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
