@@ -1201,7 +1201,7 @@ _CARDS = Study(
         steps=10**9,
         warmup=0.1,
     ),
-    rates={"init": 3e-4, "sft": 5e-4, "rl": 2e-4},
+    rates={"init": 3e-4, "sft": 1e-3, "rl": 2e-4},
     flops=1.6e13,
 )
 _WALKS = replace(
@@ -1210,7 +1210,6 @@ _WALKS = replace(
     init={"microbatch_size": 8, "steps": 60},
     sft=replace(_CARDS.sft, microbatch_size=8),
     rl=replace(_CARDS.rl, episodes=256, minibatch_size=32, microbatch_size=8),
-    rates=_CARDS.rates | {"sft": 1e-3},
     flops=3.2e13,
     count=4,
     hands=192,
@@ -1225,6 +1224,7 @@ STUDIES = {
         base=replace(_CARDS.base, steps=1200),
         init=_CARDS.init | {"steps": 120},
         rl=replace(_CARDS.rl, minibatch_size=128),
+        rates=_CARDS.rates | {"sft": 5e-4},
         options=TINY_PICTURES,
     ),
     "virl-l": _WALKS,
@@ -1233,7 +1233,7 @@ STUDIES = {
         _WALKS,
         base=replace(_WALKS.base, steps=800),
         rl=replace(_WALKS.rl, episodes=128, minibatch_size=16),
-        rates=_CARDS.rates | {"rl": 1e-4},
+        rates=_CARDS.rates | {"sft": 5e-4, "rl": 1e-4},
         flops=1e13,
         count=3,
         hands=128,
