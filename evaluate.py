@@ -847,9 +847,9 @@ class Figures:
         """SFT's checkpoints, and where RL from them ends."""
         report, rows = self.report, []
         for arm, place in report.experiments[name]:
-            number = arm.removeprefix("rl-from-sft-")
-            if number != arm:
-                before, after = report.ends(f"sft@{number}", variant), report.ends(arm, variant, **place)
+            before = report.ends(arm.replace("rl-from-sft-", "sft@"), variant)
+            after = report.ends(arm, variant, **place)
+            if before and after:  # a short run has fewer checkpoints
                 rows.append((mean(p["flops"] for p in before) / 1e12, before, after))
         x = [flops for flops, *_ in rows]
         for k, look in ((1, self.looks["sft"]), (2, self.looks["rl"] | {"label": "RL from there"})):
