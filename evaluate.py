@@ -223,7 +223,7 @@ def reading(policy, records: Sequence[dict]) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------- the results
+# ------------------------------------------------------------------------------------------------ the results
 
 
 # By measure, the field of a point that has it for each hand or route; a route without turns has None in
@@ -237,8 +237,8 @@ MEASURES = {
 
 
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
-    """Paired difference a - b of success or another of MEASURES. Points of the same seeds on the same hands or
-    routes; where one was measured on fewer, on those.
+    """Paired difference a - b of success or another of MEASURES. Points of the same seeds on the same hands
+    or routes; where one was measured on fewer, on those.
 
     `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first;
     it speaks of these seeds' checkpoints and other deals. `seed_interval`: Student's t over the seeds'
@@ -320,7 +320,7 @@ class Results:
         return points
 
 
-# -------------------------------------------------------------------------------------------------- the claims
+# ------------------------------------------------------------------------------------------------- the claims
 
 
 @dataclass(frozen=True)
@@ -370,8 +370,8 @@ def main_claims(task: str, where: dict[str, str], headline: str) -> list[Claim]:
     return claims
 
 
-# Success, or per-step accuracy, in percent that the paper reports of init, SFT and RL, by (task, variant); its
-# temperature is .2.
+# Success, or per-step accuracy, in percent that the paper reports of init, SFT and RL, by (task, variant);
+# its temperature is .2.
 PAPER = {
     ("gp-l", "rule"): {"init": 11.5, "sft": 3.4, "rl": 15.0},
     ("gp-vl", "rule"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
@@ -393,13 +393,13 @@ class Section:
 
 SECTIONS = {
     "no-init": Section(
-        "Does RL need the init? Here it starts from the base, at three rates. `unparsed` are replies that are "
-        "not in the form asked for.",
+        "Does RL need the init? Here it starts from the base, at three rates. `unparsed` are replies that "
+        "are not in the form asked for.",
         [("RL from the base, {arm}, ends below RL from the init", "no-init-*", "rl", -1, "fails")],
     ),
     "verification": Section(
-        "Do more replies per hand help RL? It trains with 1, 3, 5 or 10 at equal compute; one evaluation with "
-        "10 replies tells all smaller budgets.",
+        "Do more replies per hand help RL? It trains with 1, 3, 5 or 10 at equal compute; one evaluation "
+        "with 10 replies tells all smaller budgets.",
         [
             ("{arm} ends above init", "rl-budget-*", "init", +1, "+0.5, +2.2, +3.0, +6.0 for 1, 3, 5, 10"),
             ("a budget of 10 ends above one of 1", "rl-budget-10", "rl-budget-1", +1, "yes"),
@@ -433,8 +433,8 @@ SECTIONS = {
         ],
     ),
     "rivals": Section(
-        "What else keeps the other rule? All have the same compute and the same search for rates: DFT weights "
-        "each token's loss by its probability; self-SFT learns from its own right replies, without a critic; "
+        "What else keeps the other rule? All have the same compute and the same search for rates: DFT "
+        "weights each token's loss by its probability; self-SFT learns from its own right replies alone; "
         "diverse arms are trained with J, Q, K counting anything from 1 to 10 in each hand; rl-kl has a KL "
         "penalty to the init.",
         [
@@ -479,7 +479,7 @@ def verdict(d: dict, sign: int) -> str:
     return "holds" if d["mean"] * sign > 0 else "does not hold"
 
 
-# -------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------- the report
 
 
 def _percent(x: float) -> str:
@@ -528,8 +528,8 @@ class Report:
         lines += [
             "## Settings",
             "",
-            "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. All arms "
-            "of a comparison get the same. " + self.settings["note"],
+            "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. All "
+            "arms of a comparison get the same. " + self.settings["note"],
             "",
             "Every number is a mean over lines of `results.jsonl`: those of its arm, variant, temperature, "
             "`verify_iter` and `pictures`, of series `test`, at the last step of each seed.",
@@ -574,8 +574,8 @@ class Report:
             "",
             *claims,
             "",
-            f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side and "
-            "every seed's difference has that sign. That interval speaks of these checkpoints; the one over "
+            f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side "
+            "and every seed's difference has that sign. That interval speaks of these checkpoints; the one over "
             "seeds (Student's t) speaks of other seeds after the same base.",
             "",
             "![success against compute](figures/curves.png)",
@@ -587,8 +587,8 @@ class Report:
             "",
             *self.ends_table([("base", {}), *MAIN]),
             "",
-            "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of their "
-            f"own). Steps: {best}.",
+            "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of "
+            f"their own). Steps: {best}.",
             "",
             "## Curves",
             "",

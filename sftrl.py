@@ -126,8 +126,8 @@ TINY_MODELS = {
 
 
 def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on our own prompts and replies. Fixed text merges into single tokens,
-    because every token costs study time."""
+    """A byte-level BPE tokenizer, trained on our own prompts and replies. Fixed text merges into single
+    tokens, because every token costs study time."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts_of, alone = TINY_MODELS[name]
@@ -276,9 +276,9 @@ class RoundingAdamW(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for fp32 matrices: the momentum of the gradient, made nearly orthogonal by five
-    Newton-Schulz iterations, as large as a step of AdamW. torch.optim.Muon computes in bf16, which many CPUs
-    only emulate: here a base is the same on all machines."""
+    """Muon (Jordan et al. 2024) for fp32 matrices: the momentum of the gradient, made nearly orthogonal by
+    five Newton-Schulz iterations, as large as a step of AdamW. torch.optim.Muon computes in bf16, which many
+    CPUs only emulate."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -1110,8 +1110,8 @@ def load_policy(loading: Loading, model: str, pictures: bool = False) -> Policy:
 
 @dataclass(frozen=True)
 class Measure:
-    """How the checkpoints of an arm are evaluated: on the way, at temperature 1, on a quarter of the hands; the
-    last one on all hands, at every one of `end` (0 is greedy)."""
+    """How the checkpoints of an arm are evaluated: on the way, at temperature 1, on a quarter of the hands;
+    the last one on all hands, at every one of `end` (0 is greedy)."""
 
     curve: bool = True  # on the way too
     end: tuple[float, ...] = (1.0, 0.0)
@@ -1124,8 +1124,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a study. An experiment is a list of arms, which may be measured in several ways; arms
-    of one name are one run, which all experiments share."""
+    """One training run of a study. An experiment is a list of arms, which may be measured in several ways;
+    arms of one name are one run, which all experiments share."""
 
     name: str  # of its folder, and in results.jsonl
     algorithm: str = "sft"  # or "ppo"
