@@ -575,8 +575,8 @@ class Report:
             *claims,
             "",
             f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side "
-            "and every seed's difference has that sign. That interval speaks of these checkpoints; the one over "
-            "seeds (Student's t) speaks of other seeds after the same base.",
+            "and every seed's difference has that sign. That interval speaks of these checkpoints; the one "
+            "over seeds (Student's t) speaks of other seeds after the same base.",
             "",
             "![success against compute](figures/curves.png)",
             "",
