@@ -2090,6 +2090,27 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+def prepare(threads: int) -> bool:
+    """Sets the number of threads (0: as many as cores), joins the process group, and prints warnings as one
+    line each, on rank 0 alone. Returns whether there are several processes."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # The new name of this argument is not known to transformers 5.17.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
+    if threads:
+        torch.set_num_threads(threads)
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if distributed:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(best_device())
+        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    warnings.formatwarning = lambda message, *_: f"sftrl: warning: {message}\n"
+    if policy_rank():
+        warnings.simplefilter("ignore")
+    return distributed
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for
     Ctrl-C."""
@@ -2100,23 +2121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, argparse.ArgumentError) as error:  # no task, or an option that a command has already
         first.error(str(error))
     args.task = envs.task_name(args.task)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", message="`past_key_values` is deprecated"
-    )  # its new name is not known to transformers 5.17
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if distributed:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(best_device())
-        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
-    warnings.formatwarning = lambda message, *_: f"sftrl: warning: {message}\n"
-    if policy_rank():
-        warnings.simplefilter("ignore")
-    status = 0
+    distributed, status = prepare(args.threads), 0
     try:
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard")
