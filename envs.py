@@ -438,9 +438,8 @@ def demonstration(
     verifier's feedback, then the expert's.
 
     The episode begins with `start`, seed and options of `reset`. An `author` writes the last reply in the
-    expert's place. A visual task adds the picture as "image"; a
-    record has one, so that of several decisions it ends with one drawn at random. Raises ValueError if the
-    budget ends before the last reply.
+    expert's place. A visual task adds the picture as "image"; a record has one, so that of several decisions
+    it ends with one drawn at random. Raises ValueError if the budget ends before the last reply.
     """
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
@@ -491,10 +490,10 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
     Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
     commas, quotes inside strings. 1.0 is the integer 1.
 
-    Strict JSON is read first. Then the JSON-like form is: first the first object, for if
-    the reply is one object its strings may hold anything, and then all objects, from the last to the first:
-    what stands before the answer, however long, cannot hide it. Time is linear for any text, for the effort
-    of each round is bounded by the reply's length; once it is spent, what was found by then decides.
+    Strict JSON is read first, then the JSON-like form: first the first object, for if the reply is one object
+    its strings may hold anything, and then all objects, from the last to the first, for what stands before
+    the answer, however long, must not hide it. Time is linear for any text: the effort of each round is
+    bounded by the reply's length; once it is spent, what was found by then decides.
     """
     stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
     starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
@@ -696,10 +695,8 @@ def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS
 # ---------------------------------------------------------------------------------------- cards: the verifier
 
 FIELDS = ("cards", "number", "formula")
-MAX_FORMULA, MAX_BRACKETS = (
-    200,
-    20,
-)  # characters, brackets within brackets: more is no answer, and judging stays fast
+# Characters, and brackets within brackets: more is no answer, and judging stays fast.
+MAX_FORMULA, MAX_BRACKETS = 200, 20
 
 # What the verifier says, by verdict: templates that may hold $target and the placeholders of PLACEHOLDERS.
 FEEDBACK = {
@@ -1962,16 +1959,14 @@ class Scene:
         building = self.buildings[number].astype(np.float32)
         left = (1000.0 * wall + metres - self.buildings[number, 0]).astype(np.float32)
         width, top, bay = building[:, 1:4].T
-        z = (EYE + far * np.tan(elevation)[:, None]).astype(
-            np.float32
-        )  # [height, columns]: metres above ground
+        # Metres above the ground [height, columns]:
+        z = (EYE + far * np.tan(elevation)[:, None]).astype(np.float32)
         light = np.float32(plan.light * (0.78 + 0.22 * abs((way / abs(way) * (0.8 + 0.6j)).real)))[:, None]
         across, floor = left / bay % 1, (z - 4.4) / 3.4 % 1
         within = (abs(across - 0.5) < plan.window[0] / 2) & (abs(floor - 0.5) < plan.window[1] / 2)
         inside = (left > 0.5) & (left < width - 0.5)
-        glass = within & (z > 4.4) & (z < top - 1) | inside & (z > 0.5) & (
-            z < 2.7
-        )  # windows, and the shop's front
+        shop = inside & (z > 0.5) & (z < 2.7)
+        glass = within & (z > 4.4) & (z < top - 1) | shop
         color = np.where(glass[..., None], np.float32(plan.glass) * light, building[:, 4:7] * light)
         stripes = np.where(left / 0.6 % 2 < 1, np.float32(1.0), np.float32(0.8))[:, None]
         awning = inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3)
@@ -1995,9 +1990,8 @@ class Scene:
             board, away, share = self.signs[k][1], distances[columns, k], shares[columns, k]
             to_the_right = (ray[columns] * (lines[k, 1] - lines[k, 0]).conj()).imag > 0
             across = np.where(to_the_right, share, 1 - share)
-            down = (BOARD_FOOT + BOARD[1] - EYE - away * np.tan(elevation)[:, None]) / BOARD[
-                1
-            ]  # 0 to 1 on it
+            top = BOARD_FOOT + BOARD[1] - EYE  # above the camera
+            down = (top - away * np.tan(elevation)[:, None]) / BOARD[1]  # 0 to 1 on the board
             rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
             pixels = board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)]
             on_board = ((down >= 0) & (down <= 1))[..., None]

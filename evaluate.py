@@ -136,9 +136,8 @@ class Disguise:
     def __init__(self, respond: Callable, how: str):
         self.respond, self.how, self.random = respond, how, random.Random(0)
         self.seen: list[tuple[int, Image.Image]] = []  # the newest: environment and picture
-        self.instead: dict[
-            int, tuple[Image.Image, Image.Image]
-        ] = {}  # by environment: its own picture and the one it is shown
+        # By environment: its own picture and the one it is shown.
+        self.instead: dict[int, tuple[Image.Image, Image.Image]] = {}
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
         new = [

@@ -852,9 +852,8 @@ class Run:
         step, flops = 0, 0.0
         if path.exists():
             try:
-                state = torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=True
-                )  # one copy in memory for all ranks of a node
+                # One copy in memory for all ranks of a node.
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise ValueError(
                     f"{path} cannot be read: {one_line(error)}; remove it to train from the start"

@@ -144,9 +144,8 @@ def main() -> None:
                 ratios["update"].append(bare_updated / (updated - scored))
                 ratios["iteration"].append((bare_rolled + bare_updated) / (updated - start))
                 ratios["share of padding"].append(1 - int(batch["length"].sum()) / sum(parts))
-        print(
-            f"{task}, up to {verify_iter} replies per episode, {len(streams)} episodes, last time {sum(len(e.turns) for e in episodes)} replies:"
-        )
+        replies = sum(len(e.turns) for e in episodes)
+        print(f"{task}, up to {verify_iter} replies per episode, {len(streams)} episodes, {replies} replies:")
         for name, values in ratios.items():
             print(
                 f"    {name}: {statistics.median(values):.2f} (from {min(values):.2f} to {max(values):.2f})"
@@ -155,8 +154,9 @@ def main() -> None:
             f"    generated {sum(sum(s.mask) for s in streams) / (rolled - start):.0f} tokens/s, "
             f"trained {config.epochs * int(batch['length'].sum()) / (updated - scored):.0f} tokens/s"
         )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB; {policy.parameter_count} parameters, "
+        f"peak memory: {memory:.2f} GiB; {policy.parameter_count} parameters, "
         f"{torch.get_num_threads()} threads, sampling in {policy.rollout_dtype}"
     )
 

@@ -129,7 +129,8 @@ def main() -> None:
     rate, bandwidth = limits(device, 8192 if device.type == "cuda" else 512)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
-        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: bf16 matmul {rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
+        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: "
+        f"bf16 matmul {rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
     )
     policy = build(device, args.layers, args.width)
     print(f"{policy.parameter_count / 1e9:.2f}e9 parameters in bf16")
@@ -194,9 +195,9 @@ def decode(
     # Read per step: all weights, and the cache of the prompt and its picture.
     read = 2 * policy.parameter_count + sum(x.keys.nbytes + x.values.nbytes for x in batch.cache.layers)
     speed_of_light, got = bandwidth / read * size, size * tokens / (took[1] - took[0])
-    print(
-        f"{what}: {got:.0f} tokens/s, {got / speed_of_light:.0%} of the bandwidth's bound, {torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else 0:.1f} GB"
-    )
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
+    share = f"{got / speed_of_light:.0%} of the bandwidth's bound"
+    print(f"{what}: {got:.0f} tokens/s, {share}, {memory:.1f} GB")
 
 
 if __name__ == "__main__":

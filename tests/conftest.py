@@ -71,6 +71,7 @@ def tiny_mllama():
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
         max_num_tiles=2,
     )
+    # At 0.2 logits reach 50, where fp32 itself rounds by more than 1e-5.
     text = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
         vocab_size=words,
         hidden_size=32,
@@ -83,7 +84,7 @@ def tiny_mllama():
         bos_token_id=0,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.1,
-    )  # at 0.2 logits reach 50, where fp32 itself rounds by more than 1e-5
+    )
     torch.manual_seed(2)
     config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=words)
     model = transformers.MllamaForConditionalGeneration(config)
@@ -182,7 +183,8 @@ def tiny_qwen(family="Qwen2_5_VL"):
 
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

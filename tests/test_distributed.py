@@ -61,9 +61,8 @@ def worker(kind: str, task: str, out: Path) -> None:
     if world > 1:
         dist.init_process_group("gloo")
     policy = make_policy(kind)
-    if (
-        world > 1
-    ):  # from a checkpoint that rank 0 alone reads, and with activations computed again: neither may change anything
+    # A checkpoint that rank 0 alone reads, and activations computed again: neither may change anything.
+    if world > 1:
         if policy.rank == 0:
             policy.save(out / "start")
         dist.barrier()
@@ -90,9 +89,8 @@ def worker(kind: str, task: str, out: Path) -> None:
     )
     streams, episodes = [], []
     for k in list(range(8))[policy.rank :: world]:
-        chain = (
-            [records[k]] if task == "gp-l" else walk(env, k)
-        )  # of unlike length, so the ranks have unlike numbers of rows
+        # Of unlike length, so the ranks have unlike numbers of rows.
+        chain = [records[k]] if task == "gp-l" else walk(env, k)
         streams.append(policy.streams(chain, "all" if task == "gp-l" else "last"))
         n = sum(len(stream.replies) for stream in streams[-1])
         episodes.append(

@@ -298,7 +298,7 @@ def test_the_number_field_follows_the_rule_in_force():
         """{'cards': [A, 3, K, 10], 'number': [1, 3, 10, 10,], 'formula': '10+10+3+1=24'}""",
         """Here {is} my answer: ```json\n{"cards": ["a", 3, "k ", "10"], "number": ["1", 3, 10, 10],
         "formula": "10+10+3+1=24", "x": {"y": []}}``` ok?""",
-        r"""\frac{1}{2} {x} {y} {z} {\text{so}} {"cards": [...], "number": [...], "formula": "an equation"} means
+        r"""\frac{1}{2} {x} {y} {z} {\text{so}} {"cards": [...], "number": [...], "formula": "an equation"}
         {"cards": ["A", "3", "K", "10"], "number": [" 1", 3, 10, 10], "formula": "10+10+3+1=24"} {done}""",
     ],
 )
@@ -437,8 +437,12 @@ HOSTILE = [
 
 
 def test_any_reply_is_judged_in_linear_time():
+    """In the time of a plain loop over six times as many numbers, and of 300,000 more: on the slowest machine
+    seen 17 ms for 20,000 characters and 0.22 s for a million."""
     names = '"cards":1,"number":1,"formula":1'
-    for size, limit in ((20_000, 0.010), (1_000_000, 0.100)):
+    loop = min(seconds(lambda: sum(i * i for i in range(100_000))) for _ in range(10))
+    for size in (20_000, 1_000_000):
+        limit = loop * (3 + 6 * size / 100_000)
         for pattern in HOSTILE:
             much = pattern * ((size - 200) // len(pattern))
             for text in (
@@ -447,12 +451,17 @@ def test_any_reply_is_judged_in_linear_time():
                 ANSWER[:-1] + ', "x": ' + much + names + "}",
                 '{"cards": ["' + much + '"], ' + names + "}",
             ):
-                times = []
-                while not times or min(times) > limit and len(times) < 8:  # others compute here, too
-                    start = time.thread_time()
-                    judged(text)
-                    times.append(time.thread_time() - start)
+                times = [seconds(lambda: judged(text))]
+                while min(times) > limit and len(times) < 8:  # others compute here, too
+                    times.append(seconds(lambda: judged(text)))
                 assert min(times) < limit, (pattern, text[:100])
+
+
+def seconds(work):
+    """The time that this thread spends on some work."""
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
 
 
 def hostile_strings():
@@ -507,9 +516,7 @@ def test_no_string_gets_an_exception_or_a_wrong_reward_out_of_step():
     slowest = 0.0
     for text in hostile_strings():
         times = []
-        for _ in range(
-            3
-        ):  # thread time, the fastest of three: garbage collection and other threads are not the verifier's
+        for _ in range(3):  # the fastest one counts: garbage collection is not the verifier's
             env.reset(options={"cards": ["A", "3", "K", "10"]})
             start = time.thread_time()
             _, reward, terminated, truncated, info = env.step(text)
@@ -812,9 +819,8 @@ def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_
     ]
     formulas = [next(v for v in last.values() if isinstance(v, str)) for last in lasts]
     signed = [f for f in formulas if "x" in f or "*" in f]
-    assert (
-        0.41 < sum("x" in f for f in signed) / len(signed) < 0.59
-    )  # half, and wrong answers that lost or gained their product
+    # Half, and wrong answers that lost or gained their product.
+    assert 0.41 < sum("x" in f for f in signed) / len(signed) < 0.59
 
 
 # ---- options
@@ -884,9 +890,8 @@ def test_pictures_are_a_function_of_the_seed_and_show_the_variants_suits():
         envs.make("gp-vl", seed=s, jitter=0).reset(options={"cards": ["A", "3", "K", "10"]})[0].image
         for s in range(8)
     ]
-    assert (
-        len({picture.tobytes() for picture in straight}) > 1
-    )  # the cards lie in line, but their suits are drawn
+    # The cards lie in line, but their suits are drawn.
+    assert len({picture.tobytes() for picture in straight}) > 1
 
 
 @pytest.mark.parametrize("size, font_size", [((1200, 480), 0.17), ((128, 64), 0.36)])
@@ -1260,11 +1265,12 @@ def altered(**changes):
         (None, b"", ("gps_pano_mapping.pkl", "cannot be read")),
         (None, pickle.dumps(Bomb()), ("gps_pano_mapping.pkl", "GLOBAL")),
         (None, pickle.dumps(Bomb(), 0), ("gps_pano_mapping.pkl", "GLOBAL")),
+        # The hash of a deep tuple.
         (
             None,
             b"\x80\x04})" + b"\x85" * 10**6 + b"K\x01s.",
             ("gps_pano_mapping.pkl", "EMPTY_TUPLE"),
-        ),  # the hash of a deep tuple
+        ),
         (
             None,
             b"\x80\x04}K\x01K\x01" + b"\x86" * 10**6 + b"K\x01s.",
@@ -1284,11 +1290,12 @@ def altered(**changes):
             b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}.",  # a frame of eight exabytes
             ("gps_pano_mapping.pkl", "cannot be read"),
         ),
+        # A gigabyte for nine bytes.
         (
             None,
             b"\x80\x04}r" + (64_000_000).to_bytes(4, "little") + b".",
             ("gps_pano_mapping.pkl", "memo"),
-        ),  # a gigabyte for nine bytes
+        ),
         (None, pickle.dumps({"a": "b"}), ("gps_pano_mapping.pkl", "not a dict")),
         (None, pickle.dumps([1]), ("gps_pano_mapping.pkl", "EMPTY_LIST")),
         (None, pickle.dumps({(1, 2): 3}), ("gps_pano_mapping.pkl", "not a dict")),
@@ -1479,11 +1486,12 @@ def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(
             false = json.loads(env.expert_reply()) | {"current observation": "a zebra"}
             assert env.step(json.dumps(false))[1] == 1
             *_, terminated, truncated, info = env.step(env.expert_reply())
+            # At the goal, but the route counts as failed.
             assert (terminated, truncated, info["verdict"]) == (
                 False,
                 True,
                 "correct",
-            )  # at the goal, but the route counts as failed
+            )
         assert env.step(env.expert_reply())[1:4] == (0.0, False, True)
 
 
@@ -1953,9 +1961,8 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
         assert said.count("<image>") == 1 and envs.text_of(observation.messages[-1]["content"]).startswith(
             "<image>"
         )
-        assert (
-            observation.image.size == (37, 37) and said.count("Starbucks") == said.count("Joe's Bar") == 1
-        )  # in the instruction
+        # In the instruction.
+        assert observation.image.size == (37, 37) and said.count("Starbucks") == said.count("Joe's Bar") == 1
         pictures.append(observation.image)
         again, reward, *_ = env.step(env.wrong_reply())
         assert (

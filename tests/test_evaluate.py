@@ -56,9 +56,8 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
     }
     assert result["steps"] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-4)
     assert result["at_turns"] == [1, 0, 1]
-    assert result["step_accuracy_se"] == pytest.approx(
-        math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3)
-    )  # routes of one length: that of a mean
+    # Routes of one length: that of a mean.
+    assert result["step_accuracy_se"] == pytest.approx(math.sqrt((1 / 9 + 0 + 1 / 9) / 2 / 3))
     assert evaluate.summary(routes, STEP_KINDS)["outcomes"] == [2, 0, 0]
     for verdict, recognized, right in (("wrong_observation", True, 5), ("correct", False, 6)):
         routes[1].turns[0] = envs.Turn("", 0.0, verdict, "", recognized, 0)
@@ -102,9 +101,10 @@ def test_recognition_is_counted_over_replies_and_paired_over_hands():
     ]
     summary = evaluate.summary(episodes, KINDS)
     assert summary["recognition"] == 4 / 7 and summary["recognized"] == [0.5, 0.0, 0.75]
+    # The route without turns is left out.
     turned = evaluate.difference(
         [{"at_turns": [1.0, None, 0.5]}], [{"at_turns": [0.5, None, 0.5]}], "turn_accuracy"
-    )  # the route without turns is left out
+    )
     assert turned["mean"] == 0.25 and turned["interval"] == pytest.approx(
         (0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25)
     )
@@ -326,9 +326,8 @@ def test_controls_show_grey_pictures_or_those_of_other_episodes():
         )
         seen: dict = {}
         for i, at, own, picture in shown:
-            assert (
-                picture is seen.setdefault((i, at), picture) and picture is not own
-            )  # one for each waypoint, for both tries there
+            # One for each waypoint, for both tries there.
+            assert picture is seen.setdefault((i, at), picture) and picture is not own
             colors = picture.getcolors(2)
             assert (colors is not None and len(colors) == 1) == (how == "blank")
             if how == "shuffled":

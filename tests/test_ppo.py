@@ -291,9 +291,8 @@ def test_a_walk_with_pictures_has_a_row_for_each_waypoint_and_its_advantages_run
             for t in range(start, stop)
         ]
         value, advantage, turn = 0.0, 0.0, iter(reversed(episode.turns))
-        for (b, t, k), later in zip(
-            reversed(tokens), [None, *reversed(tokens)]
-        ):  # naive: token by token, from the end of the walk
+        # Naive: token by token, from the end of the walk.
+        for (b, t, k), later in zip(reversed(tokens), [None, *reversed(tokens)]):
             new_turn = later is None or later[0] != b or later[2] != k
             discount = config.gamma if new_turn else 1.0
             reward, own_value = next(turn).reward if new_turn else 0.0, batch["old_values"][b, t].item()

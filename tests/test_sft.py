@@ -188,6 +188,9 @@ def test_epochs_visit_every_record_once_in_a_new_order_and_need_no_state():
     assert sft.epochs(data, 4, seed=1)(3) == batch(3)
 
 
+PAIR = '[{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]'
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -203,16 +206,15 @@ def test_epochs_visit_every_record_once_in_a_new_order_and_need_no_state():
             "turn 1: `value`",
         ),
         (
-            '[{"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
+            '[{"image": "a.png", "conversations": %s}]' % PAIR,
             "record 0: `image`: 'a.png'",
         ),
         (
-            '[{"image": ["a", "b"], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
+            '[{"image": ["a", "b"], "conversations": %s}]' % PAIR,
             "record 0: `image`",
         ),
         (
-            '[{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, {"image": "a.png", '
-            '"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]',
+            '[{"conversations": %s}, {"image": "a.png", "conversations": %s}]' % (PAIR, PAIR),
             "record 1: `image`: all",
         ),
     ],
@@ -248,9 +250,8 @@ def test_a_record_of_a_walk_shows_one_picture_and_trains_the_replies_to_it(polic
         record = envs.demonstration(env, wrong_turns=1)
         turns = [turn["value"] for turn in record["conversations"]]
         shown = [k for k, value in enumerate(turns) if "<image>" in value]
-        assert (
-            shown == [len(turns) - 4] and record["image"] is env.image
-        )  # the last waypoint: picture, wrong reply, feedback, right reply
+        # The last waypoint: picture, wrong reply, feedback, right reply.
+        assert shown == [len(turns) - 4] and record["image"] is env.image
         waypoints.add(env.at)
         (stream,) = policy.streams([record])
         said = [policy.decode(stream.ids[start:stop]) for start, stop in stream.replies]

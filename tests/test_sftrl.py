@@ -205,9 +205,10 @@ def test_conversations_that_go_on_at_different_lengths_do_not_see_each_others_co
     observation, _ = envs.make("gp-vl", prompt="$cards", **SMALL).reset()
     streams = policy.open([(observation.messages, observation.image)] * 4)
     prompts, pasts = [s.ids for s in streams], [ppo.KVCache() for _ in streams]
+    # The third's columns cut the others' pictures.
     longer = [
         prompt + [5] * n for prompt, n in zip(prompts, (1, 4, len(prompts[0]) - 3, len(prompts[0]) + 9))
-    ]  # the third's columns cut the others' pictures
+    ]
     with policy.rollout_weights() as model:
         looks = policy.image_features(model, [s.picture for s in streams])
         policy.sample(model, prompts, 1, 0.0, torch.Generator(), looks, pasts)
@@ -297,9 +298,8 @@ def test_streams_grow_without_being_tokenized_again(kind):
     policy = make_policy(kind)
     stream = ppo.Stream([], [])
     stream.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
-    odd = (
-        policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0]
-    )  # the tokenizer itself would write one token
+    # The tokenizer itself would write one token.
+    odd = policy.tokenize(["c"])[0] + policy.tokenize(["ards"])[0]
     assert policy.tokenize(["cards"])[0] != odd
     stream.reply(odd + [policy.end_id])
     policy.extend(stream, "Again.")
@@ -317,26 +317,33 @@ def test_streams_grow_without_being_tokenized_again(kind):
     cut.context(policy.tokenize([policy.render([{"role": "user", "content": "go"}])])[0])
     cut.reply(odd)
     policy.extend(cut, "Again.")
-    assert cut.ids == closed and sum(cut.mask) == len(
-        odd
-    )  # the missing end token joined as context, without loss
+    # The missing end token joined as context, without loss.
+    assert cut.ids == closed and sum(cut.mask) == len(odd)
 
 
 # ---- the chat models that users bring
 
-PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 PHI = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-GLM = "[gMASK]{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+GLM = (
+    "[gMASK]{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 THINK = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
+    "{{ '<|assistant|>' + m['content'].split('</think>')[-1] + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
 )
 HARMONY = (  # gpt-oss: the reply goes to a channel
-    "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] == 'assistant' %}{{ '<|channel|>final' }}"
-    "{% endif %}{{ '<|message|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
+    "{{ '<|message|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 CHANNELS = ("<|eos|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>")
@@ -347,7 +354,10 @@ LLAMA = (  # a blank before and behind the reply
 NEWLINE = CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '\n<|im_end|>")
 ENDED = {"eos_token": "<|eos|>", "pad_token": "<|eos|>"}
 WORDS, ROLES = ("<|eos|>", "<|im_start|>", "<|im_end|>"), ("<|eos|>", "<|end|>", "<|user|>", "<|assistant|>")
-CHATML_TEXT = "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n<|im_start|>user\n{f}<|im_end|>\n<|im_start|>assistant\n{b}<|im_end|>"
+CHATML_TEXT = (
+    "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n"
+    "<|im_start|>user\n{f}<|im_end|>\n<|im_start|>assistant\n{b}<|im_end|>"
+)
 # By kind: tokenizer, the text of a conversation of two turns as its template writes it, the end of a reply,
 # tokens at which sampling stops.
 TEMPLATES = {
@@ -998,9 +1008,8 @@ def test_only_the_chosen_parts_of_a_model_are_trained(kind, train):
     tower = {"llava": "vision_tower", "mllama": "vision_model", "qwen": "visual"}[kind]
     adapter = "merger" if kind == "qwen" else "multi_modal_projector"
     expected = {"all": {tower, adapter}, "language": set(), "language+adapter": {adapter}}[train]
-    assert (
-        changed - {"weight"} == {"language_model"} | expected
-    )  # lm_head.weight, where it is a parameter of its own
+    # `lm_head.weight`, where it is a parameter of its own.
+    assert changed - {"weight"} == {"language_model"} | expected
 
 
 @pytest.mark.parametrize("kind, task", CASES)
@@ -1202,9 +1211,8 @@ def interrupted(command, folder, number, delay):
     """Starts a command, sends it a signal so long after its training began, and returns its exit status."""
 
     def began():
-        return (
-            (folder / "metrics.jsonl").stat().st_ino if (folder / "metrics.jsonl").exists() else None
-        )  # it is written anew at every start
+        # It is written anew at every start.
+        return (folder / "metrics.jsonl").stat().st_ino if (folder / "metrics.jsonl").exists() else None
 
     before = began()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -1280,9 +1288,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
 
     def filling(step):
         if step == 1:
-            resource.setrlimit(
-                resource.RLIMIT_FSIZE, (2**20, free[1])
-            )  # no file may grow beyond a megabyte any more
+            # No file may grow beyond a megabyte any more.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, free[1]))
         return batches(step)
 
     def run(batch_of):
