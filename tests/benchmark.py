@@ -2,9 +2,11 @@
 side by side in one run.
 
     rollout    a bare cached decode loop of the same model, batches and lengths, over envs.play with the
-    policy update     bare forward + backward on the same conversations in the same microbatches, over
-    ppo.update iteration  the sum of both bare loops, over a whole PPO iteration (scoring, advantages and
-    logging included)
+               policy
+    update     bare forward + backward on the same conversations in the same microbatches, over
+               ppo.update
+    iteration  the sum of both bare loops, over a whole PPO iteration (scoring, advantages and logging
+               included)
 
 Ratios of time, 1 is the bare model's speed; for episodes of one reply, of up to three as in the study, and
 of up to three with pictures. The bare loops are given drawn and preprocessed pictures and look at them anew

@@ -6,8 +6,10 @@ trained by RoundingAdamW with activations computed again; it is read from no dis
 GeneralPoints in words and in pictures:
 
     update     processed tokens per second of an SFT step and of a PPO update, and their 6 N FLOPs as a
-    share of the measured matmul rate decode     tokens per second at several batch sizes, as a share of
-    what memory bandwidth allows: weights and cache are read once per token memory     the peak
+               share of the measured matmul rate
+    decode     tokens per second at several batch sizes, as a share of what memory bandwidth allows:
+               weights and cache are read once per token
+    memory     the peak
 """
 
 import argparse
