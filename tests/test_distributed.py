@@ -161,10 +161,11 @@ def test_bf16_shards_accumulate_gradients_where_vision_blocks_are_unused_and_sha
 
 
 @pytest.fixture(
-    scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 1e-5)], ids=["text", "pictures"]
+    scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 2e-6)], ids=["text", "pictures"]
 )
 def one_and_two(tmp_path_factory, request):
-    """The folders of one process and of two, and how far apart their weights may be."""
+    """The folders of one process and of two, and how far apart their weights may be, as a share of the
+    largest one where that is above 1: so large steps round."""
     *model, tolerance = request.param
     folders = []
     for n in (1, 2):
@@ -180,7 +181,8 @@ def test_two_ranks_take_the_same_step_as_one_process(one_and_two, stage, name):
     one, two = (load_file(folder / stage / name) for folder in folders)
     assert one.keys() == two.keys()
     for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=tolerance)
+        largest = max(1.0, one[key].abs().max().item())
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=tolerance * largest)
     if stage == "ppo":
         before = load_file(folders[0] / "sft" / name)
         assert any((before[key] - one[key]).abs().max() > 1e-4 for key in one)
