@@ -160,36 +160,32 @@ def test_bf16_shards_accumulate_gradients_where_vision_blocks_are_unused_and_sha
     assert result["episodes"] == len(result["outcomes"]) == 65 and result["kl_to_init"] == 0
 
 
-@pytest.fixture(
-    scope="module", params=[("llama", "gp-l", 1e-6), ("mllama", "virl-vl", 2e-6)], ids=["text", "pictures"]
-)
+@pytest.fixture(scope="module", params=[("llama", "gp-l"), ("mllama", "virl-vl")], ids=["text", "pictures"])
 def one_and_two(tmp_path_factory, request):
-    """The folders of one process and of two, and how far apart their weights may be, as a share of the
-    largest one where that is above 1: so large steps round."""
-    *model, tolerance = request.param
+    """The folders of one process and of two."""
     folders = []
     for n in (1, 2):
         folders.append(tmp_path_factory.mktemp(f"ranks{n}"))
-        torchrun(n, HERE, *model, folders[-1])
-    return *folders, tolerance
+        torchrun(n, HERE, *request.param, folders[-1])
+    return folders
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("name", ["model.safetensors", "value_head.safetensors"])
 def test_two_ranks_take_the_same_step_as_one_process(one_and_two, stage, name):
-    *folders, tolerance = one_and_two
-    one, two = (load_file(folder / stage / name) for folder in folders)
+    one, two = (load_file(folder / stage / name) for folder in one_and_two)
+    # Steps are some 1e-3 long. In the value head rounding may carry a unit across the kink of its ReLU.
+    tolerance = 1e-5 if name == "value_head.safetensors" else 1e-6
     assert one.keys() == two.keys()
     for key in one:
-        largest = max(1.0, one[key].abs().max().item())
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=tolerance * largest)
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=tolerance)
     if stage == "ppo":
-        before = load_file(folders[0] / "sft" / name)
+        before = load_file(one_and_two[0] / "sft" / name)
         assert any((before[key] - one[key]).abs().max() > 1e-4 for key in one)
 
 
 def test_two_ranks_log_what_one_process_logs_and_go_on_after_uneven_rollouts(one_and_two):
-    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in one_and_two[:2])
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in one_and_two)
     assert one.keys() == two.keys()
     for key in one:
         assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
