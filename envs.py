@@ -642,11 +642,11 @@ def _apply(op: str, a: Fraction, b: Fraction) -> Fraction:
 
 
 def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Every way to part a sorted multiset in two non-empty ones, once each, without regard to order."""
+    """Every way to part a sorted multiset in two non-empty ones, once each, the smaller one first."""
     places = range(len(numbers))
     chosen = [set(c) for size in range(1, len(numbers) // 2 + 1) for c in combinations(places, size)]
     parts = ([[numbers[i] for i in places if (i in c) == side] for side in (True, False)] for c in chosen)
-    return {tuple(sorted(map(tuple, pair))) for pair in parts}
+    return {tuple(sorted(map(tuple, pair), key=lambda part: (len(part), part))) for pair in parts}
 
 
 @lru_cache(maxsize=None)
@@ -680,15 +680,14 @@ def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS
     for left, right in _splits(numbers):
         partners = _expressions(right, operators)
         for value, same in _expressions(left, operators).items():
-            # Solve x op y = t for y instead of trying all pairs: this is what makes all hands take a second.
+            # Solve x op y = t for y instead of trying all pairs: so all hands take a second.
             wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
             if value:
                 wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
             for op, need, swap in wanted:
-                if op in operators:
-                    for x in same.values():
-                        for y in partners.get(need, {}).values():
-                            found.add(_combine(*((y, op, x) if swap else (x, op, y))).text)
+                if op in operators and need in partners:
+                    for x, y in product(same.values(), partners[need].values()):
+                        found.add(_combine(*((y, op, x) if swap else (x, op, y))).text)
     return min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f), default=None)
 
 
