@@ -1135,7 +1135,7 @@ class Arm:
     records: str = "expert"  # what SFT learns from, one of RECORDS
     parts: str | None = None  # of the model that are trained; None: those of the command line
     checkpoints: int | None = None  # None: as many as the study says
-    searched: bool = False  # the learning rate is: see `search_arms`
+    searched: bool = False  # the learning rate is: see `StudyRun.search`
     measure: Measure = Measure()
 
 
@@ -1156,7 +1156,7 @@ class Study:
     options: dict = field(default_factory=dict)  # of the environments: small enough for the tiny model
     # Learning rates by arm, see docs/rates.md; other arms take that of "sft" or "rl".
     rates: dict = field(default_factory=dict)
-    grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates that the search tries for all arms
+    grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # for all arms' search
 
     def scaled(self, scale: float) -> "Study":
         """Every stage shortened to `scale` of its length, for a quick look."""
@@ -1309,19 +1309,6 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
     this class cannot change."""
     known = {"verify_iter", *envs.options_of(cls)}
     return [arm for arm in more_arms(study, experiment) if arm.environment.keys() <= known]
-
-
-def search_arms(study: Study, arms: Sequence[Arm]) -> list[Arm]:
-    """The init, and every arm whose rate is searched at every rate of the grid, measured on validation deals
-    alone."""
-    only_end = Measure(curve=False, end=(1.0,), series="valid")
-    tried = [
-        replace(arm, name=f"{arm.name}-{lr:g}", training=arm.training | {"lr": lr}, checkpoints=1)
-        for arm in arms
-        for lr in study.grid
-        if arm.searched
-    ]
-    return [replace(arm, measure=only_end) for arm in (main_arms(study)[0], *tried)]
 
 
 # What SFT learns from, by name: a function of an environment.
@@ -1556,31 +1543,27 @@ class StudyRun:
         return [*claims, "", f"report: {self.out / 'report.md'}"]
 
     def search(self, experiment: str) -> None:
-        """Chooses the rates of an experiment's arms: the one with the highest ID success on validation deals,
-        in the mean over the search's seeds, wins for each arm. What the same weights do out of distribution
-        stands beside it and chooses nothing. Prints and writes search-EXPERIMENT.md."""
-        main = experiment == "main"
-        arms = main_arms(self.study) if main else arms_of(self.study, experiment, self.cls)
-        tried = search_arms(self.study, [arm for arm in arms if arm.searched])
-        rows, best = [], {}
-        for arm in tried:
-            for seed in SEARCH_SEEDS:
-                self.train(arm, seed)
-                self.measure(arm, seed, "search")
-            cells = []
-            for variant in self.variants:
-                points = self.results.find(arm=arm.name, variant=variant, series="valid", episodes=self.hands)
-                points = [p for p in points if p["seed"] in SEARCH_SEEDS]
-                shown = [100 * p[key] for p in points for key in (self.headline, self.headline + "_se")]
-                cells.append("{:.1f} ± {:.1f}, {:.1f} ± {:.1f}".format(*shown))
-                if variant == "id":
-                    rate = self.study.config(arm).lr
-                    name, success = arm.name.removesuffix(f"-{rate:g}"), sum(p[self.headline] for p in points)
-                    best[name] = max(best.get(name, (0.0, 0.0)), (success, -rate))
-            rows.append([name, f"{rate:g}", *cells])
-        for name, (_, rate) in best.items():
-            if name != "init":
-                rows.append([name, f"**chosen by id: {-rate:g}**", *[""] * len(self.variants)])
+        """Chooses the rates of an experiment's arms by ID success on validation deals, in the mean over the
+        search's seeds: from the middle of the grid upwards as long as the next rate is better, then downwards
+        alike. What the same weights do out of distribution stands beside it and chooses nothing. Prints and
+        writes search-EXPERIMENT.md."""
+        init, *main = main_arms(self.study)
+        arms = main if experiment == "main" else arms_of(self.study, experiment, self.cls)
+        grid, rows = self.study.grid, [self.tried(init)[1]]
+        for arm in (arm for arm in arms if arm.searched):
+            tried: dict[int, tuple[float, list[str]]] = {}  # by place in the grid
+
+            def success(k: int) -> float:
+                if k not in tried:
+                    tried[k] = self.tried(arm, grid[k])
+                return tried[k][0]
+
+            best = len(grid) // 2
+            for step in (1, -1):
+                while 0 <= best + step < len(grid) and success(best) < success(best + step):
+                    best += step
+            rows += [tried[k][1] for k in sorted(tried)]
+            rows.append([arm.name, f"**chosen by id: {grid[best]:g}**", *[""] * len(self.variants)])
         if policy_rank() == 0:
             measure = self.headline.replace("_", " ")
             title = f"{measure} on validation hands or routes, temperature 1, in percent, of seeds "
@@ -1588,6 +1571,26 @@ class StudyRun:
             lines = [title + ", ".join(map(str, SEARCH_SEEDS)), "", *table]
             write_whole(self.out / f"search-{experiment}.md", "\n".join(lines) + "\n")
             print("\n".join(lines))
+
+    def tried(self, arm: Arm, rate: float | None = None) -> tuple[float, list[str]]:
+        """An arm, at this rate or its own, trained on the search's seeds: ID success on validation deals, the
+        sum over seeds, and its row of the search's table."""
+        arm = replace(arm, measure=Measure(curve=False, end=(1.0,), series="valid"), checkpoints=1)
+        if rate:
+            training = arm.training | {"lr": rate}
+            arm = replace(arm, name=f"{arm.name}-{rate:g}", training=training)
+        for seed in SEARCH_SEEDS:
+            self.train(arm, seed)
+            self.measure(arm, seed, "search")
+        cells, success = [], {}
+        for variant in self.variants:
+            points = self.results.find(arm=arm.name, variant=variant, series="valid", episodes=self.hands)
+            points = [p for p in points if p["seed"] in SEARCH_SEEDS]
+            shown = [100 * p[key] for p in points for key in (self.headline, self.headline + "_se")]
+            cells.append("{:.1f} ± {:.1f}, {:.1f} ± {:.1f}".format(*shown))
+            success[variant] = sum(p[self.headline] for p in points)
+        lr = self.study.config(arm).lr
+        return success["id"], [arm.name.removesuffix(f"-{lr:g}"), f"{lr:g}", *cells]
 
 
 def policy_rank() -> int:

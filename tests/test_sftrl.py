@@ -1506,6 +1506,33 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
     assert "95% over routes" in report and smaller[task] in report
 
 
+@pytest.mark.parametrize(
+    "success, path",
+    [
+        ({1e-4: 2, 1e-3: 4, 1e-2: 3}, [1e-3, 1e-2, 1e-4]),  # the middle one is best
+        ({1e-4: 2, 1e-3: 4, 1e-2: 5}, [1e-3, 1e-2]),  # a larger one is; the one below it is known
+        ({1e-5: 7, 1e-4: 6, 1e-3: 4, 1e-2: 3}, [1e-3, 1e-2, 1e-4, 1e-5]),
+        ({1e-4: 4, 1e-3: 4, 1e-2: 4}, [1e-3, 1e-2, 1e-4]),  # no better is not better
+    ],
+)
+def test_the_search_climbs_from_the_middle_of_the_grid(success, path, tmp_path, monkeypatch):
+    asked = []
+
+    def tried(run, arm, rate=None):
+        if arm.name == "sft":
+            asked.append(rate)
+        return success.get(rate, 0), [arm.name, f"{rate}"]
+
+    monkeypatch.setattr(sftrl.StudyRun, "tried", tried)
+    study = replace(sftrl.STUDIES["gp-l"], grid=(1e-5, 1e-4, 1e-3, 1e-2))
+    sftrl.StudyRun("gp-l", study, tmp_path).search("main")
+    assert asked == path
+    assert (
+        f"chosen by id: {max(sorted(success, key=lambda r: r != 1e-3), key=success.get):g}"
+        in (tmp_path / "search-main.md").read_text()
+    )
+
+
 def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path, monkeypatch):
     shorten(monkeypatch, "gp-l", count=1, grid=(1e-4, 1e-3))
     args = ("study", "--search", "--out", tmp_path, "--scale", 0.002, "--hands", 4)
@@ -1514,10 +1541,10 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     assert re.findall(
         r"\| (init|sft|rl) \| ([0-9.e-]+)(?: \| [0-9.]+ ± [0-9.]+, [0-9.]+ ± [0-9.]+){2} \|", table
     ) == [("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]
-    # id and rule of both seeds' inits, then of each rate; the second seed tips the scales for SFT, and a
-    # draw of RL goes to the lower rate
+    # id and rule of both seeds' inits, then of each rate, the larger first; the second seed tips the scales for
+    # SFT, and RL goes on to the lower rate
     shown = iter(
-        [0.3, 0.2, 0.3, 0.2, 0.7, 0.9, 0.5, 0.9, 0.6, 0.1, 0.7, 0.1, 0.6, 0.2, 0.5, 0.2, 0.5, 0.3, 0.6, 0.3]
+        [0.3, 0.2, 0.3, 0.2, 0.6, 0.1, 0.7, 0.1, 0.7, 0.9, 0.5, 0.9, 0.5, 0.3, 0.6, 0.3, 0.6, 0.2, 0.6, 0.2]
     )
     monkeypatch.setattr(
         sftrl.evaluate,
