@@ -1211,7 +1211,7 @@ _WALKS = replace(
     rl=replace(_CARDS.rl, episodes=256, minibatch_size=32, microbatch_size=8),
     flops=3.2e13,
     count=4,
-    hands=192,
+    hands=256,
     verify_iter=2,
     tiny="tiny-streets",
     options=TINY_WALKS,
