@@ -1214,6 +1214,7 @@ _WALKS = replace(
     hands=256,
     verify_iter=2,
     tiny="tiny-streets",
+    rates=_CARDS.rates | {"rl": 5e-4},
     options=TINY_WALKS,
 )
 STUDIES = {
