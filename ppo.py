@@ -1338,10 +1338,9 @@ class GrowingLayer(transformers.cache_utils.DynamicLayer):
             first = keys_and_values[0]
             self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
             columns = self.columns or first.shape[-2]
+            # Of 0, for padding is masked, but 0 times a stray NaN would be NaN.
             shapes = [(self.count, x.shape[-3], columns, x.shape[-1]) for x in keys_and_values]
-            self.whole = [first.new_empty(shape) for shape in shapes]
-            for whole in self.whole:  # padding is masked, but 0 times a stray NaN would be NaN
-                whole[:, :, :stop] = 0
+            self.whole = [first.new_zeros(shape) for shape in shapes]
         for x, whole in zip(keys_and_values, self.whole):
             whole[rows, :, stop - x.shape[-2] : stop] = x
 

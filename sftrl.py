@@ -1550,13 +1550,13 @@ class StudyRun:
         writes search-EXPERIMENT.md."""
         init, *main = main_arms(self.study)
         arms = main if experiment == "main" else arms_of(self.study, experiment, self.cls)
-        grid, rows = self.study.grid, [self.tried(init)[1]]
+        grid, rows = self.study.grid, [self.try_rate(init)[1]]
         for arm in (arm for arm in arms if arm.searched):
             tried: dict[int, tuple[float, list[str]]] = {}  # by place in the grid
 
             def success(k: int) -> float:
                 if k not in tried:
-                    tried[k] = self.tried(arm, grid[k])
+                    tried[k] = self.try_rate(arm, grid[k])
                 return tried[k][0]
 
             best = len(grid) // 2
@@ -1573,7 +1573,7 @@ class StudyRun:
             write_whole(self.out / f"search-{experiment}.md", "\n".join(lines) + "\n")
             print("\n".join(lines))
 
-    def tried(self, arm: Arm, rate: float | None = None) -> tuple[float, list[str]]:
+    def try_rate(self, arm: Arm, rate: float | None = None) -> tuple[float, list[str]]:
         """An arm, at this rate or its own, trained on the search's seeds: ID success on validation deals, the
         sum over seeds, and its row of the search's table."""
         arm = replace(arm, measure=Measure(curve=False, end=(1.0,), series="valid"), checkpoints=1)

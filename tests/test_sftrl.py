@@ -1507,30 +1507,27 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
 
 
 @pytest.mark.parametrize(
-    "success, path",
+    "success, path, chosen",
     [
-        ({1e-4: 2, 1e-3: 4, 1e-2: 3}, [1e-3, 1e-2, 1e-4]),  # the middle one is best
-        ({1e-4: 2, 1e-3: 4, 1e-2: 5}, [1e-3, 1e-2]),  # a larger one is; the one below it is known
-        ({1e-5: 7, 1e-4: 6, 1e-3: 4, 1e-2: 3}, [1e-3, 1e-2, 1e-4, 1e-5]),
-        ({1e-4: 4, 1e-3: 4, 1e-2: 4}, [1e-3, 1e-2, 1e-4]),  # no better is not better
+        ({1e-4: 2, 1e-3: 4, 1e-2: 3}, [1e-3, 1e-2, 1e-4], 1e-3),
+        ({1e-4: 2, 1e-3: 4, 1e-2: 5}, [1e-3, 1e-2], 1e-2),  # the one below the last is known
+        ({1e-5: 7, 1e-4: 6, 1e-3: 4, 1e-2: 3}, [1e-3, 1e-2, 1e-4, 1e-5], 1e-5),
+        ({1e-4: 4, 1e-3: 4, 1e-2: 4}, [1e-3, 1e-2, 1e-4], 1e-3),  # no better is not better
     ],
 )
-def test_the_search_climbs_from_the_middle_of_the_grid(success, path, tmp_path, monkeypatch):
+def test_the_search_climbs_from_the_middle_of_the_grid(success, path, chosen, tmp_path, monkeypatch):
     asked = []
 
-    def tried(run, arm, rate=None):
+    def try_rate(run, arm, rate=None):
         if arm.name == "sft":
             asked.append(rate)
         return success.get(rate, 0), [arm.name, f"{rate}"]
 
-    monkeypatch.setattr(sftrl.StudyRun, "tried", tried)
+    monkeypatch.setattr(sftrl.StudyRun, "try_rate", try_rate)
     study = replace(sftrl.STUDIES["gp-l"], grid=(1e-5, 1e-4, 1e-3, 1e-2))
     sftrl.StudyRun("gp-l", study, tmp_path).search("main")
     assert asked == path
-    assert (
-        f"chosen by id: {max(sorted(success, key=lambda r: r != 1e-3), key=success.get):g}"
-        in (tmp_path / "search-main.md").read_text()
-    )
+    assert f"| sft | **chosen by id: {chosen:g}** |" in (tmp_path / "search-main.md").read_text()
 
 
 def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path, monkeypatch):
