@@ -1280,7 +1280,7 @@ def more_arms(study: Study, experiment: str) -> list[Arm]:
     if experiment == "revision-sft":
         return [Arm("sft-revision", training={"loss_on": "last"}, records="revision", searched=True)]
     if experiment == "sft-search":
-        tried = [(parts, lr) for parts in TRAINED for lr in study.grid]
+        tried = [(parts, lr) for parts in TRAINED for lr in study.grid[::2]]
         return [
             Arm(f"sft-{parts}-{lr:g}", training={"lr": lr}, parts=parts, checkpoints=1, measure=at_end)
             for parts, lr in tried
