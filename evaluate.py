@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, product
 from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
@@ -292,16 +293,13 @@ class Results:
         found = [p for p in self.points if all(p.get(k) == v for k, v in wanted.items())]
         return sorted(found, key=lambda p: (p["seed"], p["step"]))
 
-    def curve(self, arm: str, **place) -> list[dict]:
+    def curve(self, arm: str, few: bool = False, **place) -> list[dict]:
         """The points of an arm on test hands, at temperature 1 unless `place` says otherwise; of each
-        checkpoint the one on most hands."""
+        checkpoint the one on most hands, or with `few` on fewest, as all points between are measured."""
         place = {"series": "test", "temperature": 1.0, "pictures": "own"} | place
-        best: dict[tuple, dict] = {}
-        for p in self.find(arm=arm, **place):
-            old = best.setdefault((p["seed"], p["step"]), p)
-            if p["episodes"] > old["episodes"]:
-                best[p["seed"], p["step"]] = p
-        return list(best.values())
+        points = sorted(self.find(arm=arm, **place), key=lambda p: p["episodes"], reverse=few)
+        one = {(p["seed"], p["step"]): p for p in points}
+        return [one[which] for which in sorted(one)]
 
     def ends(self, arm: str, **place) -> list[dict]:
         """One point per seed: of an arm's last checkpoint; of "ARM best", its best by success on validation
@@ -351,14 +349,13 @@ def main_claims(task: str, where: dict[str, str], headline: str) -> list[Claim]:
             claims.append(Claim(f"{words}, greedy", arm, other, sign, variant, 0.0, measure))
 
     for variant in where:
-        if variant == "id":
-            claim("RL ends above init", variant, "rl", "init", +1)
-            claim("SFT ends above init", variant, "sft", "init", +1)
-            continue
         # In other cities the paper counts whole routes.
         measures = ["success", headline] if variant == "visual" else [headline]
         for measure in dict.fromkeys(measures):
             claim("RL ends above init", variant, "rl", "init", +1, measure)
+            if variant == "id":
+                claim("SFT ends above init", variant, "sft", "init", +1)
+                continue
             claim("SFT ends below init", variant, "sft", "init", -1, measure)
             claim("RL ends above SFT", variant, "rl", "sft", +1, measure)
             claim("RL ends above SFT's best checkpoint", variant, "rl", "sft best", +1, measure, greedy=False)
@@ -366,7 +363,7 @@ def main_claims(task: str, where: dict[str, str], headline: str) -> list[Claim]:
             claim("RL ends above init at turns", variant, "rl", "init", +1, "turn_accuracy")
             claim("SFT ends below init at turns", variant, "sft", "init", -1, "turn_accuracy")
             claim("RL ends above SFT at turns", variant, "rl", "sft", +1, "turn_accuracy")
-        if variant == "visual":
+        if "visual" in where and variant != "rule":
             claim("RL raises recognition", variant, "rl", "init", +1, "recognition")
             claim("SFT lowers recognition", variant, "sft", "init", -1, "recognition")
     return claims
@@ -398,6 +395,7 @@ SECTIONS = {
         "Does RL need the init? Here it starts from the base, at three rates. `unparsed` are replies that "
         "are not in the form asked for.",
         [("RL from the base, {arm}, ends below RL from the init", "no-init-*", "rl", -1, "fails")],
+        "none",
     ),
     "verification": Section(
         "Do more replies per hand help RL? It trains with 1, 3, 5 or 10 at equal compute; one evaluation "
@@ -477,7 +475,7 @@ def verdict(d: dict, sign: int) -> str:
     if low <= 0 <= high:
         return "not significant"
     if any(s * d["mean"] <= 0 for s in d["seeds"]):
-        return "not significant (seeds disagree)"
+        return "seeds disagree"
     return "holds" if d["mean"] * sign > 0 else "does not hold"
 
 
@@ -531,14 +529,15 @@ class Report:
             "## Settings",
             "",
             "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. All "
-            "arms of a comparison get the same. " + self.settings["note"],
+            "arms get the same, and end with the step or update that reaches it: RL overshoots by up to one "
+            "update.",
             "",
             "Every number is a mean over lines of `results.jsonl`: those of its arm, variant, temperature, "
             "`verify_iter` and `pictures`, of series `test`, at the last step of each seed.",
             "",
-            "```json",
-            json.dumps(self.settings, indent=1),
-            "```",
+            "The arms, each with its settings where they are not the defaults of `sftrl sft` or `sftrl ppo`:",
+            "",
+            *table(["arm", "start", "algorithm", "settings"], self.settings["arms"]),
             "",
         ]
         (self.folder / "report.md").write_text("\n".join(lines))
@@ -556,6 +555,9 @@ class Report:
         ]
         best = ", ".join(str(p["step"]) for p in self.ends("sft best", "id"))
         others = ", ".join(text for v, text in self.where.items() if v != "id")
+        counted = ["waypoints"] * (self.headline == "step_accuracy")
+        counted += ["replies, for recognition"] * ("visual" in self.where)
+        weighed = f" Differences average {words['hands']}, the shares before them {' and '.join(counted)}."
         recognition = (
             f"; recognition counts the replies that {words['reads']}" if "visual" in self.where else ""
         )
@@ -572,15 +574,25 @@ class Report:
             f"{self.settings['verify_iter']} replies. "
             + " ".join([words[v] for v in self.where if v in words] + read),
             "",
+            f"The model, {self.settings['model']}, has {self.settings['parameters'] / 1e6:,.1f}M parameters "
+            "and is sampled at temperature 1 and greedily; the paper's has 11B, and a temperature of .2. "
+            + self.settings["note"],
+            "",
             "## Claims",
             "",
             *claims,
             "",
             f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side "
-            "and every seed's difference has that sign. That interval speaks of these checkpoints; the one "
-            "over seeds (Student's t) speaks of other seeds after the same base.",
+            "and every seed's difference has that sign; it *does not hold* if all that is so on the other "
+            "side. *Seeds disagree*: the interval excludes 0, but the signs differ. *Not significant*: the "
+            "interval holds 0. That interval speaks of these checkpoints; the one over seeds (Student's t) "
+            "speaks of other seeds after the same base. All speak of the learning rates in force."
+            + weighed
+            * bool(counted),
             "",
             "![success against compute](figures/curves.png)",
+            "",
+            "Lines are means over seeds, bands reach from the lowest seed to the highest.",
             "",
             "## Checkpoints",
             "",
@@ -594,7 +606,8 @@ class Report:
             "",
             "## Curves",
             "",
-            f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest].",
+            f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest]. Points "
+            f"between are measured on a quarter of the {words['hands']}.",
             "",
             *self.curves_table(),
             "",
@@ -659,11 +672,12 @@ class Report:
         )
 
     def curves(self, arm: str, variant: str, key: str) -> list[tuple[float, list[float]]]:
-        """An arm at temperature 1, seeds side by side, the init first: (compute, values of the seeds)."""
-        init = self.results.curve("init", variant=variant, **self.usual)
+        """An arm at temperature 1, seeds side by side, the init first: (compute, values of the seeds). All
+        points between are on the same hands."""
+        init = self.results.curve("init", few=True, variant=variant, **self.usual)
         points = [(0.0, [p[key] for p in init])]
         by_seed: dict[int, list[dict]] = {}
-        for p in self.results.curve(arm, variant=variant, **self.usual):
+        for p in self.results.curve(arm, few=True, variant=variant, **self.usual):
             by_seed.setdefault(p["seed"], []).append(p)
         return points + [
             (mean(p["flops"] for p in same), [p[key] for p in same]) for same in zip(*by_seed.values())
@@ -681,9 +695,10 @@ class Report:
 
     def distances(self) -> list[tuple[str, dict, float]]:
         """Of every checkpoint after the init: arm, its point in distribution, and the change since the init
-        under the other rule."""
+        under the other rule. Arms straight from the base have left no init."""
         start = {p["seed"]: p[self.headline] for p in self.ends("init", self.last)}
-        arms = sorted({p["arm"] for p in self.results.points if p["seed"] >= 0} - {"init"})
+        others = {"init"} | {arm for arm, _ in self.experiments.get("no-init", [])}
+        arms = sorted({p["arm"] for p in self.results.points if p["seed"] >= 0} - others)
         found = []
         for arm in arms:
             there = {(p["seed"], p["step"]): p for p in self.results.curve(arm, variant="id", **self.usual)}
@@ -700,12 +715,13 @@ class Report:
         for arm in dict.fromkeys(arm for arm, *_ in found):
             ends = {p["seed"]: (p, change) for name, p, change in found if name == arm}.values()
             cells = [f"{mean(p[key] for p, _ in ends):.3f}" for key in DISTANCES]
-            rows.append([arm, *cells, f"{100 * mean(change for _, change in ends):+.1f}"])
+            changes = [100 * change for _, change in ends]
+            rows.append([arm, *cells, f"{mean(changes):+.1f}", ", ".join(f"{x:+.1f}" for x in changes)])
         change = [x for *_, x in found]
         told = [f"{rank_correlation([p[key] for _, p, _ in found], change):+.2f}" for key in DISTANCES]
-        rows.append([f"rank correlation with the change, {len(found)} checkpoints", *told, ""])
+        rows.append([f"rank correlation with the change, {len(found)} checkpoints", *told, "", ""])
         head = f"change {self.where[self.last]}"
-        return table(["arm at its end", *DISTANCES.values(), head], rows)
+        return table(["arm at its end", *DISTANCES.values(), head, "each seed"], rows)
 
 
 # The main comparison's ends, as measured usually.
@@ -749,12 +765,19 @@ class Figures:
     """Draws figures/*.png of a report; without matplotlib nothing."""
 
     looks = {
+        "init": {"color": "tab:gray", "marker": "*", "label": "init"},
         "sft": {"color": "tab:orange", "marker": "o", "label": "SFT"},
         "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"},
     }
 
     def __init__(self, report: Report):
         self.report = report
+        others = sorted({p["arm"] for p in report.results.points} - self.looks.keys())
+        free = cycle(product("^vDPX", ("C2", "C3", "C4", "C5", "C6", "C8", "C9")))
+        self.looks = self.looks | {
+            arm: {"color": color, "marker": marker, "label": arm}
+            for arm, (marker, color) in zip(others, free)
+        }
 
     def draw(self) -> None:
         """All figures of the experiments that were measured."""
@@ -802,18 +825,20 @@ class Figures:
 
     def curve(self, axis, variant: str) -> None:
         """Both arms against compute, a band from the lowest to the highest seed."""
-        for arm, look in self.looks.items():
+        for arm in ("sft", "rl"):
+            look = self.looks[arm]
             points = self.report.curves(arm, variant, self.report.headline)
             x = [flops / 1e12 for flops, _ in points]
             low, middle, high = ([100 * f(values) for _, values in points] for f in (min, mean, max))
-            axis.plot(x, middle, markersize=4, **look)
+            axis.plot(x, middle, markersize=4, ls="-" if len(x) > 2 else "", **look)
             axis.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0)
         axis.axhline(middle[0], color="gray", lw=1, ls="--", label="SFT init")
         axis.set_ylim(0, None)
 
     def path(self, axis, variant: str) -> None:
         """Success against recognition along both arms."""
-        for arm, look in self.looks.items():
+        for arm in ("sft", "rl"):
+            look = self.looks[arm]
             x, y = (
                 [100 * mean(values) for _, values in self.report.curves(arm, variant, key)]
                 for key in ("recognition", self.report.headline)
@@ -823,15 +848,14 @@ class Figures:
 
     def ends(self, axis, variant: str, name: str) -> None:
         """A dot for each arm's end, with 95% over hands."""
-        report, rows = self.report, []
+        report = self.report
         for arm, place in MAIN + report.experiments[name]:
             points = report.ends(arm, variant, **place)
             if points:
                 middle = _mean(points, report.headline)
                 half = 1.96 * mean(p[report.headline + "_se"] for p in points) / math.sqrt(len(points))
-                rows.append((arm, 100 * middle, 100 * half))
-        names, middles, halves = zip(*rows)
-        axis.errorbar(middles, names, xerr=halves, fmt="o", capsize=3)
+                look = self.looks[arm.removesuffix(" best")] | {"label": None}
+                axis.errorbar(100 * middle, arm, xerr=100 * half, capsize=3, **look)
         axis.set_xlim(0, None)
         axis.invert_yaxis()
 
@@ -842,7 +866,7 @@ class Figures:
             shares = [
                 100 * mean(mean(0 < o <= k for o in p["outcomes"]) for p in points) for k in range(1, 11)
             ]
-            axis.plot(range(1, 11), shares, marker=".", label=arm)
+            axis.plot(range(1, 11), shares, markersize=4, **self.looks[arm])
         axis.set_ylim(0, None)
 
     def starts(self, axis, variant: str, name: str) -> None:
@@ -864,8 +888,10 @@ class Figures:
     def scatter(self, axis, key: str) -> None:
         """Change under the other rule against a distance, one dot per checkpoint."""
         found = self.report.distances()
-        for i, arm in enumerate(dict.fromkeys(arm for arm, *_ in found)):
+        for arm in dict.fromkeys(arm for arm, *_ in found):
             dots = [(p[key], 100 * change) for name, p, change in found if name == arm]
-            axis.scatter(*zip(*dots), s=12, color=f"C{i % 10}", marker="osD^v"[i // 10 % 5], label=arm)
+            axis.scatter(*zip(*dots), s=12, **self.looks[arm])
         if key != "changed":
-            axis.set_xscale("log")
+            axis.set_xscale("log", subs=())
+            axis.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axis.xaxis.set_major_formatter("{x:g}")

@@ -314,6 +314,8 @@ def read_model(name: str, dtype: torch.dtype, outline: bool) -> tuple[transforme
         model, processor = build_tiny(name)
         for p in model.parameters():
             p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
+        if outline:
+            model.to("meta").tie_weights()  # which the move has parted
         return model, processor
     config = transformers.AutoConfig.from_pretrained(name)
     processor = transformers.AutoProcessor.from_pretrained(name)
@@ -1510,14 +1512,6 @@ class StudyRun:
         if self.tiny and self.task == "gp-vl":
             self.measure_reading()
         main = main_arms(self.study)
-        settings = {
-            "task": self.task,
-            "model": self.model,
-            "verify_iter": self.study.verify_iter,
-            "hands": self.hands,
-            "study": as_json(asdict(self.study)),
-            "note": note,
-        }
         for seed in range(seeds):
             for name in experiments:
                 # Others are compared with the main arms' ends.
@@ -1528,20 +1522,42 @@ class StudyRun:
                 for arm in base + arms:
                     self.measure(arm, seed, name)
             if policy_rank() == 0:
-                print("\n".join(["", *self.report(range(seed + 1), settings)]), flush=True)
+                print("\n".join(["", *self.report(range(seed + 1), note)]), flush=True)
 
-    def report(self, seeds: Sequence[int], settings: dict) -> list[str]:
-        """Writes the report of all experiments that were measured; returns its table of claims."""
+    def report(self, seeds: Sequence[int], note: str) -> list[str]:
+        """Writes the report of all experiments that were measured, with a `note` on page one; returns its
+        table of claims."""
         results = self.results.of(seeds, (self.hands, max(2, self.hands // 4)))
-        measured = {}
+        measured, trained = {}, {arm.name: arm for arm in main_arms(self.study)}
         for name in experiments_of(self.cls)[1:]:
             arms = arms_of(self.study, name, self.cls)
             ways = [{"verify_iter": a.measure.verify_iter, "pictures": a.measure.pictures} for a in arms]
             places = [(a.name, {k: v for k, v in way.items() if v}) for a, way in zip(arms, ways)]
             if all(results.find(arm=arm, **place) for arm, place in places):
                 measured[name] = places
+                trained |= {arm.name: arm for arm in arms}
+        model = self.study.tiny if self.tiny else self.model
+        settings = {
+            "task": self.task,
+            "model": self.model,
+            "parameters": Policy.load(model, torch.device("meta")).parameter_count,
+            "verify_iter": self.study.verify_iter,
+            "arms": [self.row_of(arm) for arm in trained.values()],
+            "note": note,
+        }
         claims = evaluate.Report(results, self.out, settings, measured).write()
         return [*claims, "", f"report: {self.out / 'report.md'}"]
+
+    def row_of(self, arm: Arm) -> list[str]:
+        """What the report's settings say of an arm."""
+        config = self.study.config(arm)
+        differ = {k: v for k, v in asdict(config).items() if v != getattr(type(config), k)} | arm.environment
+        if config.flops < math.inf:
+            del differ["steps"]  # they reach farther
+        differ |= {"records": arm.records} if arm.records != "expert" else {}
+        differ |= {"train": arm.parts} if arm.parts else {}
+        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in differ.items())
+        return [arm.name, arm.start, arm.algorithm, settings]
 
     def search(self, experiment: str) -> None:
         """Chooses the rates of an experiment's arms by ID success on validation deals, in the mean over the

@@ -149,7 +149,7 @@ def test_reading_counts_cards_and_hands(policy):
 
 def test_seeds_that_disagree_are_not_called_a_finding():
     d = {"mean": 0.03, "interval": (0.01, 0.05), "seeds": [0.1, -0.02, 0.03]}
-    assert evaluate.verdict(d, +1) == evaluate.verdict(d, -1) == "not significant (seeds disagree)"
+    assert evaluate.verdict(d, +1) == evaluate.verdict(d, -1) == "seeds disagree"
 
 
 def test_the_interval_over_seeds_is_students_t():
@@ -287,7 +287,15 @@ def test_report_states_what_the_points_say(tmp_path):
             ("rl", step, "rule", "test"): rl,
         }
     results = results_of(tmp_path, rates)
-    report = evaluate.Report(results, tmp_path, {"task": "gp-l", "verify_iter": 3, "note": ""}, {})
+    settings = {
+        "task": "gp-l",
+        "verify_iter": 3,
+        "note": "",
+        "model": "M",
+        "parameters": 2_500_000,
+        "arms": [],
+    }
+    report = evaluate.Report(results, tmp_path, settings, {})
     claims = report.write()
     said = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
     assert (
@@ -342,3 +350,27 @@ def test_controls_show_grey_pictures_or_those_of_other_episodes():
         )
     with pytest.raises(ValueError, match="need a task with pictures"):
         envs.play([envs.make("gp-l")], evaluate.Disguise(expert, "blank"))
+
+
+def test_points_between_are_compared_on_the_same_hands(tmp_path):
+    results = evaluate.Results(tmp_path / "results.jsonl")
+    place = {"task": "gp-l", "arm": "sft", "seed": 0, "series": "test", "temperature": 1.0, "pictures": "own"}
+    for step, episodes in ((1, 10), (2, 40), (2, 10), (3, 40)):
+        results.add(place | {"step": step, "episodes": episodes})
+    assert [p["episodes"] for p in results.curve("sft", few=True)] == [10, 10, 40]
+    assert [p["episodes"] for p in results.curve("sft")] == [10, 40, 40]
+
+
+def test_forgetting_speaks_of_arms_that_left_the_init(tmp_path):
+    rates = {
+        (arm, step, v, "test"): 0.5
+        for arm, step in (("init", 0), ("rl", 1), ("raw", 1))
+        for v in ("id", "rule")
+    }
+    results = results_of(tmp_path, rates)
+    for point in results.points:
+        point |= {"changed": 0.1, "kl_from_init": 0.1}
+    settings = {"task": "gp-l", "verify_iter": 3}
+    report = evaluate.Report(results, tmp_path, settings, {"no-init": [("raw", {})]})
+    assert [(arm, p["seed"]) for arm, p, _ in report.distances()] == [("rl", 0), ("rl", 1)]
+    assert len(report.distances_table()[2].split("|")[-2].split(",")) == 2  # each seed's change

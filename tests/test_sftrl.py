@@ -679,6 +679,12 @@ def test_an_architecture_is_checked_once_in_a_process_and_not_without_weights(mo
     assert checked == [False, True]
 
 
+@pytest.mark.parametrize("name", sftrl.TINY_MODELS)
+def test_an_outline_counts_tied_weights_once(name):
+    outline, whole = (sftrl.Policy.load(name, torch.device(device)) for device in ("meta", "cpu"))
+    assert outline.parameter_count == whole.parameter_count
+
+
 def test_a_check_in_bf16_passes_what_is_right_and_finds_what_is_not(monkeypatch):
     model, processor = MODELS["llava"]()
     policy = sftrl.Policy(model.bfloat16(), processor)
@@ -1539,8 +1545,8 @@ def test_the_search_prints_every_rate_and_chooses_by_the_training_rule(tmp_path,
     assert re.findall(
         r"\| (init|sft|rl) \| ([0-9.e-]+)(?: \| [0-9.]+ ± [0-9.]+, [0-9.]+ ± [0-9.]+){2} \|", table
     ) == [("init", "0.0003"), ("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]
-    # id and rule of both seeds' inits, then of each rate, the larger first; the second seed tips the scales for
-    # SFT, and RL goes on to the lower rate
+    # id and rule of both seeds' inits, then of each rate, the larger first; the second seed tips the scales
+    # for SFT, and RL goes on to the lower rate
     shown = iter(
         [0.3, 0.2, 0.3, 0.2, 0.6, 0.1, 0.7, 0.1, 0.7, 0.9, 0.5, 0.9, 0.5, 0.3, 0.6, 0.3, 0.6, 0.2, 0.6, 0.2]
     )
@@ -1585,6 +1591,8 @@ def test_study_end_to_end_in_miniature_and_again(tmp_path, monkeypatch, capsys):
     assert next(p for p in lines if p["arm"] == "init" and p["temperature"])["kl_to_init"] < 1e-2
     report = (tmp_path / "report.md").read_text()
     assert "holds" in report or "not significant" in report
+    assert "tiny, has 1.1M parameters" in report and "| sft | init | sft | lr 0.001, batch_size" not in report
+    assert "| sft | init | sft | lr 0.001, microbatch_size 16, flops" in report
     before = (tmp_path / "results.jsonl").read_text()
     (tmp_path / "report.md").unlink()
     start = time.time()
@@ -1621,7 +1629,7 @@ def test_experiments_in_miniature(tmp_path, monkeypatch, name):
     lines, report = sftrl.read_lines(tmp_path / "results.jsonl"), (tmp_path / "report.md").read_text()
     for experiment, arms in EXPERIMENTS.items() if name == "all" else [(name, EXPERIMENTS[name])]:
         assert arms <= {p["arm"] for p in lines} and f"## {experiment}" in report
-        if importlib.util.find_spec("matplotlib"):
+        if importlib.util.find_spec("matplotlib") and sftrl.evaluate.SECTIONS[experiment].figure != "none":
             assert (tmp_path / f"figures/{experiment}.png").read_bytes()[:4] == b"\x89PNG"
     if name == "start":  # each starts from another checkpoint of SFT
         started = [json.loads((tmp_path / f"seed-0/rl-from-sft-{k}/config.json").read_text()) for k in (1, 2)]
