@@ -558,6 +558,7 @@ class Report:
         counted = ["waypoints"] * (self.headline == "step_accuracy")
         counted += ["replies, for recognition"] * ("visual" in self.where)
         weighed = f" Differences average {words['hands']}, the shares before them {' and '.join(counted)}."
+        weighed = weighed if counted else ""
         recognition = (
             f"; recognition counts the replies that {words['reads']}" if "visual" in self.where else ""
         )
@@ -586,9 +587,7 @@ class Report:
             "and every seed's difference has that sign; it *does not hold* if all that is so on the other "
             "side. *Seeds disagree*: the interval excludes 0, but the signs differ. *Not significant*: the "
             "interval holds 0. That interval speaks of these checkpoints; the one over seeds (Student's t) "
-            "speaks of other seeds after the same base. All speak of the learning rates in force."
-            + weighed
-            * bool(counted),
+            "speaks of other seeds after the same base. All speak of the learning rates in force." + weighed,
             "",
             "![success against compute](figures/curves.png)",
             "",
@@ -696,7 +695,7 @@ class Report:
     def distances(self) -> list[tuple[str, dict, float]]:
         """Of every checkpoint after the init: arm, its point in distribution, and the change since the init
         under the other rule. Arms straight from the base have left no init."""
-        start = {p["seed"]: p[self.headline] for p in self.ends("init", self.last)}
+        start = {p["seed"]: p for p in self.ends("init", self.last)}
         others = {"init"} | {arm for arm, _ in self.experiments.get("no-init", [])}
         arms = sorted({p["arm"] for p in self.results.points if p["seed"] >= 0} - others)
         found = []
@@ -705,7 +704,8 @@ class Report:
             for p in self.results.curve(arm, variant=self.last, **self.usual):
                 here = there.get((p["seed"], p["step"]))
                 if here and "changed" in here and p["seed"] in start:
-                    found.append((arm, here, p[self.headline] - start[p["seed"]]))
+                    change = difference([p], [start[p["seed"]]], self.headline)["mean"]
+                    found.append((arm, here, change))
         return found
 
     def distances_table(self) -> list[str]:

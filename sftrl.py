@@ -1553,7 +1553,7 @@ class StudyRun:
         config = self.study.config(arm)
         differ = {k: v for k, v in asdict(config).items() if v != getattr(type(config), k)} | arm.environment
         if config.flops < math.inf:
-            del differ["steps"]  # they reach farther
+            differ.pop("steps", None)  # they reach farther
         differ |= {"records": arm.records} if arm.records != "expert" else {}
         differ |= {"train": arm.parts} if arm.parts else {}
         settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in differ.items())
