@@ -14,8 +14,8 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import cycle, product
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
@@ -434,29 +434,36 @@ SECTIONS = {
     ),
     "rivals": Section(
         "What else keeps the other rule? All have the same compute and the same search for rates: DFT "
-        "weights each token's loss by its probability; self-SFT learns from its own right replies alone; "
-        "diverse arms are trained with J, Q, K counting anything from 1 to 10 in each hand; rl-kl has a KL "
-        "penalty to the init.",
+        "weights each token's loss by its probability, sft-at-dft-rate has DFT's rate alone; self-SFT "
+        "samples as RL does and learns the replies that the verifier accepts; diverse arms are trained with "
+        "J, Q, K counting anything from 1 to 10 in each hand, never 11 to 13; rl-kl has a KL penalty to the "
+        "init.",
         [
             ("{arm} ends above init", "dft", "init", +1, "-"),
             ("{arm} ends above init", "self-sft", "init", +1, "-"),
             ("{arm} ends above init", "diverse-*", "init", +1, "-"),
             ("{arm} ends above init", "rl-kl", "init", +1, "-"),
+            ("{arm} ends above {other}", "dft", "sft-at-dft-rate", +1, "-"),
             ("RL ends above {other}", "rl", "dft", +1, "-"),
             ("RL ends above {other}", "rl", "self-sft", +1, "-"),
             ("RL ends above {other}", "rl", "diverse-sft", +1, "-"),
+            ("RL ends above {other}", "rl", "diverse-rl", +1, "-"),
+            ("RL ends above {other}", "rl", "rl-kl", +1, "-"),
         ],
     ),
     "forgetting": Section(
-        "Does the distance to the init predict what is forgotten? One dot for every checkpoint of every arm: "
-        "KL in nats per reply token, in distribution; weights that changed after rounding to bf16.",
+        "Does the distance to the init predict what is forgotten? If so (2509.04259: the more KL(init, "
+        "policy), the more is forgotten), the correlation with the change under the other rule is negative. "
+        "One dot for every measured checkpoint: KL in nats per reply token, in distribution, on replies of "
+        "the first named; weights that changed after rounding to bf16.",
         figure="distances",
     ),
 }
 
 
 def section_claims(results: Results, name: str, variant: str, where: str, headline: str) -> list[Claim]:
-    """The claims of an experiment under one variant, one for each arm that a "*" stands for."""
+    """The claims of an experiment under one variant, at temperature 1 and greedily, one for each arm that a
+    "*" stands for."""
     budget = {"verify_iter": 10} if name == "verification" else {}
     names = list(dict.fromkeys(p["arm"] for p in results.points))
     claims = []
@@ -464,7 +471,8 @@ def section_claims(results: Results, name: str, variant: str, where: str, headli
         for arm in fnmatch.filter(names, pattern):
             against = other.replace("*", arm.rpartition("-")[2])
             words = f"{text.format(arm=arm, other=against)} {where}"
-            claims.append(Claim(words, arm, against, sign, variant, 1.0, headline, place=budget, paper=paper))
+            claim = Claim(words, arm, against, sign, variant, 1.0, headline, place=budget, paper=paper)
+            claims += [claim, replace(claim, text=f"{words}, greedy", temperature=0.0, paper="-")]
     return claims
 
 
@@ -773,10 +781,9 @@ class Figures:
     def __init__(self, report: Report):
         self.report = report
         others = sorted({p["arm"] for p in report.results.points} - self.looks.keys())
-        free = cycle(product("^vDPX", ("C2", "C3", "C4", "C5", "C6", "C8", "C9")))
+        free = zip(others, cycle(("C2", "C3", "C4", "C5", "C6", "C8", "C9")), cycle("^vDPX"))
         self.looks = self.looks | {
-            arm: {"color": color, "marker": marker, "label": arm}
-            for arm, (marker, color) in zip(others, free)
+            arm: {"color": color, "marker": marker, "label": arm} for arm, color, marker in free
         }
 
     def draw(self) -> None:
@@ -794,7 +801,7 @@ class Figures:
             reads = f"replies that {report.words['reads']}, %"
             self.panels("recognition", variants, reads, success, self.path)
         labels = {
-            "ends": (variants, success, ""),
+            "ends": (variants, f"{success} [95% over {report.words['hands']}]", ""),
             "budgets": (variants, "replies per hand", "solved within so many replies, %"),
             "starts": (variants, "compute of SFT before, 10$^{12}$ FLOP", success),
         }
@@ -856,7 +863,7 @@ class Figures:
                 half = 1.96 * mean(p[report.headline + "_se"] for p in points) / math.sqrt(len(points))
                 look = self.looks[arm.removesuffix(" best")] | {"label": None}
                 axis.errorbar(100 * middle, arm, xerr=100 * half, capsize=3, **look)
-        axis.set_xlim(0, None)
+        axis.set_xlim(left=-2)
         axis.invert_yaxis()
 
     def budgets(self, axis, variant: str, name: str) -> None:

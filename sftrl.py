@@ -1220,7 +1220,11 @@ _WALKS = replace(
     options=TINY_WALKS,
 )
 STUDIES = {
-    "gp-l": _CARDS,
+    "gp-l": replace(
+        _CARDS,
+        rates=_CARDS.rates
+        | {"dft": 2e-4, "self-sft": 2e-4, "rl-kl": 5e-4, "diverse-sft": 1e-3, "diverse-rl": 2e-4},
+    ),
     "gp-vl": replace(
         _CARDS,
         base=replace(_CARDS.base, steps=1200),
@@ -1290,9 +1294,10 @@ def more_arms(study: Study, experiment: str) -> list[Arm]:
     if experiment == "reply-ratio":
         return [Arm("rl-reply", "ppo", training=PAPERS_PPO, searched=True)]
     if experiment == "rivals":
-        diverse = {"diverse": True}
+        diverse, dft = {"diverse": True}, Arm("dft", training={"objective": "dft"}, searched=True)
         return [
-            Arm("dft", training={"objective": "dft"}, searched=True),
+            dft,
+            Arm("sft-at-dft-rate", training={"lr": study.config(dft).lr}, measure=at_end),
             Arm("self-sft", "ppo", training={"objective": "imitate"}, searched=True),
             Arm("rl-kl", "ppo", training={"kl_coef": 0.1}, searched=True),
             Arm("diverse-sft", environment=diverse, searched=True),

@@ -1610,7 +1610,7 @@ EXPERIMENTS = {  # by name, arms with what they are about
     "start": {"rl-from-sft-1", "rl-from-sft-2"},
     "revision-sft": {"sft-revision"},
     "reply-ratio": {"rl-reply"},
-    "rivals": {"dft", "self-sft", "rl-kl", "diverse-sft", "diverse-rl"},
+    "rivals": {"dft", "sft-at-dft-rate", "self-sft", "rl-kl", "diverse-sft", "diverse-rl"},
     "forgetting": {"sft", "rl"},
 }
 
