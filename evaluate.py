@@ -529,7 +529,7 @@ class Report:
     def write(self) -> list[str]:
         """Returns the lines of the table of claims."""
         claims = self.claims_table(main_claims(self.task, self.where, self.headline))
-        lines = [*self.first_page(claims)]
+        lines = [*self.first_page(claims), *self.checkpoints()]
         for name in self.experiments:
             if name in SECTIONS:
                 lines += self.section(name)
@@ -561,15 +561,11 @@ class Report:
             f"{_percent(p['success'])}% of the hands {self.where[p['variant']]} (greedy)."
             for p in self.results.find(series="reading")
         ]
-        best = ", ".join(str(p["step"]) for p in self.ends("sft best", "id"))
         others = ", ".join(text for v, text in self.where.items() if v != "id")
         counted = ["waypoints"] * (self.headline == "step_accuracy")
         counted += ["replies, for recognition"] * ("visual" in self.where)
         weighed = f" Differences average {words['hands']}, the shares before them {' and '.join(counted)}."
         weighed = weighed if counted else ""
-        recognition = (
-            f"; recognition counts the replies that {words['reads']}" if "visual" in self.where else ""
-        )
         return [
             f"# Study {self.task}: does post-training teach the rule, or only its examples?",
             "",
@@ -601,6 +597,15 @@ class Report:
             "",
             "Lines are means over seeds, bands reach from the lowest seed to the highest.",
             "",
+        ]
+
+    def checkpoints(self) -> list[str]:
+        """The main comparison in numbers: ends and curves."""
+        words, best = self.words, ", ".join(str(p["step"]) for p in self.ends("sft best", "id"))
+        recognition = (
+            f"; recognition counts the replies that {words['reads']}" if "visual" in self.where else ""
+        )
+        return [
             "## Checkpoints",
             "",
             f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the "
@@ -900,5 +905,5 @@ class Figures:
             axis.scatter(*zip(*dots), s=12, **self.looks[arm])
         if key != "changed":
             axis.set_xscale("log", subs=())
-            axis.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axis.xaxis.get_major_locator().set_params(subs=(1, 3))
             axis.xaxis.set_major_formatter("{x:g}")

@@ -1295,9 +1295,11 @@ def more_arms(study: Study, experiment: str) -> list[Arm]:
         return [Arm("rl-reply", "ppo", training=PAPERS_PPO, searched=True)]
     if experiment == "rivals":
         diverse, dft = {"diverse": True}, Arm("dft", training={"objective": "dft"}, searched=True)
+        own = study.config(dft).lr
+        control = Arm("sft-at-dft-rate", training={"lr": own}, measure=at_end)
         return [
             dft,
-            Arm("sft-at-dft-rate", training={"lr": study.config(dft).lr}, measure=at_end),
+            *([control] if own != study.config(demonstrated).lr else []),
             Arm("self-sft", "ppo", training={"objective": "imitate"}, searched=True),
             Arm("rl-kl", "ppo", training={"kl_coef": 0.1}, searched=True),
             Arm("diverse-sft", environment=diverse, searched=True),
