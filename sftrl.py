@@ -1223,7 +1223,8 @@ STUDIES = {
     "gp-l": replace(
         _CARDS,
         rates=_CARDS.rates
-        | {"dft": 2e-4, "self-sft": 2e-4, "rl-kl": 5e-4, "diverse-sft": 1e-3, "diverse-rl": 2e-4},
+        | {"dft": 2e-4, "self-sft": 2e-4, "rl-kl": 5e-4, "diverse-sft": 1e-3, "diverse-rl": 2e-4}
+        | {"sft-revision": 5e-4, "rl-reply": 2e-4},
     ),
     "gp-vl": replace(
         _CARDS,
