@@ -306,9 +306,8 @@ def test_report_states_what_the_points_say(tmp_path):
     assert [p["step"] for p in results.ends("sft", variant="rule")] == [2, 2]
     assert [p["step"] for p in results.ends("sft@1", variant="rule")] == [1, 1]
     assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
-    results.points = [
-        p for p in results.points if p["temperature"] or p["step"] != 1
-    ]  # greedily the last only
+    # Greedily only last checkpoints are measured; their numbers stay.
+    results.points = [p for p in results.points if p["temperature"] or p["step"] != 1]
     assert [p["step"] for p in results.ends("sft@2", variant="rule", temperature=0.0)] == [2, 2]
     assert results.ends("sft@1", variant="rule", temperature=0.0) == []
     curve = report.curves("rl", "rule", "success")
