@@ -397,7 +397,7 @@ SECTIONS = {
     "no-init": Section(
         "Does RL need the init? Here it starts from the base, at three rates. `unparsed` are replies that "
         "are not in the form asked for.",
-        [("RL from the base, {arm}, ends below RL from the init", "no-init-*", "rl", -1, "fails")],
+        [("RL from the base, {arm}, ends below RL from the init", "no-init-*", "rl", -1, "yes")],
         "none",
     ),
     "verification": Section(
@@ -457,8 +457,8 @@ SECTIONS = {
     "forgetting": Section(
         "Does the distance to the init predict what is forgotten? If so (2509.04259: the more KL(init, "
         "policy), the more is forgotten), the correlation with the change under the other rule is negative. "
-        "One dot for every measured checkpoint: KL in nats per reply token, in distribution, on replies of "
-        "the first named; weights that changed after rounding to bf16.",
+        "One dot for every measured checkpoint: KL(p, q) in nats per reply token, in distribution, on replies "
+        "of p; weights that changed after rounding to bf16.",
         figure="distances",
     ),
 }
@@ -577,7 +577,7 @@ class Report:
             f"                             +--> RL: PPO and a verifier --+    {others}",
             "```",
             "",
-            f"{len(first)} seeds ({seeds}), {n} evaluation {words['hands']} per end of an arm, the same for "
+            f"Seeds {seeds}; {n} evaluation {words['hands']} per end of an arm, the same for "
             f"all, and a quarter of them between; {words['measure']} in percent within "
             f"{self.settings['verify_iter']} replies. "
             + " ".join([words[v] for v in self.where if v in words] + read),
