@@ -1015,9 +1015,9 @@ class GeneralPoints(Environment):
         "hands": "hands",
         "columns": ("success", "first reply", "illegal"),
         "last": "wrong numbers",
-        "cells": "Illegal are the replies in form, in percent, with no legal equation, such as those with an x "
-        "for a product (the tiny corpus's bad habit); wrong numbers are replies with a number which the rule in "
-        "force does not give",
+        "cells": "Illegal are the replies in form, in percent, with no legal equation, such as those with an "
+        "x for a product (the tiny corpus's bad habit); wrong numbers are replies with a number which the "
+        "rule in force does not give",
         "reads": "name the cards",
     }
 

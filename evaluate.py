@@ -457,8 +457,8 @@ SECTIONS = {
     "forgetting": Section(
         "Does the distance to the init predict what is forgotten? If so (2509.04259: the more KL(init, "
         "policy), the more is forgotten), the correlation with the change under the other rule is negative. "
-        "One dot for every measured checkpoint: KL(p, q) in nats per reply token, in distribution, on replies "
-        "of p; weights that changed after rounding to bf16.",
+        "One dot for every measured checkpoint: KL(p, q) in nats per reply token, in distribution, on "
+        "replies of p; weights that changed after rounding to bf16.",
         figure="distances",
     ),
 }
