@@ -344,7 +344,7 @@ def main_claims(task: str, where: dict[str, str], headline: str) -> list[Claim]:
 
     def claim(text: str, variant: str, arm: str, other: str, sign: int, measure: str = headline, greedy=True):
         paper = PAPER.get((task, variant, measure), {})
-        shown = f"{paper[other]} -> {paper[arm]}" if other in paper else "-"
+        shown = f"{paper[arm]} against {paper[other]}" if other in paper else "-"
         words = f"{text} {where[variant]}"
         words += ", whole routes" if measure == "success" != headline else ""
         claims.append(Claim(words, arm, other, sign, variant, 1.0, measure, paper=shown))
@@ -402,7 +402,7 @@ SECTIONS = {
     ),
     "verification": Section(
         "Do more replies per hand help RL? It trains with 1, 3, 5 or 10 at equal compute; one evaluation "
-        "with 10 replies tells all smaller budgets.",
+        "with 10 replies tells all smaller budgets. So the shares of verdicts are of up to 10 replies here.",
         [
             ("{arm} ends above init", "rl-budget-*", "init", +1, "+0.5, +2.2, +3.0, +6.0 for 1, 3, 5, 10"),
             ("a budget of 10 ends above one of 1", "rl-budget-10", "rl-budget-1", +1, "yes"),
@@ -655,7 +655,7 @@ class Report:
             rows.append(
                 [
                     c.text,
-                    f"{_percent(_mean(b, c.measure))} -> {_percent(_mean(a, c.measure))}",
+                    f"{_percent(_mean(a, c.measure))} against {_percent(_mean(b, c.measure))}",
                     f"{100 * d['mean']:+.1f} {_interval(d['interval'])}",
                     _interval(d["seed_interval"]),
                     ", ".join(f"{100 * s:+.1f}" for s in d["seeds"]),
