@@ -1504,8 +1504,8 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
         and "other rule: turns" in report
         and "RL ends above SFT at turns under the other rule, greedy" in report
     )
-    assert ("80.8 -> 91.8" if task == "virl-l" else "RL raises recognition in other cities") in report
-    assert ("in other cities, whole routes" in report and "16.7 -> 77.8" in report) == (task == "virl-vl")
+    assert ("91.8 against 80.8" if task == "virl-l" else "RL raises recognition in other cities") in report
+    assert ("in other cities, whole routes" in report and "77.8 against 16.7" in report) == (task == "virl-vl")
     smaller = {
         "virl-l": "turns 3 (7), points_per_leg 1 (4).",
         "virl-vl": "turns 2 (7), points_per_leg 1 (4), view_size 64 (300), panorama_width 256 (1024).",
