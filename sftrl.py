@@ -1234,7 +1234,7 @@ STUDIES = {
         rates=_CARDS.rates | {"sft": 2e-4},
         options=TINY_PICTURES,
     ),
-    "virl-l": _WALKS,
+    "virl-l": replace(_WALKS, rates=_WALKS.rates | {"rl-kl": 1e-3}),
     # A walk has a row of tokens for each waypoint: shorter ones, or a seed would take hours.
     "virl-vl": replace(
         _WALKS,
