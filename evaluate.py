@@ -236,6 +236,12 @@ MEASURES = {
 }
 
 
+def of_hands(point: dict, key: str) -> list[float | None]:
+    """What a point measured of each hand; None on a route without turns."""
+    values = point[MEASURES[key]]
+    return [outcome > 0 for outcome in values] if key == "success" else values
+
+
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
     """Paired difference a - b of success or another of MEASURES. Points of the same seeds on the same hands
     or routes; where one was measured on fewer, on those.
@@ -243,13 +249,9 @@ def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> di
     `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first;
     it speaks of these seeds' checkpoints and other deals. `seed_interval`: Student's t over the seeds'
     differences; it speaks of other seeds after the same base."""
-
-    def of_hands(point: dict) -> list[float]:
-        values = point[MEASURES[key]]
-        return [outcome > 0 for outcome in values] if key == "success" else values
-
     rows = [
-        [x - y for x, y in zip(of_hands(p), of_hands(q)) if x is not None] for p, q in zip(a, b, strict=True)
+        [x - y for x, y in zip(of_hands(p, key), of_hands(q, key)) if x is not None]
+        for p, q in zip(a, b, strict=True)
     ]
     hands = [mean(column) for column in zip(*rows)]
     seeds = [mean(row) for row in rows]
@@ -826,7 +828,7 @@ class Figures:
         import matplotlib.pyplot as plt
 
         size = {"figsize": (4.5 * len(parts) + 1.5, 3.6), "squeeze": False, "layout": "constrained"}
-        figure, axes = plt.subplots(1, len(parts), **size)
+        figure, axes = plt.subplots(1, len(parts), sharey=True, **size)
         for axis, part in zip(axes[0], parts):
             axis.set(title=self.report.where.get(part) or DISTANCES[part], xlabel=x)
             draw(axis, part)
@@ -868,11 +870,12 @@ class Figures:
             points = report.ends(arm, variant, **place)
             if points:
                 middle = _mean(points, report.headline)
-                half = 1.96 * mean(p[report.headline + "_se"] for p in points) / math.sqrt(len(points))
+                hands = [mean(seeds) for seeds in zip(*(of_hands(p, report.headline) for p in points))]
+                half = 1.96 * stdev(hands) / math.sqrt(len(hands))
                 look = self.looks[arm.removesuffix(" best")] | {"label": None}
                 axis.errorbar(100 * middle, arm, xerr=100 * half, capsize=3, **look)
         axis.set_xlim(left=-2)
-        axis.invert_yaxis()
+        axis.yaxis.set_inverted(True)
 
     def budgets(self, axis, variant: str, name: str) -> None:
         """Of each arm, hands solved within 1 to 10 replies."""
