@@ -242,20 +242,25 @@ def of_hands(point: dict, key: str) -> list[float | None]:
     return [outcome > 0 for outcome in values] if key == "success" else values
 
 
+def over_hands(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean, and half of its 95% interval over hands. A row has one seed's values, of the same hands in all
+    rows, or of the first of them; each hand's are averaged over seeds first."""
+    hands = [mean(column) for column in zip(*rows)]
+    return mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
+
+
 def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
     """Paired difference a - b of success or another of MEASURES. Points of the same seeds on the same hands
     or routes; where one was measured on fewer, on those.
 
-    `interval`: mean +- 1.96 standard errors over hands, each hand's difference averaged over seeds first;
-    it speaks of these seeds' checkpoints and other deals. `seed_interval`: Student's t over the seeds'
-    differences; it speaks of other seeds after the same base."""
+    `interval`, over hands, speaks of these seeds' checkpoints and other deals. `seed_interval`: Student's t
+    over the seeds' differences; it speaks of other seeds after the same base."""
     rows = [
         [x - y for x, y in zip(of_hands(p, key), of_hands(q, key)) if x is not None]
         for p, q in zip(a, b, strict=True)
     ]
-    hands = [mean(column) for column in zip(*rows)]
     seeds = [mean(row) for row in rows]
-    middle, half = mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
+    middle, half = over_hands(rows)
     out = {"mean": middle, "interval": (middle - half, middle + half), "seeds": seeds, "seed_interval": None}
     if len(seeds) > 1:
         half = _T95[min(len(seeds) - 1, len(_T95)) - 1] * stdev(seeds) / math.sqrt(len(seeds))
@@ -870,8 +875,7 @@ class Figures:
             points = report.ends(arm, variant, **place)
             if points:
                 middle = _mean(points, report.headline)
-                hands = [mean(seeds) for seeds in zip(*(of_hands(p, report.headline) for p in points))]
-                half = 1.96 * stdev(hands) / math.sqrt(len(hands))
+                _, half = over_hands([of_hands(p, report.headline) for p in points])
                 look = self.looks[arm.removesuffix(" best")] | {"label": None}
                 axis.errorbar(100 * middle, arm, xerr=100 * half, capsize=3, **look)
         axis.set_xlim(left=-2)

@@ -93,6 +93,17 @@ def test_difference_is_paired():
     assert evaluate.verdict(same, +1) == "not significant" and same["seed_interval"] is None
 
 
+def test_seeds_on_the_same_hands_are_not_more_hands():
+    """Two seeds that solve the same hands tell as much as one, two that differ at random more."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.random((2, 1000)) < 0.3).astype(float)
+    middle, half = evaluate.over_hands([a, a])
+    assert middle == pytest.approx(a.mean()) and half == pytest.approx(1.96 * a.std(ddof=1) / 1000**0.5)
+    _, both = evaluate.over_hands([a, b])
+    assert both == pytest.approx(1.96 * ((a + b) / 2).std(ddof=1) / 1000**0.5)
+    assert both < 0.8 * half
+
+
 def test_recognition_is_counted_over_replies_and_paired_over_hands():
     turns = [[True, False], [False], [True, True, True, False]]
     episodes = [
