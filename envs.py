@@ -396,12 +396,16 @@ def play(
     respond: Callable[[list[int], list[Observation]], list[str | None]],
     seeds: Sequence[int | str] | None = None,
     options: Sequence[dict] | None = None,
+    at_once: int | None = None,
+    watch: Callable[[int], None] = lambda done: None,
 ) -> list[Episode]:
-    """Plays one episode in every environment, in lockstep.
+    """Plays one episode in every environment, `at_once` of them in lockstep (None: all), to their end before
+    the next begin.
 
     `respond(indices, observations)` is given the environments that still run, by index, and what each one
     shows, and returns one reply each: a model that samples a batch, or a script; None breaks the episode off,
-    without success. `seeds` restart the environments' generators, `options` go to `reset`.
+    without success. `seeds` restart the environments' generators, `options` go to `reset`, `watch` learns how
+    many episodes have ended.
     """
     observations, episodes = [], []
     for i, env in enumerate(environments):
@@ -409,8 +413,10 @@ def play(
         observations.append(observation)
         asked = info.get("actions", info.get("cards", []))
         episodes.append(Episode(text_of(observation.messages[0]["content"]), asked))
-    running = list(range(len(environments)))
-    while running:
+    waiting, running = list(range(len(environments))), []
+    while waiting or running:
+        if not running:
+            running, waiting = waiting[:at_once], waiting[at_once:] if at_once else []
         replies = respond(running, [observations[i] for i in running])
         still = []
         for i, reply in zip(running, replies, strict=True):
@@ -425,6 +431,7 @@ def play(
             if goes_on:
                 still.append(i)
         running = still
+        watch(len(environments) - len(waiting) - len(running))
     return episodes
 
 

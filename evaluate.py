@@ -94,14 +94,9 @@ def sampled(
     own = range(n * k // world, n * (k + 1) // world)
     seeds, options = zip(*(environments[i].start_of(series, i) for i in own))
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
-        answer = respond if pictures == "own" else Disguise(respond, pictures)
-
-        def player(indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
-            watch(len(own) - len(indices))
-            return answer(indices, observations)
-
-        episodes = envs.play([environments[i] for i in own], player, seeds, options)
-    watch(len(own))
+        shown = respond if pictures == "own" else Disguise(respond, pictures)
+        mine = [environments[i] for i in own]
+        episodes = envs.play(mine, shown, seeds, options, policy.rollout_batch, watch)
     return [stream for i in range(len(own)) for stream in respond.streams[i]], episodes
 
 

@@ -26,6 +26,7 @@ coefficients, and partial episodes: every episode ends within its rollout.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 import time
@@ -33,7 +34,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Annotated, Any
 
 import jinja2
@@ -42,6 +42,7 @@ import torch.distributed as dist
 import transformers
 from PIL import Image
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 import envs
 from envs import Option
@@ -102,8 +103,8 @@ class Stream:
 
     `mask` is 1 on the tokens that are trained: those of replies, end tokens included (in demonstrations
     perhaps of the last reply alone), never those of prompts and feedback. `replies` holds the [start, stop)
-    of every reply, `logp` the log-probabilities of a sampled conversation's tokens, `picture` what the
-    processor made of its picture, each tensor with a leading dimension of 1.
+    of every reply, `logp` the log-probabilities of a sampled conversation's tokens. `picture` is what the
+    processor made of its picture; of that, `columns` has what stands beside the first tokens, [1, n, ...].
     """
 
     ids: list[int] = field(default_factory=list)
@@ -111,6 +112,7 @@ class Stream:
     replies: list[tuple[int, int]] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     picture: dict[str, Tensor] | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -191,68 +193,63 @@ def episode_seeds(policy: Policy, n: int, config: PPOConfig, step: int) -> list[
 
 class Player:
     """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's
-    conversation: one stream, or on a walk with pictures one for each place, opened anew with the picture seen
-    there and the words of the walk so far."""
+    conversation: one stream, or on a walk with pictures one for each waypoint, opened anew with the picture
+    seen there and the words of the walk so far."""
 
     def __init__(self, policy: Policy, model: nn.Module, *settings):
         self.policy, self.model, self.settings = policy, model, settings  # the last as of `Policy.sample`
         self.streams: dict[int, list[Stream]] = {}
-        # Of each environment's last stream:
-        self.images: dict[int, Image.Image | None] = {}
-        self.features: dict[int, dict[str, Tensor]] = {}  # what the vision tower makes of the image
-        self.caches: dict[int, KVCache] = {}
+        self.images: dict[int, Image.Image | None] = {}  # of each environment's last stream
+        self.caches: list[KeptCache] = []  # each of environments whose last streams began together
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
         """One reply each; None where the conversation is as long as the model's positions reach. Raises
-        ValueError for a first prompt of that length."""
+        ValueError for a first prompt of that length. Conversations that are not asked for are over."""
         policy, seen = self.policy, dict(zip(indices, observations))
-        if not self.streams:  # more caches might not find room
-            self.keeps_caches = len(indices) <= policy.rollout_batch
         # 1. Conversations that begin, or that go on with another picture, are opened.
         new = [i for i in indices if i not in self.streams or self.images[i] is not seen[i].image]
-        said = [[s.ids[a:b] for s in self.streams.get(i, []) for a, b in s.replies] for i in new]
-        opened = dict(zip(new, policy.open([(seen[i].messages, seen[i].image) for i in new], said)))
-        if pictures := [stream.picture for stream in opened.values() if stream.picture]:
-            self.features |= zip(opened, policy.image_features(self.model, pictures))
+        spoken = [[s.ids[a:b] for s in self.streams.get(i, []) for a, b in s.replies] for i in new]
+        opened = dict(zip(new, policy.open([(seen[i].messages, seen[i].image) for i in new], spoken)))
         # 2. The others are extended. What leaves no room for a reply ends the episode.
-        ready = [i for i in indices if self._take_in(i, seen[i], opened.get(i))]
+        ready = [i for i in indices if self._read(i, seen[i], opened.get(i))]
         # 3. One reply is sampled for each.
-        now = [self.streams[i][-1] for i in ready]
-        features = [self.features[i] for i in ready] if self.features else None
-        caches = [self.caches[i] for i in ready] if self.keeps_caches else None
-        drawn = policy.sample(self.model, [s.ids for s in now], *self.settings, features, caches)
-        for stream, reply in zip(now, drawn):
-            stream.reply(*reply)
-        texts = {i: policy.decode(ids) for i, (ids, _) in zip(ready, drawn)}
+        texts: dict[int, str] = {}
+        for rows, cache in self._batches(ready, opened):
+            streams = [self.streams[i][-1] for i in rows]
+            drawn = policy.sample(self.model, streams, *self.settings, cache)
+            for i, stream, reply in zip(rows, streams, drawn):
+                stream.reply(*reply)
+                texts[i] = policy.decode(reply[0])
         return [texts.get(i) for i in indices]
 
-    def _take_in(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
-        """Takes what environment i says into its conversation, `opened` anew or the last one; False if no
-        room is left for a reply."""
+    def _read(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
+        """Adds what environment i shows to its conversation, `opened` anew or the last one; False, and
+        nothing is added, if no room is left for a reply."""
+        stream = opened or self.streams[i][-1]
+        before = len(stream)
         if opened is None:
-            stream = self.streams[i][-1]
-            before = len(stream)
             self.policy.extend(stream, observation.messages[-1]["content"])
-            fits = len(stream) < self.policy.max_length
-            if not fits:
-                del stream.ids[before:], stream.mask[before:], stream.logp[before:]
-            return fits
-        if i not in self.streams:
-            self.policy.require_room(len(opened), "a prompt")
-        self.caches[i], self.images[i] = self._kept(i, opened.ids), observation.image
-        fits = len(opened) < self.policy.max_length
-        if fits:
+        elif i not in self.streams:
+            self.policy.require_room(before, "a prompt")
+        fits = len(stream) < self.policy.max_length
+        if opened is not None and fits:
             self.streams.setdefault(i, []).append(opened)
+            self.images[i] = observation.image
+        elif not fits:
+            del stream.ids[before:], stream.mask[before:], stream.logp[before:]
         return fits
 
-    def _kept(self, i: int, ids: list[int]) -> KVCache:
-        """What the cache of environment i's last conversation holds of a new one: the words before either
-        one's picture. Mllama's keeps nothing, for there all words know the picture."""
-        if i not in self.streams or isinstance(self.policy.family, Mllama):
-            return KVCache()
-        pairs = zip(self.streams[i][-1].ids[: self.caches[i].length], ids[:-1])
-        same = takewhile(lambda pair: pair[0] == pair[1] != self.policy.image_id, pairs)
-        return self.caches[i].first(sum(1 for _ in same))
+    def _batches(self, ready: list[int], opened: dict) -> list[tuple[list[int], KeptCache | None]]:
+        """What is decoded together: conversations that began together, with the cache that they keep; where
+        caches are not kept, those with as much room for a reply."""
+        if not self.policy.keeps_caches:
+            room = {i: self.policy.room(self.streams[i][-1], self.settings[0]) for i in ready}
+            return [([i for i in ready if room[i] == n], None) for n in sorted(set(room.values()))]
+        for cache in self.caches:
+            cache.keep([i for i in cache.rows if i in ready and i not in opened])
+        fresh = KeptCache([i for i in ready if i in opened])
+        self.caches = [cache for cache in (*self.caches, fresh) if cache.rows]
+        return [(cache.rows, cache) for cache in self.caches]
 
 
 # ------------------------------------------------------------------------------------- from episode to batch
@@ -578,14 +575,13 @@ class Policy(nn.Module):
         processor: its processor, or its tokenizer; must have a chat template.
         rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else
             the weights' own. Training log-probabilities are always computed by `forward`.
-        rollout_batch: conversations decoded together. If there are no more than these, their key-value
-            caches are kept from turn to turn.
+        rollout_batch: episodes played together.
 
-    Raises ValueError for a model whose chat template or tokenizer cannot be used.
+    Raises ValueError for a model whose output head, chat template or tokenizer cannot be used.
 
-    `flops` counts the work of this process: 6 N per trained token, 2 N per generated or scored token, N the
-    parameters of `model`, padding left out. Pictures count as the tokens that stand for them in the text;
-    Mllama's, which stand beside it, as 6 or 2 parameters of the vision tower per patch.
+    `flops` counts the work of this process: 6 N per trained token, 2 N per generated or scored token of the
+    text, N the parameters of `model`. Padding does not count, and a token that is read again for a later
+    reply counts once. Pictures count as the tokens that stand for them in the text.
 
     This class is for one process; `Policy` in sftrl.py adds loading, saving and shards over several.
     """
@@ -600,7 +596,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        width = model.config.get_text_config().hidden_size
+        if (head := model.get_output_embeddings()) is None:
+            raise ValueError(f"{type(model).__name__} has no output head")
+        width = head.in_features
         # At the paper's width of 4096 the value head's layers are 1024 and 512 wide. It starts at 0.
         m, n = max(64, width // 4), max(64, width // 8)
         layers = [nn.Linear(width, m), nn.ReLU(), nn.Linear(m, n), nn.ReLU(), nn.Linear(n, 1)]
@@ -611,12 +609,14 @@ class Policy(nn.Module):
         self.rollout_batch, self._rollout_copy = rollout_batch, None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameter_count, self.flops = sum(p.numel() for p in model.parameters()), 0.0
-        self.family = family_of(model)
         ids = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
         self.image_id = next((i for i in ids if i is not None), None)
         self._ask_template()
         self.pad_id = self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.max_length = longest_conversation(model.config.get_text_config())
+        self.keeps_caches = can_keep_caches(model.config.get_text_config())
+        known = inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if "cache" in known else "past_key_values"  # by the library's version
         self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
 
     # ---- text and tokens
@@ -730,16 +730,20 @@ class Policy(nn.Module):
         first = self.tokenize([parts[0] for parts in texts])
         later = iter(self._continue([part for parts in texts for part in parts[1:]]))
         spoken = [[ids, *(next(later) for _ in parts[1:])] for ids, parts in zip(first, texts)]
-        images, pictures = [image for _, image in conversations], [None] * len(texts)
-        if any(image is not None for image in images):
-            prompts, pictures = self._beside_pictures(texts, images)
-            spoken = [[*parts[:-1], prompt] for parts, prompt in zip(spoken, prompts)]
-        streams = [Stream(picture=picture) for picture in pictures]
-        for stream, (start, *parts), own in zip(streams, spoken, replies):
-            stream.context(start if start[:1] == self.bos else self.bos + start)
-            for reply, ids in zip(own, parts, strict=True):
+        lacking = sum(image is None for _, image in conversations)
+        if 0 < lacking < len(texts):
+            lot = f"{lacking} of {len(texts)} conversations of a batch"
+            raise ValueError(f"{lot} have no picture: all must have one, or none")
+        streams = [Stream() for _ in texts]
+        for stream, parts, own, text, (_, image) in zip(streams, spoken, replies, texts, conversations):
+            if image is not None:
+                parts[-1] = self._show(stream, text[-1], image, follows=len(text) > 1)
+            stream.context(parts[0] if parts[0][:1] == self.bos else self.bos + parts[0])
+            for reply, ids in zip(own, parts[1:], strict=True):
                 stream.context(reply)
                 self._go_on(stream, ids)
+            for name, x in stream.columns.items():  # nothing stands beside what comes before the last part
+                stream.columns[name] = pad_columns(x, before=len(stream) - x.shape[1])
         return streams
 
     def _around_replies(self, messages: list[dict], n: int) -> list[str]:
@@ -750,38 +754,26 @@ class Policy(nn.Module):
         messages = [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
         return self.render(messages).split(self._MARK)
 
-    def _beside_pictures(
-        self, texts: list[list[str]], images: list[Image.Image | None]
-    ) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
-        """Of conversations as `_around_replies` says them, the tokens of the last parts, with the places of
-        the pictures, and what the processor makes of these."""
-        name, lacking = type(self.model).__name__, sum(image is None for image in images)
-        if lacking:
-            lot = f"{lacking} of {len(images)} conversations of a batch"
-            raise ValueError(f"{lot} have no picture: all must have one, or none")
+    def _show(self, stream: Stream, text: str, image: Image.Image, follows: bool) -> list[int]:
+        """Gives a stream its picture. Returns the tokens of the `text` around it, which may follow a reply,
+        with the picture's place among them."""
+        name = type(self.model).__name__
         if self.processor is self.tokenizer:
             raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
         # What follows a reply is tokenized as in `_continue`; BOS keeps Mllama's processor from writing one.
-        before = f"{self.tokenizer.bos_token or ''}x"
-        follow = [len(parts) > 1 for parts in texts]
-        out = self.processor(
-            text=[before * after + parts[-1] for parts, after in zip(texts, follow)],
-            images=[[image] for image in images],
-            add_special_tokens=False,
-            padding=True,
-            return_tensors="pt",
+        before = f"{self.tokenizer.bos_token or ''}x" * follows
+        made = self.processor(
+            text=[before + text], images=[[image]], add_special_tokens=False, return_tensors="pt"
         )
-        n = len(self.tokenize([before])[0])  # last, for it ends the padding, which would be saved
-        rows = zip(out.pop("input_ids"), out.pop("attention_mask").bool(), follow)
-        prompts = [ids[mask].tolist()[n * after :] for ids, mask, after in rows]
-        if any(self.image_id not in prompt for prompt in prompts):
+        cut = len(self.tokenize([before])[0])
+        ids = made.pop("input_ids")
+        made.pop("attention_mask", None)
+        beside = {key: x for key, x in made.items() if x.shape[:2] == ids.shape}
+        stream.picture = {key: x for key, x in made.items() if key not in beside}
+        stream.columns = {key: x[:, cut:] for key, x in beside.items()}
+        if self.image_id not in ids:
             raise ValueError("the chat template leaves out the picture's place")
-        for known in ("cross_attention_mask", "mm_token_type_ids"):  # of the prompt's length alone
-            out.pop(known, None)
-        if unknown := out.keys() - self.family.inputs:
-            raise ValueError(f"{name} takes {', '.join(sorted(unknown))}, which is not known here")
-        rows = self.family.split(dict(out))
-        return prompts, [{key: values[i] for key, values in rows.items()} for i in range(len(texts))]
+        return ids[0, cut:].tolist()
 
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
         """Demonstrations in the released format as streams, built turn by turn exactly as `Player` builds
@@ -831,15 +823,14 @@ class Policy(nn.Module):
             raise ValueError(f"{what} has {length} tokens, but the {reach}")
 
     def collate(self, streams: Sequence[Stream]) -> Batch:
-        """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: a list of B."""
-        lengths = torch.tensor([len(s) for s in streams])
-        ids = torch.full((len(streams), int(lengths.max())), self.pad_id)
-        mask = torch.zeros(ids.shape)
-        for i, s in enumerate(streams):
-            ids[i, : len(s)], mask[i, : len(s)] = torch.tensor(s.ids), torch.tensor(s.mask, dtype=torch.float)
+        """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: the B streams."""
         device = self.model.device
-        batch = {"ids": ids.to(device), "mask": mask.to(device), "length": lengths.to(device)}
-        return batch | {"pictures": [s.picture for s in streams]} if streams[0].picture else batch
+        batch = {
+            "ids": pad_rows([s.ids for s in streams], self.pad_id, device),
+            "mask": pad_rows([s.mask for s in streams], 0, device).float(),
+            "length": torch.tensor([len(s) for s in streams], device=device),
+        }
+        return batch | {"pictures": list(streams)} if streams[0].picture else batch
 
     # ---- scores
 
@@ -852,17 +843,18 @@ class Policy(nn.Module):
         read on the token before (`values`: "detached" trunk, "shared", or None). entropy[b, t]: of the
         distribution that token t was drawn from."""
         ids, mask = batch["ids"], batch["mask"].bool()
-        # Padding stands on the right, where no real token can see it: causal attention needs no padding mask.
-        pictures = self._stack(batch["pictures"]) if "pictures" in batch else {}
-        inputs = dict(pictures)
-        if pictures:
-            inputs |= self.family.forward_inputs(self, ids, batch["length"], pictures)
+        # Padding stands on the right, where no real token can see it: words alone need no padding mask.
+        inputs: dict[str, Tensor] = {}
+        if "pictures" in batch:
+            inputs = self._beside(batch["pictures"], torch.arange(ids.shape[1]) < batch["length"].cpu()[:, None])
         mixed = ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
-            hidden = self.model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
-        self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()), pictures)
-        hidden = hidden[:, :-1][mask[:, 1:]]  # [n, H]: only where a reply token comes next
-        logps = self._log_probabilities(self.model, hidden, temperature)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed), self._only_before(mask) as states:
+            logits = self.model(input_ids=ids, use_cache=False, **inputs).logits
+        if len(states) != 1:
+            raise ValueError(f"its output head is called {len(states)} times in a pass, not once")
+        self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()))
+        hidden = states[0][0]  # [n, H]
+        logps = self.log_probabilities(logits[0], temperature)
         chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
 
         def scatter(flat: Tensor) -> Tensor:
@@ -878,23 +870,67 @@ class Policy(nn.Module):
 
     sharded = False  # over several processes
 
-    def _log_probabilities(self, model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
-        """Of the next token after states [n, H]: [n, vocabulary], fp32. The image token is never said: it
-        would promise a picture."""
-        logits = model.get_output_embeddings()(hidden).float() / temperature
+    @contextmanager
+    def _only_before(self, mask: Tensor) -> Iterator[list[Tensor]]:
+        """Inside, the model's output head is given only the states before the tokens where mask [B, T] is
+        true, as [1, n, H], and works outside autocast. The list has what it was given."""
+        states: list[Tensor] = []
+        exact = torch.autocast(mask.device.type, enabled=False)
+
+        def choose(head: nn.Module, given: tuple) -> tuple:
+            states.append(given[0][:, :-1][mask[:, 1:]][None])
+            exact.__enter__()
+            return states[-1], *given[1:]
+
+        def end(head: nn.Module, given: tuple, logits: Tensor) -> None:
+            exact.__exit__(None, None, None)
+
+        head = self.model.get_output_embeddings()
+        hooks = head.register_forward_pre_hook(choose), head.register_forward_hook(end)
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def log_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
+        """Of the next token, fp32, from the model's logits [n, vocabulary]. The image token is never drawn:
+        it would promise a picture."""
+        logits = logits.float() / temperature
         if self.image_id is not None and self.image_id < logits.shape[-1]:
             logits[:, self.image_id] = -1e9
         return logits.log_softmax(-1)
 
-    def _count(self, per_parameter: int, tokens: int, pictures: dict[str, Tensor]) -> None:
-        """Adds the work on so many tokens and on pictures that stand beside them."""
+    def _count(self, per_parameter: int, tokens: int) -> None:
+        """Adds the work on so many tokens."""
         self.flops += per_parameter * self.parameter_count * tokens
-        if pictures:
-            self.flops += per_parameter * self.family.tower_work(self.model, pictures)
 
-    def _stack(self, pictures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pictures as one batch on the model's device."""
-        return {name: torch.cat([p[name] for p in pictures]).to(self.model.device) for name in pictures[0]}
+    def _beside(self, streams: Sequence[Stream], shown: Tensor) -> dict[str, Tensor]:
+        """What the model takes beside the tokens of streams with pictures. shown [B, T]: where in the batch's
+        rows their tokens stand, on the CPU."""
+        inputs = {"attention_mask": shown.long()}
+        for name in streams[0].picture or ():
+            inputs[name] = stack([s.picture[name] for s in streams])
+        for name, x in streams[0].columns.items():  # the last one goes on behind the prompt
+            inputs[name] = x.new_zeros(*shown.shape, *x.shape[2:])
+            for row, where, s in zip(inputs[name], shown, streams):
+                row[where] = pad_columns(s.columns[name], after=int(where.sum()) - s.columns[name].shape[1])[0]
+        cast = {False: None, True: self.model.dtype}
+        return {k: x.to(self.model.device, cast[x.is_floating_point()]) for k, x in inputs.items()}
+
+    @torch.no_grad()
+    def plain_logp(self, messages: list[dict], image: Image.Image | None) -> Tensor:
+        """Log-probabilities of the first token of a reply [vocabulary], by a plain call of the model on what
+        its processor, or tokenizer, makes of the conversation."""
+        text, options = self.render(messages), {"add_special_tokens": False, "return_tensors": "pt"}
+        if self.bos and not text.startswith(self.tokenizer.bos_token):
+            text = self.tokenizer.bos_token + text
+        if image is None:
+            made = self.tokenizer([text], **options)
+        else:
+            made = self.processor(text=[text], images=[[image]], **options)
+        inputs = {name: x.to(self.model.device) for name, x in made.items()}
+        return self.log_probabilities(self.model(**inputs, use_cache=False).logits[:, -1], 1.0)[0].cpu()
 
     # ---- sampling
 
@@ -912,130 +948,71 @@ class Policy(nn.Module):
             copied.data.copy_(p.data)
         yield self._rollout_copy
 
-    @torch.no_grad()
-    def image_features(self, model: nn.Module, pictures: Sequence[dict], chunk: int = 16) -> list[dict]:
-        """What the vision tower makes of pictures: once per rollout, for all turns of an episode. So many
-        at a time: the 11B model's tower needs half a gigabyte for each."""
-        features: list[dict] = []
-        for i in range(0, len(pictures), chunk):
-            inputs = self._stack(pictures[i : i + chunk])
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            self._count(2, 0, inputs)
-            features += self.family.features(model, inputs)
-        return features
+    def room(self, stream: Stream, max_new_tokens: int) -> int:
+        """How long a conversation's next reply may be."""
+        return int(min(max_new_tokens, self.max_length - len(stream)))
 
     @torch.no_grad()
     def sample(
         self,
         model: nn.Module,
-        prompts: list[list[int]],
+        streams: Sequence[Stream],
         max_new_tokens: int,
         temperature: float,
         generator: torch.Generator,
-        features: Sequence[dict[str, Tensor]] | None = None,
-        caches: Sequence[KVCache] | None = None,
+        cache: KeptCache | None = None,
     ) -> list[tuple[list[int], list[float]]]:
-        """Draws one reply per prompt: its tokens, end token included if it was drawn, and their
-        log-probabilities.
+        """Draws one reply to each conversation: its tokens, end token included if it was drawn, and their
+        log-probabilities. The conversations stay as they are.
 
-        `model` comes from `rollout_weights()`, `features` (of the prompts' pictures) from `image_features`.
-        Temperature 0 is greedy. Nothing is filtered: what is drawn is what the log-probabilities say (no
-        top-k, no top-p, no generation config). What the `caches` hold of the prompts is not computed again;
-        afterwards they hold the prompts.
+        `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is filtered: what is drawn is
+        what the log-probabilities say (no top-k, no top-p, nothing of the folder's generation config). What
+        the `cache` holds of the conversations is not read again. Without one all must have the same room.
         """
-        replies: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self.rollout_batch):
-            rows = order[start : start + self.rollout_batch]
-            given = items_at(rows, prompts, features, caches)
-            for i, reply in zip(rows, self._decode(model, *given, max_new_tokens, temperature, generator)):
-                replies[i] = reply
+        # 1. What the model has not read yet becomes one block, padded on the left.
+        unread = [s.ids[n:] for s, n in zip(streams, cache.read if cache is not None else [0] * len(streams))]
+        ids = pad_rows(unread, self.pad_id, model.device, left=True)
+        mask = pad_rows([[1] * len(row) for row in unread], 0, model.device, left=True)
+        inputs = {}
+        if streams[0].picture and len(unread[0]) == len(streams[0]):
+            inputs = self._beside(streams, mask.bool().cpu())
+        if cache is not None:
+            mask = cache.mask = mask if cache.mask is None else torch.cat([cache.mask, mask], 1)
+            cache.read = [len(s) for s in streams]
+            inputs[self._cache_argument] = cache
+        # 2. The library decodes. Its random numbers are the global ones.
+        recorder, kept = Recorder(self, temperature), model.generation_config
+        seed = int(torch.randint(2**62, (), generator=generator))
+        settings = transformers.GenerationConfig(
+            do_sample=temperature > 0,
+            top_k=0,
+            max_new_tokens=min(self.room(s, max_new_tokens) for s in streams),
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=self.pad_id,
+        )
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            model.generation_config = transformers.GenerationConfig()  # it would fill what `settings` leave open
+            try:
+                out = model.generate(
+                    input_ids=ids,
+                    **inputs | {"attention_mask": mask},
+                    generation_config=settings,
+                    logits_processor=transformers.LogitsProcessorList([recorder]),
+                    synced_gpus=False,  # ranks decode apart, and may stop at different lengths
+                )[:, ids.shape[1] :]
+            finally:
+                model.generation_config = kept
+        # 3. A reply ends with its first stop. Rows that ended earlier went on with padding.
+        if cache is not None:
+            cache.crop(mask.shape[1] - cache.get_seq_length())
+        replies = []
+        for row, logp in zip(out.tolist(), recorder.chosen(out).tolist()):
+            stop = next((k for k, token in enumerate(row, 1) if token in self.stop_ids), len(row))
+            replies.append((row[:stop], logp[:stop]))
+        fresh = sum(len(s) - (s.replies[-1][1] if s.replies else 0) for s in streams)
+        self._count(2, fresh + sum(len(row) for row, _ in replies))
         return replies
-
-    def _decode(self, model, prompts, features, caches, max_new_tokens, temperature, generator):
-        """The decoding loop for one batch; arguments and result as of `sample`."""
-        device, cached = model.device, sum(cache.length for cache in caches or ())
-        stops = torch.tensor(sorted(self.stop_ids), device=device)
-        drawn = torch.full((len(prompts), max_new_tokens), self.pad_id, device=device)
-        logps = torch.zeros(drawn.shape, device=device)
-        room = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
-        lengths = torch.tensor(room, device=device)
-        order, batch = self._prefill(model, prompts, features, caches, max_new_tokens)
-        rows = torch.tensor(order, device=device)  # which prompt each row of the batch is
-        writing = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            logp = self._log_probabilities(model, batch.hidden, temperature or 1.0)
-            ids = draw(logp, generator) if temperature else logp.argmax(-1, keepdim=True)
-            drawn[rows, t], logps[rows, t] = ids[:, 0], logp.gather(-1, ids)[:, 0]
-            ended = writing & (torch.isin(ids[:, 0], stops) | (lengths[rows] == t + 1))
-            lengths[rows[ended]] = t + 1
-            writing = writing & ~ended
-            still = int(writing.sum())
-            if not still or t + 1 == max_new_tokens:
-                break
-            if still <= 0.75 * len(ids):  # finished rows leave, but not one by one: the cache is copied
-                keep = writing.nonzero()[:, 0]
-                batch.keep(keep)
-                ids, rows, writing = ids[keep], rows[keep], writing[keep]
-            batch.feed(ids)
-        self._count(2, sum(map(len, prompts)) - cached + int(lengths.sum()) - len(prompts), {})
-        return [(d[:n], l[:n]) for d, l, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
-
-    def _prefill(self, model, prompts, features, caches, room: int) -> tuple[list[int], Decoder]:
-        """Reads the prompts of one batch, but for what the caches hold of them, in parts of PREFILL tokens.
-        Returns which prompt each row is, and the batch with room for more tokens."""
-        cached = [cache.length for cache in caches] if caches else [0] * len(prompts)
-        unread = [len(prompt) - n for prompt, n in zip(prompts, cached)]
-        parts: list[list[int]] = []
-        for i in sorted(range(len(prompts)), key=lambda i: (cached[i] > 0, unread[i])):
-            fits = parts and (len(parts[-1]) + 1) * unread[i] <= PREFILL
-            if not fits or (cached[i] > 0) != (cached[parts[-1][0]] > 0):
-                parts.append([])
-            parts[-1].append(i)
-        config, columns = model.config.get_text_config(), max(map(len, prompts))
-        crossing = getattr(config, "cross_attention_layers", ())  # Mllama's: they hold the picture alone
-        widths = [None if k in crossing else columns + room for k in range(config.num_hidden_layers)]
-        cache = transformers.Cache(layers=[GrowingLayer(len(prompts), width) for width in widths])
-        read, first = [], 0
-        for part in parts:
-            rows, first = slice(first, first + len(part)), first + len(part)
-            given = items_at(part, prompts, features, caches)
-            new = unread[part[-1]]  # the most of the part
-            read.append(self._read(model, cache, rows, columns, *given, new))
-        for layer in cache.layers:
-            layer.show(slice(0, None), 0, layer.stop)
-        hidden, positions, tiles = zip(*read)
-        order = [i for part in parts for i in part]
-        lengths = torch.tensor([len(prompts[i]) for i in order], device=model.device)
-        shown = None if tiles[0] is None else torch.cat(tiles)
-        return order, Decoder(model, torch.cat(hidden), cache, lengths, torch.cat(positions, -2), shown)
-
-    def _read(self, model, cache, rows: slice, columns: int, prompts, features, caches, new: int):
-        """Reads the last `new` tokens of prompts whose other tokens the caches hold into these rows of the
-        batch's cache; afterwards the caches hold them all.
-
-        All rows must end in the same column, the last of `columns`, where the next token joins, and no masked
-        column may stand inside a row, for sliding windows and some positions count columns. So all padding
-        stands on the left, and every row reads as many tokens as the one that lacks most, some of them again.
-        Returns what a `Decoder` holds of these rows: hidden, positions and tiles."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-        width = int(lengths.max())
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
-        attention = left_padded(lengths, width)
-        positions = self.family.positions(self, ids, attention, features)[..., -new:]
-        inputs = self.family.read(self, model, ids, new, features)
-        before = [kept.first(max(0, len(p) - new)) for kept, p in zip(caches or (), prompts) if kept.length]
-        for k, layer in enumerate(cache.layers):
-            if layer.columns is None:
-                layer.show(rows, 0, 0)
-            else:
-                layer.show(rows, columns - width, columns - new, [kept.layers[k] for kept in before])
-        hidden = read_on(model, cache, positions, inputs | {"attention_mask": attention})
-        for b, (kept, prompt) in enumerate(zip(caches or (), prompts)):
-            kept.length = len(prompt)
-            kept.layers = [layer.row(b, len(prompt)) for layer in cache.layers]
-        shown = inputs["cross_attention_mask"][:, -1:] if "cross_attention_mask" in inputs else None
-        return hidden, positions[..., -1:], shown
 
     @contextmanager
     def responder(
@@ -1045,8 +1022,7 @@ class Policy(nn.Module):
         with self.rollout_weights() as model:
             player = Player(self, model, max_new_tokens, temperature, generator)
             yield player
-        player.features.clear()  # their memory is for what comes next
-        player.caches.clear()
+        player.caches.clear()  # their memory is for what comes next
 
     def generator(self, seed: str) -> torch.Generator:
         """A random generator for sampling, a function of `seed` and the rank alone."""
@@ -1145,22 +1121,24 @@ class Policy(nn.Module):
         return [item for own in lists for item in own]
 
 
-def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row, [B, 1], of log-probabilities [B, vocabulary]: inverse transform sampling, one
-    uniform number per row, in double precision."""
-    mass = logp.double().exp().cumsum(-1)
-    point = torch.rand(len(logp), 1, generator=generator, device=generator.device, dtype=torch.double)
-    ids = torch.searchsorted(mass, point.to(logp.device) * mass[:, -1:], right=True)
-    return ids.clamp(max=logp.shape[-1] - 1)
+def pad_rows(rows: Sequence[Sequence[int]], fill: int, device: torch.device, left: bool = False) -> Tensor:
+    """Rows of unlike length as one tensor [B, T]."""
+    width = max(map(len, rows))
+    gaps = [[fill] * (width - len(row)) for row in rows]
+    return torch.tensor([gap + [*row] if left else [*row] + gap for row, gap in zip(rows, gaps)]).to(device)
 
 
-def items_at(rows: Sequence[int], *lists: Sequence | None) -> list[list | None]:
-    """The items of each list at these rows; None for a list that is empty or None."""
-    return [[items[i] for i in rows] if items else None for items in lists]
+def pad_columns(x: Tensor, before: int = 0, after: int = 0) -> Tensor:
+    """x [1, n, ...] with so many columns of 0 before it, and of its last one after it."""
+    return torch.cat([torch.zeros_like(x[:, :1]).expand(-1, before, *x.shape[2:]), x, *[x[:, -1:]] * after], 1)
 
 
-# Tokens of prompts read together: many more at once are too much for a CPU's cache and a GPU's memory.
-PREFILL = 4096
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors joined along their first dimension, with 0 where one is smaller than another in the others, as
+    processors join pictures of unlike size."""
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in parts))]
+    gaps = [[(0, whole - n) for whole, n in zip(shape[1:], x.shape[1:])] for x in parts]
+    return torch.cat([nn.functional.pad(x, sum(reversed(gap), ())) for x, gap in zip(parts, gaps)])
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -1183,227 +1161,84 @@ def longest_conversation(config: transformers.PretrainedConfig) -> float:
     return min([reach, *(kind.get("original_max_position_embeddings") or reach for kind in changing)])
 
 
-# ------------------------------------------------------------------- pictures, by model family
+def can_keep_caches(config: transformers.PretrainedConfig) -> bool:
+    """Whether keys and values of a language model may stand in any column, with masked columns between them:
+    full attention in every layer, and positions that are rotated into the keys, by one number each."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    plain = {type(layer) for layer in transformers.DynamicCache(config=config).layers}
+    return (
+        bool(rope)
+        and plain == {DynamicLayer}
+        and math.isinf(longest_conversation(config))
+        and not {"mrope_section"} & rope.keys()
+        and not getattr(config, "alibi", False)
+        and not getattr(config, "cross_attention_layers", None)
+    )
 
 
-class Llava:
-    """Pictures stand in the text: one image token for each of their features. Also what models without
-    pictures need."""
-
-    inputs = {"pixel_values"}  # what the processor makes of a picture
-
-    def split(self, out: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
-        """What the processor made of a batch of pictures, by picture."""
-        return {name: values.split(1) for name, values in out.items()}
-
-    def forward_inputs(self, policy: Policy, ids: Tensor, lengths: Tensor | None, pictures: dict) -> dict:
-        """What the model's forward pass over ids [B, T], padded on the right, takes beside the pictures."""
-        return {}
-
-    def plain_inputs(self, policy: Policy, ids: Tensor, pictures: dict) -> dict[str, Tensor]:
-        """The same for a call of the whole model, without anything worked out for it."""
-        return self.forward_inputs(policy, ids, None, pictures)
-
-    def features(self, model: nn.Module, pictures: dict) -> list[dict[str, Tensor]]:
-        """What the vision tower and its projection make of pictures: "features" [n, H] each."""
-        return [{"features": f} for f in model.get_image_features(**pictures).pooler_output]
-
-    def positions(self, policy: Policy, ids: Tensor, attention: Tensor, pictures) -> Tensor:
-        """The position of each token of ids [B, T], padded on the left: its place in the row, [B, T]."""
-        return (attention.cumsum(-1) - 1).clamp(min=0)
-
-    def read(self, policy: Policy, model: nn.Module, ids: Tensor, new: int, pictures) -> dict[str, Tensor]:
-        """What the model reads of the last `new` tokens of ids [B, T] when it samples: tokens, or embeddings
-        where image tokens are among them. The features of a picture that was cut are its last ones."""
-        places = ids[:, -new:] == policy.image_id
-        if not pictures or not places.any():
-            return {"input_ids": ids[:, -new:]}
-        if int((ids == policy.image_id).sum()) != sum(len(p["features"]) for p in pictures):
-            raise ValueError("the prompts have places for more or fewer parts of pictures than there are")
-        counts = places.sum(1).tolist()
-        features = torch.cat([p["features"][len(p["features"]) - n :] for p, n in zip(pictures, counts)])
-        embeddings = model.get_input_embeddings()(ids[:, -new:])
-        return {"inputs_embeds": embeddings.masked_scatter(places[:, :, None], features)}
-
-    def tower_work(self, model: nn.Module, pictures: dict) -> int:
-        """Parameters times patches of a vision tower whose work the count of tokens does not tell."""
-        return 0
+# -------------------------------------------------------------------------------- what `generate` is given
 
 
-class Qwen(Llava):
-    """Qwen2-VL and Qwen2.5-VL: a batch's patches lie in one row, and a token's position has three
-    coordinates: time, row and column in the picture."""
+class Recorder(transformers.LogitsProcessor):
+    """Turns the logits of `generate` into the policy's log-probabilities, and keeps those of the tokens that
+    are drawn from them. (The library would divide by the temperature only after this.)"""
 
-    inputs = {"pixel_values", "image_grid_thw"}
+    def __init__(self, policy: Policy, temperature: float):
+        self.policy, self.temperature = policy, temperature or 1.0
+        self.last: Tensor | None = None  # [B, vocabulary]
+        self.logps: list[Tensor] = []  # [B, 1] of each token drawn, but for the last one
 
-    def split(self, out: dict[str, Tensor]) -> dict[str, Sequence[Tensor]]:
-        rows = super().split(out)
-        return rows | {"pixel_values": out["pixel_values"].split(out["image_grid_thw"].prod(-1).tolist())}
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.last is not None:
+            self.logps.append(self.last.gather(-1, input_ids[:, -1:]))
+        self.last = self.policy.log_probabilities(scores, self.temperature)
+        return self.last
 
-    def forward_inputs(self, policy, ids, lengths, pictures):
-        attention = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-        return {"position_ids": self._rope(policy, ids, attention, pictures["image_grid_thw"])}
-
-    def plain_inputs(self, policy, ids, pictures):
-        return {"mm_token_type_ids": (ids == policy.image_id).int()}
-
-    def features(self, model, pictures):
-        grids = pictures["image_grid_thw"]
-        return [f | {"grid": grid} for f, grid in zip(super().features(model, pictures), grids)]
-
-    def positions(self, policy, ids, attention, pictures):
-        if not pictures:
-            return super().positions(policy, ids, attention, pictures)
-        return self._rope(policy, ids, attention, torch.stack([p["grid"] for p in pictures]))
-
-    def _rope(self, policy, ids, attention, grids) -> Tensor:
-        """[3, B, T]"""
-        known = self.plain_inputs(policy, ids, {}) | {"image_grid_thw": grids, "attention_mask": attention}
-        return policy.model.base_model.get_rope_index(ids, **known)[0]
+    def chosen(self, drawn: Tensor) -> Tensor:
+        """The log-probabilities of all tokens drawn [B, n]."""
+        if len(self.logps) < drawn.shape[1]:
+            self.logps.append(self.last.gather(-1, drawn[:, -1:]))
+        return torch.cat(self.logps[: drawn.shape[1]], 1)
 
 
-class Mllama(Llava):
-    """Llama-3.2-Vision: pictures stand beside the text, which looks at them in cross-attention layers."""
-
-    inputs = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"}
-
-    def forward_inputs(self, policy, ids, lengths, pictures):
-        return {"cross_attention_mask": self._tiles(policy, ids, pictures["aspect_ratio_mask"])}
-
-    def features(self, model, pictures):
-        tower = model.base_model.vision_model(**pictures).last_hidden_state  # [B, 1, tiles, patches, D]
-        features = model.base_model.multi_modal_projector(tower).flatten(1, 3)
-        return [{"features": f, "tiles": t} for f, t in zip(features, pictures["aspect_ratio_mask"])]
-
-    def read(self, policy, model, ids, new, pictures):
-        if not pictures:
-            return {"input_ids": ids[:, -new:]}
-        return {
-            "input_ids": ids[:, -new:],
-            "cross_attention_mask": self._tiles(policy, ids, torch.stack([p["tiles"] for p in pictures])),
-            "cross_attention_states": torch.stack([p["features"] for p in pictures]),
-        }
-
-    def _tiles(self, policy, ids: Tensor, tiles: Tensor) -> Tensor:
-        """The cross-attention mask [B, T, 1, tiles] for ids [B, T]: from the picture's place on, each token
-        sees the tiles in use. In bytes, for the library repeats it for every patch."""
-        shown = (ids == policy.image_id).cumsum(1)[:, :, None, None].clamp(max=1)
-        return (shown * tiles[:, None]).to(torch.uint8)
-
-    def tower_work(self, model, pictures):
-        tower = model.base_model.vision_model
-        patches = pictures["pixel_values"].numel() // (3 * tower.patch_size**2)
-        return sum(p.numel() for p in tower.parameters()) * patches
-
-
-def family_of(model: transformers.PreTrainedModel) -> Llava:
-    """How a model takes pictures."""
-    if hasattr(model.base_model, "get_rope_index"):
-        return Qwen()
-    return Mllama() if hasattr(model.config.get_text_config(), "cross_attention_layers") else Llava()
-
-
-# -------------------------------------------------------------------- key-value caches
-
-
-class GrowingLayer(transformers.cache_utils.DynamicLayer):
-    """One layer of a batch's key-value cache, with room for so many columns from the start; None takes those
-    of the first keys. The library's own layer copies all keys and values for every token: in long
-    conversations a third of the decoding time.
-
-    The model sees and fills a part of it at a time: `rows`, and their columns from `start` to `stop`."""
-
-    def __init__(self, count: int, columns: int | None):
-        super().__init__()
-        self.count, self.columns = count, columns
-
-    def show(self, rows: slice, start: int, stop: int, kept: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        """Goes on with this part. What was `kept` of its rows, keys and values [heads, n, d], is put before
-        its end."""
-        for b, keys_and_values in enumerate(kept, rows.start):
-            self._write(b, stop, *keys_and_values)
-        self.rows, self.start, self.stop = rows, start, stop
-        if self.is_initialized:
-            self.keys, self.values = (whole[rows, :, start:stop] for whole in self.whole)
+class GrowingLayer(DynamicLayer):
+    """One layer of a key-value cache, with room for more columns. The library's own copies all keys and
+    values for every token: in long conversations a third of the decoding time."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
-        stop = self.stop + key_states.shape[2]
-        self._write(self.rows, stop, key_states, value_states)
-        self.show(self.rows, self.start, stop)
-        return self.keys, self.values
-
-    def _write(self, rows: int | slice, stop: int, *keys_and_values: Tensor) -> None:
+        new, start = (key_states, value_states), self.get_seq_length()
+        stop = start + key_states.shape[-2]
         if not self.is_initialized:
-            first = keys_and_values[0]
-            self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
-            columns = self.columns or first.shape[-2]
-            # Of 0, for padding is masked, but 0 times a stray NaN would be NaN.
-            shapes = [(self.count, x.shape[-3], columns, x.shape[-1]) for x in keys_and_values]
-            self.whole = [first.new_zeros(shape) for shape in shapes]
-        for x, whole in zip(keys_and_values, self.whole):
-            whole[rows, :, stop - x.shape[-2] : stop] = x
-
-    def row(self, b: int, length: int) -> tuple[Tensor, Tensor] | None:
-        """A copy of the last keys and values of a row, to keep; None of those of a picture."""
-        if self.columns is not None:
-            return self.keys[b, :, -length:].clone(), self.values[b, :, -length:].clone()
+            self.lazy_initialization(key_states, value_states)
+            self.whole = [x[:, :, :0] for x in new]
+        if stop > self.whole[0].shape[-2]:
+            # Room of 0, for masked columns count nothing, but 0 times a stray NaN would be NaN.
+            more = (0, 0, 0, stop + stop // 2 - self.whole[0].shape[-2])
+            self.whole = [nn.functional.pad(x, more) for x in self.whole]
+        for whole, x in zip(self.whole, new):
+            whole[:, :, start:stop] = x
+        self.keys, self.values = (whole[:, :, :stop] for whole in self.whole)
+        return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows of the batch."""
-        if self.is_initialized:
-            self.whole = [whole[indices] for whole in self.whole]
-            self.show(slice(0, None), self.start, self.stop)
+        self.whole = [whole[indices] for whole in self.whole]
+        self.keys, self.values = (whole[:, :, : self.get_seq_length()] for whole in self.whole)
 
 
-@dataclass
-class KVCache:
-    """The key-value cache of one conversation, kept from one turn to the next: of its first `length` tokens,
-    by layer ([heads, n, d] twice). Mllama's cross-attention layers hold the picture, and have None here."""
+class KeptCache(transformers.Cache):
+    """What a model has read of conversations that began together, kept from turn to turn: of the one with
+    number `rows[b]` its first `read[b]` tokens. mask [B, columns] is 0 on padding, which stands before each
+    turn's block. Sampled tokens are dropped, and read again with the next block."""
 
-    length: int = 0
-    layers: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    def __init__(self, rows: list[int]):
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+        self.rows, self.read, self.mask = rows, [0] * len(rows), None
 
-    def first(self, length: int) -> KVCache:
-        """The cache of the first `length` tokens alone."""
-        return KVCache(length, [kept and (kept[0][:, :length], kept[1][:, :length]) for kept in self.layers])
-
-
-@dataclass
-class Decoder:
-    """A batch of conversations that grow token by token, padded on the left: the state after the last token
-    [B, H], the cache, the number of tokens so far [B], the position of the last one [(3,) B, 1], and the last
-    row of Mllama's cross-attention mask [B, 1, 1, tiles]."""
-
-    model: nn.Module
-    hidden: Tensor
-    cache: transformers.Cache
-    lengths: Tensor
-    positions: Tensor
-    tiles: Tensor | None
-
-    def feed(self, ids: Tensor) -> None:
-        """Reads one more token of every row, ids [B, 1]."""
-        self.lengths, self.positions = self.lengths + 1, self.positions + 1
-        columns = self.cache.get_seq_length() + 1
-        inputs = {"input_ids": ids, "attention_mask": left_padded(self.lengths, columns)}
-        if self.tiles is not None:
-            inputs["cross_attention_mask"] = self.tiles.expand(-1, columns, -1, -1)
-        self.hidden = read_on(self.model, self.cache, self.positions, inputs)
-
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with some rows of the batch."""
-        self.cache.batch_select_indices(rows)
-        self.lengths, self.positions = self.lengths[rows], self.positions[..., rows, :]
-        self.tiles = None if self.tiles is None else self.tiles[rows]
-
-
-def read_on(model: nn.Module, cache: transformers.Cache, positions: Tensor, inputs: dict) -> Tensor:
-    """Reads tokens behind those of the cache, where theirs join; the state after the last one [B, H]."""
-    out = model.base_model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
-    return out.last_hidden_state[:, -1]
-
-
-def left_padded(lengths: Tensor, columns: int) -> Tensor:
-    """The attention mask [B, columns] of rows that are padded on the left: 1 on the last lengths[b] ones."""
-    return (torch.arange(columns, device=lengths.device) >= columns - lengths[:, None]).long()
+    def keep(self, rows: list[int]) -> None:
+        """Goes on with some of the conversations."""
+        if rows != self.rows:
+            at = [self.rows.index(i) for i in rows]
+            self.batch_select_indices(torch.tensor(at, dtype=torch.long, device=self.mask.device))
+            self.rows, self.mask, self.read = rows, self.mask[at], [self.read[b] for b in at]

@@ -639,70 +639,42 @@ def repair_generation_config(config: transformers.GenerationConfig) -> None:
 
 @torch.no_grad()
 def check(policy: Policy, pictures: bool) -> None:
-    """Raises ValueError if sampling or `forward` disagree with the model's own logits, as for an architecture
-    with a cache of another kind, or that changes its logits after the output head.
+    """Raises ValueError if what the policy samples, what `forward` says of it and what the model itself says
+    differ: by over 1e-3 in fp32, or .1 in the mean in bf16.
 
-    Two conversations of two short turns are read with kept caches and go on token by token; they are compared
-    with one plain call each. Limits: 1e-3 in fp32, .1 in the mean in bf16.
+    Two conversations of two turns, of five tokens each, are sampled and scored; the first token is compared
+    with a plain call of the model on what its processor makes of the prompt.
     """
-    name, spent, gaps = type(policy.model).__name__, policy.flops, []
+    name, spent = type(policy.model).__name__, policy.flops
+    image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
+    texts = ["1?", "Make 24 from 1, 2, 3, 4."]
+    asked = [[{"role": "user", "content": envs.parts_of(text) if pictures else text}] for text in texts]
+    player = ppo.Player(policy, policy.model, 5, 1.0, torch.Generator().manual_seed(0))
     try:
-        streams = _two_turns(policy, pictures)
-        scored = policy(policy.collate(streams))["logp"].cpu()
-        for row, stream in zip(scored, streams):
-            mask, truth = torch.tensor(stream.mask) > 0, _plain_logp(policy, stream)
-            gaps += [(x - truth)[mask] for x in (torch.tensor(stream.logp), row[: len(stream)])]
+        plain = [policy.plain_logp(messages, image) for messages in asked]
+        if not torch.cat(plain).isfinite().all():
+            raise FloatingPointError("with its weights, log-probabilities are not finite")
+        first = player([0, 1], [envs.Observation(messages, image) for messages in asked])
+        again = [
+            [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": text}]
+            for messages, reply, text in zip(asked, first, ["No, try again.", "Again."])
+        ]
+        player([0, 1], [envs.Observation(messages, image) for messages in again])
+        streams = [stream for i in (0, 1) for stream in player.streams[i]]
+        scores = policy(policy.collate(streams))["logp"].cpu()
     except Exception as error:  # foreign code can raise anything
         if out_of_memory(error):
             raise
         raise ValueError(f"{name} cannot be served: {type(error).__name__}: {one_line(error)}") from None
-    gap, policy.flops = torch.cat(gaps).abs(), spent
+    gaps = []
+    for row, stream, logp in zip(scores, streams, plain):
+        at = stream.replies[0][0]
+        gaps += [b - a for a, b, m in zip(row.tolist(), stream.logp, stream.mask) if m]
+        gaps.append(logp[stream.ids[at]].item() - stream.logp[at])
+    gap, policy.flops = torch.tensor(gaps).abs(), spent
     exact = policy.model.dtype == torch.float32 and policy.model.device.type == "cpu"
     if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
-        raise ValueError(
-            f"{name} cannot be served: log-probabilities differ from its own by up to {gap.max():.2g}: "
-            "it treats caches, positions or logits in a way that is not known here"
-        )
-
-
-def _two_turns(policy: Policy, pictures: bool) -> list[ppo.Stream]:
-    """Two conversations whose given replies went through cached decoding; `logp` has what that says of
-    them."""
-    image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
-    asked = [envs.parts_of(text) if pictures else text for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
-    streams = policy.open([([{"role": "user", "content": content}], image) for content in asked])
-    model = policy.model
-    features = policy.image_features(model, [stream.picture for stream in streams]) if pictures else None
-    caches = [ppo.KVCache() for _ in streams]
-    reply = policy.tokenize(["1 2 3 4 5 6 7 8 9 0"])[0][:5]
-    for feedback in (("No, try again.", "Again."), None):
-        order, batch = policy._prefill(
-            model, [stream.ids for stream in streams], features, caches, len(reply)
-        )
-        logps = []
-        for token in reply:
-            ids = torch.full((2, 1), token, device=model.device)
-            logps.append(policy._log_probabilities(model, batch.hidden, 1.0).gather(-1, ids))
-            batch.feed(ids)
-        for i, logp in zip(order, torch.cat(logps, 1).tolist()):
-            streams[i].reply(reply, logp)
-            if feedback:
-                policy.extend(streams[i], feedback[i])
-    return streams
-
-
-def _plain_logp(policy: Policy, stream: ppo.Stream) -> Tensor:
-    """The log-probability of every token of a conversation by one call of the model, the library's own way;
-    [T], the first 0."""
-    ids = torch.tensor([stream.ids], device=policy.model.device)
-    pictures = policy._stack([stream.picture]) if stream.picture else {}
-    inputs = pictures | (policy.family.plain_inputs(policy, ids, pictures) if pictures else {})
-    out = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs)
-    logits = out.logits[0, :-1].float()
-    if policy.image_id is not None and policy.image_id < logits.shape[-1]:
-        logits[:, policy.image_id] = -1e9
-    known = ids[0, 1:].clamp(max=logits.shape[-1] - 1)  # Mllama's image token has no logit
-    return nn.functional.pad(logits.log_softmax(-1).gather(-1, known[:, None])[:, 0], (1, 0)).cpu()
+        raise ValueError(f"{name} cannot be served: its log-probabilities differ by up to {gap.max():.2g}")
 
 
 # ---------------------------------------------------------------------------------------------- run folders

@@ -118,7 +118,9 @@ class QwenProcessor:
             t.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4))
             for t, grid in zip(text, out["image_grid_thw"])
         ]
-        return self.tokenizer(text, **options) | out
+        out |= self.tokenizer(text, **options)
+        image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        return out | {"mm_token_type_ids": (out["input_ids"] == image_id).int()}
 
 
 def tiny_qwen(family="Qwen2_5_VL"):
@@ -267,13 +269,124 @@ def tiny_llava_1_5():
     )
 
 
+def text_config(tokenizer, **settings):
+    """Of a small random language model."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.1,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    } | settings
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def tokenizer_with(*special):
+    """The tiny tokenizer with more special tokens, and their ids."""
+    tokenizer = sftrl.build_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(special)}, replace_extra_special_tokens=False
+    )
+    return tokenizer, tokenizer.convert_tokens_to_ids(list(special))
+
+
+def tiny_gemma3():
+    """Image tokens see each other both ways, as its processor's token_type_ids say."""
+    names = "<image_soft_token>", "<start_of_image>", "<end_of_image>"
+    tokenizer, (image, start, end) = tokenizer_with(*names)
+    tokenizer.image_token, tokenizer.boi_token, tokenizer.eoi_token = names
+    tokenizer.image_token_id, tokenizer.boi_token_id, tokenizer.eoi_token_id = image, start, end
+    config = transformers.Gemma3Config(
+        text_config=text_config(tokenizer, sliding_window=64),
+        vision_config=VISION | {"vision_use_head": False},
+        mm_tokens_per_image=4,
+        image_token_index=image,
+        boi_token_index=start,
+        eoi_token_index=end,
+    )
+    torch.manual_seed(4)
+    images = transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    template = sftrl.CHAT_TEMPLATE.replace("<image>", "<start_of_image>")
+    processor = transformers.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+    return transformers.Gemma3ForConditionalGeneration(config), processor
+
+
+def tiny_idefics3():
+    """A picture is cut into tiles, with a mask of their pixels."""
+    tiles = [f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)]
+    marks = "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
+    tokenizer, (image, *_) = tokenizer_with("<image>", *marks, *tiles)
+    config = transformers.Idefics3Config(
+        text_config=text_config(tokenizer, model_type="llama"),
+        vision_config=VISION,
+        scale_factor=2,
+        image_token_id=image,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(5)
+    images = transformers.Idefics3ImageProcessorPil(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    processor = transformers.Idefics3Processor(
+        images, tokenizer, image_seq_len=4, chat_template=sftrl.CHAT_TEMPLATE
+    )
+    return transformers.Idefics3ForConditionalGeneration(config), processor
+
+
+def tiny_llava_next():
+    """A picture is cut into tiles, as many as its size (image_sizes) asks for."""
+    tokenizer, (image,) = tokenizer_with("<image>")
+    grids = [[32, 64], [64, 32], [64, 64]]
+    config = transformers.LlavaNextConfig(
+        text_config=text_config(tokenizer, model_type="llama"),
+        vision_config=VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        image_token_index=image,
+        image_grid_pinpoints=grids,
+    )
+    torch.manual_seed(6)
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=grids
+    )
+    processor = transformers.LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=sftrl.CHAT_TEMPLATE,
+    )
+    return transformers.LlavaNextForConditionalGeneration(config), processor
+
+
 SIGHTED = {"llava": tiny_llava, "mllama": tiny_mllama, "qwen": tiny_qwen}
+MORE_SIGHTED = {
+    "llava-1.5": tiny_llava_1_5,
+    "qwen2-vl": partial(tiny_qwen, "Qwen2VL"),
+    "gemma3": tiny_gemma3,
+    "idefics3": tiny_idefics3,
+    "llava-next": tiny_llava_next,
+}
 MODELS = {"llava": tiny_llava, "llama": tiny_llama, "mllama": tiny_mllama}
 
 
 def make_policy(kind="llava", **options):
     torch.manual_seed(0)
-    makers = MODELS | SIGHTED | {"llava-1.5": tiny_llava_1_5, "qwen2-vl": partial(tiny_qwen, "Qwen2VL")}
+    makers = MODELS | SIGHTED | MORE_SIGHTED
     return sftrl.Policy(*makers[kind](), rollout_dtype=torch.float32, **options)
 
 

@@ -280,7 +280,7 @@ def test_a_walk_with_pictures_has_a_row_for_each_waypoint_and_its_advantages_run
         ]
         assert len(set(rows)) == len(own)
         for b, stream in zip(rows, own):  # each waypoint is scored with its own picture, as it was sampled
-            assert torch.equal(batch["pictures"][b]["pixel_values"], stream.picture["pixel_values"])
+            assert torch.equal(batch["pictures"][b].picture["pixel_values"], stream.picture["pixel_values"])
             torch.testing.assert_close(
                 batch["old_logp"][b, : len(stream)], torch.tensor(stream.logp), rtol=0, atol=2e-5
             )

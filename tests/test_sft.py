@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,8 +131,14 @@ def test_sft_learns_its_demonstrations(kind, muon, steps):
     generator = torch.Generator().manual_seed(0)
     streams = policy.streams(chosen)
     with policy.rollout_weights() as model:
-        drawn = policy.sample(model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, generator)
+        drawn = policy.sample(model, [asked(s) for s in streams], 80, 0.0, generator)
     assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in streams]
+
+
+def asked(stream):
+    """A conversation before its first reply."""
+    start = stream.replies[0][0]
+    return replace(stream, ids=stream.ids[:start], mask=stream.mask[:start], replies=[])
 
 
 @pytest.mark.parametrize("kind", SIGHTED)
@@ -146,10 +153,7 @@ def test_sft_learns_what_only_the_picture_shows(kind):
     for shift in (0, 1):  # shown the next picture, the model gives the next picture's reply
         shown = streams[shift:] + streams[:shift]
         with policy.rollout_weights() as model:
-            looks = policy.image_features(model, [s.picture for s in shown])
-            drawn = policy.sample(
-                model, [s.ids[: s.replies[0][0]] for s in streams], 80, 0.0, torch.Generator(), looks
-            )
+            drawn = policy.sample(model, [asked(s) for s in shown], 80, 0.0, torch.Generator())
         assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in shown]
 
 
