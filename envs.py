@@ -134,17 +134,17 @@ class Observation:
 
 
 def text_of(content: str | list[dict]) -> str:
-    """A message's content as text, `<image>` at the place of a picture, as the released data writes it."""
+    """A message's content as text, `<image>` and a newline for a picture, as the released data writes it."""
     if isinstance(content, str):
         return content
-    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+    return "".join("<image>\n" if part["type"] == "image" else part["text"] for part in content)
 
 
 def parts_of(text: str) -> list[dict]:
     """The inverse of `text_of` for a message with a picture; without `<image>` that comes first."""
-    before, mark, after = text.partition("<image>")
-    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
-    return [part for part in (parts if mark else [parts[1], parts[0]]) if part.get("text") != ""]
+    *before, after = re.split("<image>\n?", text, maxsplit=1)
+    texts = [{"type": "text", "text": text} for text in (*before, after)]
+    return [part for part in (*texts[:-1], {"type": "image"}, texts[-1]) if part.get("text") != ""]
 
 
 class Verdict(NamedTuple):
@@ -318,7 +318,7 @@ class Environment:
         if new and self.pictures:
             for message in self.messages:
                 if not isinstance(message["content"], str):
-                    message["content"] = text_of(message["content"]).replace("<image>", "", 1)
+                    message["content"] = message["content"][-1]["text"]
             self.picture = self.draw()
             content = [{"type": "image"}, {"type": "text", "text": text}]
         self.messages.append({"role": "user", "content": content})

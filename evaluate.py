@@ -195,12 +195,10 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[fl
 def reading(policy, records: Sequence[dict]) -> dict:
     """Shares of whole hands ("success") and of single cards ("recognition") that a policy names, greedily,
     asked for nothing else; `records` from `sft.reading_record`. Every rank reads them all."""
-    asked = [r["conversations"][0]["value"].removeprefix("<image>") for r in records]
+    asked = [envs.parts_of(r["conversations"][0]["value"]) for r in records]
     observations = [
-        envs.Observation(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], r["image"]
-        )
-        for text, r in zip(asked, records)
+        envs.Observation([{"role": "user", "content": content}], r["image"])
+        for content, r in zip(asked, records)
     ]
     named = [json.loads(r["conversations"][1]["value"]) for r in records]
     with policy.responder(0.0, 32, policy.generator("reading")) as respond:

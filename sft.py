@@ -59,8 +59,9 @@ def read_records(path: str, images: str | None = None) -> list[dict]:
     "value"}, ...]}.
 
     Turns alternate and start with "human", the last is "gpt"; `<image>` in the first one marks the picture's
-    place. "image" is one path, relative to the folder `images` (None: the file's own); all records have one,
-    or none. Raises ValueError that names file, record and field.
+    place, and one newline after it is part of the mark. "image" is one path, relative to the folder `images`
+    (None: the file's own); all records have one, or none. Raises ValueError that names file, record and
+    field.
     """
     try:
         with open(path, encoding="utf8") as file:
@@ -180,7 +181,7 @@ def reading_record(
     """A picture of four cards, any ranks, and their names: how the base learned to read cards."""
     ranks, suits = rng.choices(envs.RANKS, k=4), rng.choices(envs.COLORS[color or _color(rng)], k=4)
     turns = [
-        {"from": "human", "value": "<image>Name the cards."},
+        {"from": "human", "value": "<image>\nName the cards."},
         {"from": "gpt", "value": json.dumps(ranks)},
     ]
     return {"image": envs.draw_hand(ranks, suits, size, jitter, font_size, rng), "conversations": turns}

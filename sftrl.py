@@ -131,7 +131,8 @@ def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts_of, alone = TINY_MODELS[name]
-    texts, tokenizer, bytewise = texts_of(), Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    tokenizer, bytewise = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    texts = [text.replace("<image>\n", "<image>") for text in texts_of()]  # as CHAT_TEMPLATE has it
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(alone), "isolated"), bytewise(add_prefix_space=False, use_regex=False)]
     )

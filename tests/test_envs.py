@@ -934,11 +934,11 @@ def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
     parts.clear()
     assert env.step(env.expert_reply())[1] == 5 and env.step("x")[0].messages[0]["content"]
     (episode,) = envs.play([env], lambda indices, observations: [env.expert_reply()])
-    assert episode.success and episode.prompt.startswith("<image>Make 24")
+    assert episode.success and episode.prompt.startswith("<image>\nMake 24")
     wrong = [env.reset()[0] and env.step(env.wrong_reply())[4]["verdict"] for _ in range(60)]
     assert set(wrong) == {"misread", "wrong_value"} and 15 < wrong.count("misread") < 45
     record = envs.demonstration(env)
-    assert record["image"] is env.image and record["conversations"][0]["value"].startswith("<image>")
+    assert record["image"] is env.image and record["conversations"][0]["value"].startswith("<image>\nMake")
     for wrong in (
         {"color": "blue"},
         {"size": (9, 9)},
@@ -951,6 +951,26 @@ def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
             envs.make("gp-vl", **wrong)
     with pytest.raises(ValueError):
         envs.make("gp-l", color="red")
+
+
+@pytest.mark.parametrize(
+    "text, before, after",
+    [
+        ("<image>\nName.", "", "Name."),
+        ("<image>\n\nName.", "", "\nName."),
+        ("See <image>\nthis.", "See ", "this."),
+        ("See\n<image>\n", "See\n", ""),
+    ],
+)
+def test_a_newline_after_a_pictures_mark_belongs_to_it(text, before, after):
+    parts = envs.parts_of(text)
+    said = "".join("|" if part["type"] == "image" else part["text"] for part in parts)
+    assert said == f"{before}|{after}" and envs.text_of(parts) == text
+
+
+def test_a_text_may_lack_the_newline_or_the_mark():
+    assert envs.parts_of("<image>Name.") == envs.parts_of("Name.") == envs.parts_of("<image>\nName.")
+    assert envs.parts_of("\nName.") == [{"type": "image"}, {"type": "text", "text": "\nName."}]
 
 
 # ---- streets
@@ -1958,9 +1978,8 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
     observation, _ = env.reset(seed=0)
     while not any(env.done):
         said = "".join(envs.text_of(m["content"]) for m in observation.messages if m["role"] == "user")
-        assert said.count("<image>") == 1 and envs.text_of(observation.messages[-1]["content"]).startswith(
-            "<image>"
-        )
+        assert said.count("<image>") == 1
+        assert envs.text_of(observation.messages[-1]["content"]).startswith("<image>\n")
         # In the instruction.
         assert observation.image.size == (37, 37) and said.count("Starbucks") == said.count("Joe's Bar") == 1
         pictures.append(observation.image)
@@ -1982,7 +2001,7 @@ def test_the_visual_walk_shows_a_picture_of_each_waypoint_and_tells_nothing_of_i
     told.reset()
     assert (
         envs.text_of(told.step(told.expert_reply())[0].messages[-1]["content"])
-        == "<image>You are at an intersection."
+        == "<image>\nYou are at an intersection."
     )
     for wrong in ({"view_layout": "round"}, {"view_size": 3}, {"variant": "red"}):
         with pytest.raises(ValueError):

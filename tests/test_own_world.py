@@ -186,7 +186,7 @@ def test_an_episode_may_have_several_decisions_each_with_its_budget_and_its_pict
         observation, reward, _, _, info = env.step("3")
         assert (reward, info["decision"], observation.image.getpixel((0, 0))) == (1, 0, 2)
         texts = [envs.text_of(m["content"]) for m in observation.messages]
-        assert texts == ["Count down.", "3", "<image>Yes."]
+        assert texts == ["Count down.", "3", "<image>\nYes."]
         again = env.step("zero")[0]
         assert again.image is observation.image and again.messages[-1]["content"] == "No."
         observation, reward, terminated, truncated, info = env.step("zero")

@@ -157,6 +157,19 @@ def test_sft_learns_what_only_the_picture_shows(kind):
         assert [ids for ids, _ in drawn] == [s.ids[s.replies[0][0] :] for s in shown]
 
 
+@pytest.mark.parametrize("kind", SIGHTED)
+def test_sft_on_a_released_record_and_ppo_read_the_same_prompt(kind):
+    policy, env = make_policy(kind), envs.make("gp-vl", seed=4, **SMALL)
+    observation, _ = env.reset()
+    (played,) = policy.open([(observation.messages, observation.image)])
+    text = observation.messages[0]["content"][1]["text"]
+    reply = {"from": "gpt", "value": env.expert_reply()}
+    for human in (f"<image>\n{text}", f"<image>{text}", text):
+        turns = [{"from": "human", "value": human}, reply]
+        (learned,) = policy.streams([{"image": observation.image, "conversations": turns}])
+        assert learned.ids[: learned.replies[0][0]] == played.ids
+
+
 @pytest.mark.slow
 def test_the_tiny_model_learns_to_read_cards_and_shuffled_pictures_bring_chance():
     policy = make_policy()

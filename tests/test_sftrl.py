@@ -1723,10 +1723,9 @@ def test_data_writes_what_sft_reads(tmp_path, capsys):
     assert len(json.loads(path.read_text())) == 6
     assert inside("sft", "--out", tmp_path / "run", "--demos", path, "--steps", 2, "--batch-size", 4) == 0
     assert inside("data", "--task", "gp-vl", "--out", path, "--episodes", 2, "--size", 128, 64) == 0
-    assert all(
-        (tmp_path / record["image"]).exists() and "<image>" in record["conversations"][0]["value"]
-        for record in json.loads(path.read_text())
-    )
+    for record in json.loads(path.read_text()):
+        assert (tmp_path / record["image"]).exists()
+        assert record["conversations"][0]["value"].startswith("<image>\nMake 24")
     assert inside("data", "--task", "virl-l", "--out", tmp_path / "walks.json", "--episodes", 2) == 0
     assert all(
         "Walk this route" in record["conversations"][0]["value"]
@@ -1892,7 +1891,7 @@ def test_play_shows_the_next_street_view_as_a_place_in_the_text(capsys):
     assert sftrl.main(args) == 0
     said = capsys.readouterr().out
     assert (
-        "verifier: [correct +1] <image>You are at an intersection." in said
+        "verifier: [correct +1] <image>\nYou are at an intersection." in said
         and "Try again." in said
         and "{'type'" not in said
     )
