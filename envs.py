@@ -701,7 +701,7 @@ def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS
 # ---------------------------------------------------------------------------------------- cards: the verifier
 
 FIELDS = ("cards", "number", "formula")
-# Characters, and brackets within brackets: more is no answer, and judging stays fast.
+# Of one side, characters and brackets within brackets: more is no answer, and judging stays fast.
 MAX_FORMULA, MAX_BRACKETS = 200, 20
 
 # What the verifier says, by verdict: templates that may hold $target and the placeholders of PLACEHOLDERS.
@@ -721,29 +721,18 @@ class Illegal(ValueError):
     """A formula that is not a legal equation; the message is the reason, in words for the model."""
 
 
-def evaluate_formula(formula: str) -> tuple[Fraction, Fraction | None, list[int]]:
-    """Exact value of the left side, value of the right side (None without "="), and the numbers of the left
-    side.
-
-    A side is made of integers and brackets with + - * /; no sign, no power, no function. Raises `Illegal`.
-    """
-    if len(formula) > MAX_FORMULA:
+def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
+    """Exact value and numbers of one side of an equation: integers and brackets with + - * /; no sign, no
+    power, no function. Raises `Illegal`."""
+    if len(side) > MAX_FORMULA:
         raise Illegal("it is too long")
-    text = formula.replace("×", "*").replace("÷", "/").replace("−", "-")
-    if not re.fullmatch(r"[-+*/()=\s0-9]*", text):
-        raise Illegal("it holds something else than numbers, operators and brackets")
-    left, *rest = text.split("=")
-    if len(rest) > 1:
+    if "=" in side:
         raise Illegal("it holds more than one equals sign")
-    value, numbers = _value(left)
-    return value, _value(rest[0])[0] if rest else None, numbers
-
-
-def _value(side: str) -> tuple[Fraction, list[int]]:
-    """Value and numbers of one side. What is no plain formula ends in the first loop, before Python parses
-    it."""
-    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", side), 0, True  # whether an operand is to come
-    for token in tokens:
+    text = side.replace("×", "*").replace("÷", "/").replace("−", "-")
+    if not re.fullmatch(r"[-+*/()\s0-9]*", text):
+        raise Illegal("it holds something else than numbers, operators and brackets")
+    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # whether an operand is to come
+    for token in tokens:  # what is no plain formula ends here, before Python parses it
         if operand:
             depth += token == "("
             if depth > MAX_BRACKETS:
@@ -788,7 +777,7 @@ def judge(
     `cards` are the dealt rank names, `numbers` what they count under the rule in force, `feedback` the
     templates of what the verifier says. If these have no word for misread cards, what the reply says of the
     cards is not judged. The order goes from the fault that makes all later tests meaningless to the mildest,
-    so penalties never add up.
+    so penalties never add up. The right side counts only where the left one hits the target.
     """
 
     def verdict(name: str, **values: str) -> Verdict:
@@ -802,14 +791,15 @@ def judge(
         recognized = Counter(str(card).strip().upper() for card in named) == Counter(cards)
     if "misread" in feedback and not recognized:
         return verdict("misread")
+    left, equals, right = formula.partition("=")
     try:
-        value, right, used = evaluate_formula(formula)
+        value, used = evaluate_formula(left)
         if any(re.match(r"\s*-?0[0-9]", str(n)) for n in stated[: len(numbers) + 1]):
             raise Illegal("a number begins with a zero")
+        if value == target and equals and evaluate_formula(right)[0] != target:
+            raise Illegal("its two sides differ")
     except Illegal as reason:
         return verdict("illegal", reason=str(reason))
-    if value == target and right not in (None, target):
-        return verdict("illegal", reason="its two sides differ")
     have = Counter(map(str, numbers))
     for count in (Counter(str(n).strip() for n in stated[: len(numbers) + 1]), Counter(map(str, used))):
         if extra := count - have:

@@ -86,7 +86,7 @@ def card_texts() -> list[str]:
     records += [sft.reading_record(rng, **TINY_PICTURES) for _ in range(100)]
     records += demonstrations("gp-vl", 100, **TINY_PICTURES)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
-    formulas = ("1)", "(1", "1+", "1 1", "1/0", "x", "1=1=1", "24=1", "01", "1" * 300, "(" * 30, "1", "2")
+    formulas = ("1)", "(1", "1+", "1 1", "1/0", "x", "24=1=1", "24=1", "01", "1" * 300, "(" * 30, "1", "2")
     answers = [([], [], "")] + [(["A"] * 4, [1] * 4, formula) for formula in formulas]
     for reply in ["", *(json.dumps(dict(zip(envs.FIELDS, answer))) for answer in answers)]:
         texts.append(envs.judge(reply, ["A"] * 4, [1] * 4, 24, feedback=envs.PICTURE_FEEDBACK).feedback)

@@ -211,6 +211,20 @@ def reply(formula, cards=("A", "3", "K", "10"), number=(1, 3, 10, 10)):
         ("10+10+3+1+0=24", "wrong_numbers", "no 0"),
         ("10+10+3+1=0", "illegal", "sides"),
         ("10+10+3+00+1", "illegal", "begins with a zero"),
+        ("10+10+3+1=-24", "illegal", "number is missing"),
+        ("10+10+3+1=", "illegal", "number is missing"),
+        ("10+10+3+1=24.0", "illegal", "something else"),
+        ("10+10+3+1=" + "24-0" * 100, "illegal", "long"),
+        # Where the left side misses the target, the right side is not read.
+        ("3-10-10-1=-18", "wrong_value", "-18, not 24"),
+        ("1-10+10/3=-17/3", "wrong_value", "-17/3, not 24"),
+        ("10*3/10-1=2.0", "wrong_value", "2, not 24"),
+        ("10+10+3-1=22=24", "wrong_value", "22, not 24"),
+        ("10+10+3-1=", "wrong_value", "22, not 24"),
+        ("10+10+3-1 = " + "about " * 1000, "wrong_value", "22, not 24"),
+        ("10-3=-7", "wrong_numbers", "left out"),
+        ("-10+3-10-1=-18", "illegal", "number is missing"),
+        ("10÷10×3−1=2", "wrong_value", "2, not 24"),
     ],
 )
 def test_verdict_of_a_formula(formula, verdict, words):
@@ -552,8 +566,11 @@ def test_verdicts_on_generated_formulas_match_an_independent_judge():
                 else "wrong_value"
             )
         except ZeroDivisionError:
+            expected, value = "illegal", None
+        right = rng.choice(["24", "=24", "-24", "8.71", "about", ""])
+        if value == 24 and right != "24":
             expected = "illegal"
-        assert judged(reply(formula + "=24"))[4]["verdict"] == expected, formula
+        assert judged(reply(f"{formula}={right}"))[4]["verdict"] == expected, formula
 
 
 # ---- the environment
