@@ -33,11 +33,11 @@ import unicodedata
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import combinations, product, takewhile, zip_longest
 from pathlib import Path
 from statistics import mean
@@ -1281,7 +1281,8 @@ class Route(NamedTuple):
     legs: tuple[Leg, ...]
 
 
-class World(NamedTuple):
+@dataclass(frozen=True)
+class World:
     """What `VIRL` walks through: routes and panoramas. `picture(place)` is the equirectangular picture of a
     panorama and its rotation in degrees, None where there are no pictures; of the panoramas at `lost` it is
     missing, and between turning points no walk comes by."""
@@ -1290,6 +1291,12 @@ class World(NamedTuple):
     panoramas: Panoramas
     picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
     lost: frozenset[Geocode] = frozenset()
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The letters of all landmarks' names."""
+        landmarks = {leg.landmark for route in self.routes for leg in route.legs} - {NOTHING}
+        return frozenset(_landmark(landmark)[1] for landmark in landmarks)
 
 
 # What a pickled dict from pairs of numbers to strings is made of, and nothing else.
@@ -1455,8 +1462,8 @@ def _read_route(route: Any, name: str) -> Route:
 def _landmark_of(text: str, last_of: dict | None) -> str:
     """What is seen at the end of a leg. At the last one of a route nobody would know where to stop without a
     sign."""
-    landmark = text.strip().rstrip(".") or NOTHING
-    if _landmark(landmark) == _landmark(NOTHING):
+    landmark = text.strip().rstrip(".")
+    if not landmark or _NO_LANDMARK.fullmatch(_words(landmark)):
         landmark = NOTHING
         if last_of:
             place = last_of.get("dest_place")
@@ -1464,7 +1471,7 @@ def _landmark_of(text: str, last_of: dict | None) -> str:
             landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
     landmark = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", landmark).split())
     unprintable = any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark)
-    if len(landmark) > 300 or not _landmark(landmark) or "<image>" in landmark or unprintable:
+    if len(landmark) > 300 or not _landmark(landmark)[0] or "<image>" in landmark or unprintable:
         raise ValueError(f"no text of up to 300 characters: {_line(repr(landmark))}")
     return landmark
 
@@ -2066,18 +2073,18 @@ class Waypoint(NamedTuple):
         return self.landmark + ("; an intersection" if self.intersection else "")
 
 
-def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS) -> Verdict:
+def judge_step(
+    reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: Set[str] = frozenset()
+) -> Verdict:
     """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
     if the report claims an intersection, in any of the usual words, that is not there or leaves out one that
-    is. Whether it names the landmark and its side is measured, not judged."""
+    is. Whether it recognizes the landmark is measured, not judged; `names` as in World."""
     parsed = parse_reply(reply, fields)
     report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not isinstance(action, str):
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
     report = report[:1000] if isinstance(report, str) else ""  # a landmark has up to 300 characters
-    landmark = _landmark(waypoint.landmark)
-    claims, rest = (False, report) if _landmark(report) == landmark else _intersection(report)
-    recognized = _landmark(rest) == landmark
+    claims, recognized = _read_report(_words(report), waypoint.landmark, names)
     words = " ".join(re.sub("['\"]", "", action.lower()).split())
     if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
         return Verdict("correct", "Correct.", recognized)
@@ -2087,49 +2094,66 @@ def judge_step(reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FI
     return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
 
 
-_JOIN = re.compile(r"((?:\s{0,3}(?:[;.,:!?\n]|\b(?:and|but|with|where)\b))+)", re.IGNORECASE)  # two clauses
+# These read what `_words` makes of a report.
+_JOIN = re.compile(r" ?(?:;|\b(?:and|but|with|where)\b) ?")  # between two clauses
+_NO = r"\b(?:no|not|any|never|without|or|nor|neither|cannot)\b"
+_NO_INTERSECTION = re.compile(rf"{_NO}(?!.*\blandmark)")
 # What leads to the word, and what may follow it: "Intersection Cafe is on your left" is a name.
 _INTERSECTION = re.compile(
-    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?:\s[\w-]{1,20}){0,2}"
-    r"|^(?:\W*(?:[\w-]{1,20}[ -]way|T))?)"
-    r"\s*\bintersections?\b(?:\s+(?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b"
-    r"(?!.*\bon\s+(?:your|my)\b).*)?\W*$",
-    re.IGNORECASE,
+    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?: \w{1,20}(?: way)?){0,2}"
+    r"|^(?:\w{1,20} way|t)?)"
+    r" ?\bintersections?\b(?: (?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b"
+    r"(?!.*\bon (?:your|my)\b).*)?$"
 )
-_NEGATION = re.compile(
-    r"(?:\b(?:no|not|never|any|without|or|nor|neither|cannot)\b|n['’]t\b)(?!.*\blandmark)", re.IGNORECASE
+_NO_LANDMARK = re.compile(
+    rf"{_NO} (?:(?!other)\w+ ){{0,4}}landmarks?\b(?: nearby)?|\b(?:nothing|none)\b(?! else)"
 )
+_DENIAL = re.compile(rf"{_NO}(?![^X]*\bintersection)")
 
 
-def _intersection(report: str) -> tuple[bool, str]:
+def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, bool]:
     """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
-    appendix), and what else it says."""
-    parts = _JOIN.split(report)
-    for k, clause in enumerate(parts):
-        said = _INTERSECTION.search(clause)
-        if said and not _NEGATION.search(clause[: said.end()]):
-            parts[k] = clause[: said.start()]
-            if not _letters(parts[k]):  # all that the clause says: it goes with what joins it to another
-                del parts[max(k - 1, 0) : max(k - 1, 0) + 2]
-            rest = "".join(parts)
-            return True, rest if _letters(rest) else NOTHING
-    return False, report
+    appendix), and whether it recognizes the landmark: it names it and, once, its side, in any words, or says
+    that there is none. It does not if it names another one of `names` or another side, or denies it."""
+    words, (letters, name, sides) = re.findall("[^ ;]+", report), _landmark(landmark)
+    named = {"".join(words[i : i + n]) for n in range(1, 9) for i in range(len(words))} & names
+    mark = _NO_LANDMARK if landmark == NOTHING else rf"(?<!\S){'[ ;]*+'.join(name)}(?!\S)"
+    report = re.sub(mark, "X", report)  # all other letters are small
+    clauses = _JOIN.split(report)
+    found = filter(None, map(_INTERSECTION.search, clauses))
+    claims = any(not _NO_INTERSECTION.search(m.string[: m.end()]) for m in found)
+    says_so = "X" in report or claims and landmark == NOTHING
+    alone = all(other in letters for other in named) and _sides(report) == sides
+    denials = (clause for clause in clauses if _DENIAL.search(clause))
+    denied = _NO_LANDMARK.search(report) or any(re.search("X|left|right", clause) for clause in denials)
+    return claims, says_so and alone and not denied
 
 
 @lru_cache(maxsize=4096)  # a city's routes name the same few landmarks ten thousand times
-def _landmark(report: str) -> str:
-    """The letters of what a report says of landmarks, without what may be said in several ways."""
-    letters = _letters(re.sub(r"\bmy\b", "your", report, flags=re.IGNORECASE))
-    return letters.replace("nolandmarknearby", "nolandmarksnearby").removeprefix("thedestination") or letters
+def _landmark(text: str) -> tuple[str, str, list[str]]:
+    """The letters of what is said of a landmark, those of its name, and its sides: of "Joe's is on your left"
+    joesisonyourleft, joes and left."""
+    said = _words(text)
+    name, *side = said.rsplit(" is on your ", 1)
+    letters, name = (re.sub("[ ;]", "", part) for part in (said, name.removeprefix("the destination ")))
+    return letters, name or letters, _sides(" ".join(side))
 
 
-def _letters(text: str) -> str:
-    """Letters with their marks and digits alone, in lower case."""
-    return "".join(
-        c
-        for c in unicodedata.normalize("NFC", text.lower())
-        if c.isalnum() or unicodedata.category(c)[0] == "M"
+def _sides(words: str) -> list[str]:
+    """The sides that are named, sorted."""
+    named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
+    return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
+
+
+def _words(text: str) -> str:
+    """The words of a text in small letters, their marks and digits; blanks between them, semicolons between
+    clauses."""
+    text = re.sub("n['’]t\\b", " not", unicodedata.normalize("NFC", text.lower()))
+    kept = (
+        c if c.isalnum() or unicodedata.category(c)[0] == "M" else " ; " if c in ";.,:!?\n" else " "
+        for c in text
     )
+    return " ".join("".join(kept).split())
 
 
 # ----------------------------------------------------------------------------------- streets: the environment
@@ -2297,7 +2321,7 @@ class VIRL(Environment):
         return f"You see: {self.waypoints[self.at].observation}."
 
     def judge(self, reply: str) -> Verdict:
-        return judge_step(reply, self.waypoints[self.at], self.fields)
+        return judge_step(reply, self.waypoints[self.at], self.fields, self.world.names)
 
     def next_message(self, right: bool, moved: bool) -> str:
         if right:

@@ -1738,6 +1738,127 @@ def test_an_intersection_is_claimed_in_the_usual_words_and_not_by_a_name_or_a_de
         assert verdict == ("wrong_action" if claims == there else "wrong_observation")
 
 
+LEFT, BEHIND = "Starbucks is on your left", "The destination Joe's Bar is on your right behind"
+ODD = "No. 9, Left Bank and Not Just Bagels is on your right"
+
+
+@pytest.mark.parametrize(
+    "report, landmark, recognized",
+    [
+        *(
+            (report, LEFT, True)
+            for report in (
+                "I see Starbucks on my left",
+                "Starbucks is on your left; no intersection",
+                "On the left-hand side, there is a STARBUCKS.",
+                "Starbucks (left)",
+                "There's a Starbucks to my left and an intersection ahead",
+                "Starbucks is on your left without any intersection",
+                "I'm not at an intersection, but Starbucks is on my left",
+                "There is no intersection near Starbucks on my left",
+                "Starbucks is on my left; there are no other landmarks and nothing else",
+            )
+        ),
+        *(
+            (report, LEFT, False)
+            for report in (
+                "I see Starbucks",
+                "Something is on your left",
+                "Starbuck is on your left",
+                "Starbuckses are on your left",
+                "Starbucks is on your right",
+                "Starbucks is on your left or right",
+                "Starbucks is on your left; behind me there is a park",
+                "Starbucks is on your rear left",
+                "Starbucks is on your left; McDonald's is on your left",
+                "Starbucks and Joe\u2019s Bar are on my left",
+                "Starbucks is on my left, near the destination Joe's Bar",
+                "Starbucks Reserve is on your left",
+                "No Starbucks on your left",
+                "Starbucks is not on your left",
+                "Starbucks isn\u2019t on your left",
+                "I can't see any Starbucks at the intersection on my left",
+                "I see Starbucks, but not on my left",
+                "Starbucks on your left is not there",
+                "No landmarks nearby; Starbucks is on your left",
+            )
+        ),
+        ("Joe's Bar is behind me on the right", BEHIND, True),
+        ("joes bar: back right", BEHIND, True),
+        ("You have reached the destination, Joe's Bar, on your right, behind you", BEHIND, True),
+        ("The destination Joe's Bar is on your right", BEHIND, False),
+        ("The destination is on your right behind", BEHIND, False),
+        ("I see No 9 Left Bank and Not Just Bagels on my right", ODD, True),
+        ("I see No 9 Left Bank and Not Just Bagels on my left", ODD, False),
+        ("I see no No. 9, Left Bank and Not Just Bagels on my right", ODD, False),
+        ("I have reached the destination", "The destination", True),
+        ("I have not reached the destination", "The destination", False),
+        *(
+            (report, PLAIN, True)
+            for report in (
+                "No landmark",
+                "There are no landmarks here; no intersection",
+                "I don't see any landmarks",
+                "There isn't a single landmark nearby, but an intersection",
+                "Nothing",
+                "none",
+            )
+        ),
+        *(
+            (report, PLAIN, False)
+            for report in (
+                "a zebra",
+                "There are landmarks nearby",
+                "Joe's Bar",
+                "Nothing but Joe's Bar",
+                "No landmarks nearby; Starbucks is on your left",
+                "an intersection; something on my left",
+            )
+        ),
+    ],
+)
+def test_a_landmark_is_recognized_by_its_name_and_its_side_in_usual_words(report, landmark, recognized):
+    waypoint = envs.Waypoint((0, 0), 0.0, landmark, False, "Go.", "forward()")
+    reply = json.dumps(dict(zip(envs.STREET_FIELDS, (report, "Go.", "forward()"))))
+    verdict = envs.judge_step(reply, waypoint, names={"starbucks", "joesbar", "starbucksreserve"})
+    assert verdict == ("correct", "Correct.", recognized)
+
+
+@pytest.mark.parametrize(
+    "landmark",
+    [
+        "Left is on your right",
+        "Back Bay is on your back left",
+        "No landmarks, nothing at all! is on your left",
+        "Don't Walk is on your left behind, no entry",
+        "The destination",
+        "The destination is on your left",
+        "The destination The Right Bank is on your right",
+        "Turn right at the X",
+        "Right",
+        "\u0130\u0e01\u0e35_3 is on your left",
+    ],
+)
+def test_a_landmark_in_the_files_own_words_is_always_recognized(landmark):
+    waypoint = envs.Waypoint((0, 0), 0.0, landmark, True, "Go.", "forward()")
+    reply = json.dumps(dict(zip(envs.STREET_FIELDS, (waypoint.observation, "Go.", "stop()"))))
+    verdict = envs.judge_step(reply, waypoint, names={"left", "right", "your", "thedestination"})
+    assert verdict.verdict == "wrong_action" and verdict.recognized
+
+
+def test_a_report_that_names_another_landmark_of_the_route_recognizes_none(tmp_path):
+    env = envs.make("virl-l", data=by_hand(tmp_path), drop=1.0)
+    assert env.world.names == {"starbucks", "joesbar"}
+    for report, recognized in (
+        ("Starbucks and the corner are on my left, behind", True),
+        ("Starbucks and Joe's Bar are on my left, behind", False),
+    ):
+        env.reset()
+        env.step(env.expert_reply())
+        reply = json.loads(env.expert_reply()) | {"current observation": report}
+        assert env.step(json.dumps(reply))[4]["recognized"] == recognized
+
+
 def test_a_reply_may_think_and_report_at_length():
     waypoint = envs.Waypoint((0, 0), 0.0, SIGN, False, "Go.", "forward()")
     long = ("I wonder {so} far, " + "hm, " * 12) * 250
@@ -1761,7 +1882,7 @@ def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
         "there is " * 2000,
         *(
             (part * 1000)[:987] + " intersection"
-            for part in ("a ", "you ", "intersection of ", "- way ", "and ", "no landmark ", "x")
+            for part in ("a ", "you ", "intersection of ", "- way ", "and ", "no landmark ", "no a ", "n't ", "x")
         ),
     )
     for text in [
