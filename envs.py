@@ -2298,16 +2298,14 @@ class VIRL(Environment):
         return near
 
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
-        """Some of the points of a leg, moved to the nearest panorama."""
+        """Some of the points of a leg, moved to the nearest panorama; on a short leg several stand on one."""
         found: list[Geocode] = []
         for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
             share = k / (self.points_per_leg + 1)
             if self.random.random() < 1 - self.drop:
                 point = (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
                 near = self.world.panoramas.nearest(point)
-                if near is None or near in self.world.lost or near in found:
-                    continue
-                if min(distance(near, a), distance(near, b)) > 8:
+                if near and near not in self.world.lost and min(distance(near, a), distance(near, b)) > 8:
                     found.append(near)
         return found
 

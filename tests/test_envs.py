@@ -1207,6 +1207,21 @@ def test_the_points_of_a_leg_are_its_fifths(tmp_path):
     assert [k for k, w in enumerate(env.waypoints) if w.action != "forward()"] == [0, 5, 10, 15]
 
 
+def test_points_of_a_short_leg_that_fall_on_one_panorama_are_kept(tmp_path):
+    """Of points at 8, 16, 24 and 32 m, two are nearest to the panorama halfway, the others to the ends."""
+    corners = [(40.75 + metres / envs.METRES_PER_DEGREE, -73.98) for metres in (0, 20, 40)]
+    ids = {place: f"p{i}" for i, place in enumerate(corners)}
+    route = altered(
+        start_place__relocated_geocode=corners[0],
+        route_results__geocode_list=[corners[2]],
+        milestone_info='{"landmarks": "Starbucks is on your left", "to_next_intersection_heading": "0 (north)"}',
+    )
+    env = envs.make("virl-l", data=by_hand(tmp_path, route, ids), drop=0.0)
+    env.reset()
+    assert [env.world.panoramas.ids[w.place] for w in env.waypoints] == ["p0", "p1", "p1", "p2"]
+    assert [w.action for w in env.waypoints[1:]] == ["forward()", "forward()", "stop()"]
+
+
 def test_built_in_routes_have_turns_of_both_kinds():
     env, at_start, later = envs.make("virl-l", "rule", drop=1.0), Counter(), Counter()
     for number in range(2048):
