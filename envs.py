@@ -1053,8 +1053,6 @@ class GeneralPoints(Environment):
         stated = set(string.Template(self.prompt).get_identifiers())
         if not self.pictures and not stated & {"cards", "cards_list"}:
             raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
-        if "rule" not in stated:
-            warnings.warn("the prompt template does not state the rule: it has no $rule")
 
     def _check_feedback(self) -> None:
         for verdict, text in self.feedback.items():
@@ -1299,10 +1297,10 @@ class World:
         return frozenset(_landmark(landmark)[1] for landmark in landmarks)
 
 
-# What a pickled dict from pairs of numbers to strings is made of, and nothing else.
+# What a pickled dict from pairs of numbers to strings or None is made of, and nothing else.
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
 _ALLOWED_CODES = _NUMBERS | set(
-    "PROTO MARK EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
+    "PROTO MARK NONE EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
     "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split()
 )
 
@@ -1326,13 +1324,31 @@ def _read_pickle(data: bytes) -> Any:
     return pickle.loads(data)
 
 
+def _read_mapping(path: Path) -> dict[Geocode, str]:
+    """The entries of gps_pano_mapping.pkl that can be used. Raises ValueError if there are none."""
+    try:
+        content = _read_pickle(path.read_bytes())
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
+    ids = {
+        place: name
+        for place, name in (content.items() if isinstance(content, dict) else ())
+        # The name will be that of a file.
+        if _is_geocode(place) and isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
+    }
+    if not ids:
+        raise ValueError(f"{path}: no panorama id: not a dict from (latitude, longitude) to names")
+    return ids
+
+
 def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
     street_views/.
 
-    Raises ValueError, in one line that names file, route and field, for what cannot be used; unknown fields
-    are left alone. With `pictures` the files of the panoramas where routes start, turn and end must be there,
-    and a warning says how many others are missing; what is in them is read when a walk comes by.
+    What no route uses may be anything. A route that cannot be walked is left out, with one warning that counts
+    them; without a single one that can, ValueError in one line names file, route and field. With `pictures`
+    the files of the panoramas where a route starts, turns and ends must be there, and a warning says how many
+    others are missing; what is in them is read when a walk comes by.
     """
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
@@ -1340,28 +1356,22 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    try:
-        ids = _read_pickle(mapping.read_bytes())
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{mapping} cannot be read: {_line(error)}") from None
-    if not (isinstance(ids, dict) and ids and all(_is_geocode(place) for place in ids)):
-        raise ValueError(f"{mapping}: not a dict from (latitude, longitude) to panorama ids")
-    for name in ids.values():  # it will name a file
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
-            raise ValueError(f"{mapping}: not a dict to names: no panorama id: {_line(repr(name))}")
-    routes, panoramas = read_routes(content, str(path)), Panoramas(ids)
+    ids = _read_mapping(mapping)
     if pictures and not views.is_dir():
         raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
-    for k, route in enumerate(routes):
+    panoramas = Panoramas(ids)
+
+    def check(route: Route) -> None:
         named = {f"route_results.geocode_list[{i}]": leg.end for i, leg in enumerate(route.legs)}
         for name, place in {"start_place.relocated_geocode": route.start, **named}.items():
-            near, fault = panoramas.nearest(place), None
+            near = panoramas.nearest(place)
             if near is None:
-                fault = f"{mapping.name} has {_nothing_near(place)}"
-            elif pictures and (lost := [f for f in _picture_files(views, ids[near]) if not f.is_file()]):
-                fault = f"there is no {lost[0]}"
-            if fault:
-                raise ValueError(f"{path}: route {k}: {name}: {fault}")
+                raise ValueError(f"{name}: {mapping.name} has {_nothing_near(place)}")
+            for file in _picture_files(views, ids[near]) if pictures else ():
+                if not file.is_file():
+                    raise ValueError(f"{name}: there is no {file}")
+
+    routes = read_routes(content, str(path), check)
     if not views.is_dir():
         return World(routes, panoramas)
     lost = frozenset(_without_picture(views, ids) if pictures else ())
@@ -1416,18 +1426,34 @@ def _degrees(value: Any) -> float:
     return float(value)
 
 
-def read_routes(content: Any, name: str = "routes") -> tuple[Route, ...]:
-    """The routes in what route_infos.json holds: [[route, ...], number], or one bare route. `name` is for
-    errors."""
-    routes = content if isinstance(content, list) else [content]
-    if routes and isinstance(routes[0], list):
-        routes = routes[0]
+def read_routes(
+    content: Any, name: str = "routes", check: Callable[[Route], None] = lambda route: None
+) -> tuple[Route, ...]:
+    """The routes in what route_infos.json holds: [[route, ...], number], or one bare route.
+
+    Those that cannot be read, or for which `check` raises ValueError, are left out with a warning. Raises
+    ValueError if no route is left. `name` is the file's, for both.
+    """
+    records = content if isinstance(content, list) else [content]
+    if records and isinstance(records[0], list):
+        records = records[0]
+    routes, faults = [], []
+    for k, record in enumerate(records):
+        try:
+            route = _read_route(record)
+            check(route)
+            routes.append(route)
+        except ValueError as error:
+            faults.append(f"route {k}: {error}")
     if not routes:
-        raise ValueError(f"{name}: no routes")
-    return tuple(_read_route(route, f"{name}: route {k}") for k, route in enumerate(routes))
+        raise ValueError(f"{name}: {faults[0] if faults else 'no routes'}")
+    if faults:
+        lost = f"{len(faults)} of {len(records)} routes cannot be walked and are left out"
+        warnings.warn(f"{name}: {lost}, such as {faults[0]}", stacklevel=2)
+    return tuple(routes)
 
 
-def _read_route(route: Any, name: str) -> Route:
+def _read_route(route: Any) -> Route:
     """One route. Whatever is wrong with it ends in one line that names the field and the reason."""
     where = "start_place.relocated_geocode"  # what is being read
     try:
@@ -1451,11 +1477,11 @@ def _read_route(route: Any, name: str) -> Route:
         heading = route.get("init_heading")
         heading = None if heading is None else _degrees(heading)
     except KeyError as missing:
-        raise ValueError(f"{name}: {where}: no field {missing}") from None
+        raise ValueError(f"{where}: no field {missing}") from None
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: {where}: not in the released format: {_line(error)}") from None
+        raise ValueError(f"{where}: not in the released format: {_line(error)}") from None
     except ValueError as error:
-        raise ValueError(f"{name}: {where}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     return Route(start, heading % 360.0 if heading else None, tuple(legs))  # 0: draw one
 
 
@@ -1484,15 +1510,15 @@ _MILESTONE = re.compile(
 
 
 def _milestones(text: str) -> list[dict[str, str]]:
-    """The blocks of milestone_info. It is no JSON: a value may hold quotes and braces, and lines may be
-    joined."""
+    """The blocks of milestone_info that hold something. It is no JSON: a value may hold quotes and braces, and
+    lines may be joined."""
     blocks: list[dict[str, str]] = []
     for match in _MILESTONE.finditer(text):
         if not match[1]:
             blocks.append({})
         elif blocks:
             blocks[-1][match[1]] = match[2]
-    return blocks
+    return [block for block in blocks if block]
 
 
 def write_world(

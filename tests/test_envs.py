@@ -701,13 +701,12 @@ def test_prompt_states_the_task_and_can_be_replaced():
     assert own.messages[0]["content"] == "Cards: ['A', '3', 'K', '10']; J is 10, Q is 10, K is 10"
 
 
-def test_a_prompt_states_the_cards_and_should_state_the_rule():
+def test_a_prompt_states_the_cards_and_may_leave_out_the_rule():
     with pytest.raises(ValueError, match="states the cards nowhere"):
         envs.make("gp-l", prompt="Make $target. $rule. $$cards")
-    with pytest.warns(UserWarning, match="no .rule"):
-        envs.make("gp-l", prompt="Make $target from ${cards}.")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        envs.make("gp-l", prompt="Make $target from ${cards}.")
         seen = envs.make("gp-vl", prompt="Make $target. $rule.", **SMALL).reset()[0].messages[0]["content"]
         told = envs.make("gp-vl", prompt="$cards_list $rule", **SMALL).reset(
             options={"cards": ["A", "3", "K", "10"]}
@@ -1368,6 +1367,46 @@ def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, capsys, conte
     assert capsys.readouterr().out == ""
 
 
+def test_what_no_route_uses_refuses_no_folder(tmp_path, recwarn):
+    whole = envs.load_world(by_hand(tmp_path))
+    unused = {(0, 0): None, (1, 1): 7, (2, 2): "../p", (3, 3): "", (1000, 4): "p", (5, float("nan")): "p"}
+    for blank in ("\n{\n}", "\n{", ",\n{ },\n{\n}"):
+        content = altered(milestone_info=ROUTE["milestone_info"] + blank)
+        world = envs.load_world(by_hand(tmp_path, content, unused | whole.panoramas.ids))
+        assert world.routes == whole.routes and world.panoramas.ids == whole.panoramas.ids
+    assert not recwarn.list
+
+
+def test_routes_that_cannot_be_walked_are_left_out_with_one_warning_that_counts_them(tmp_path, recwarn):
+    (far,), _ = altered(route_results__geocode_list=[[40.75, -73.9813], [40.751, -73.9813], [41, -73]])
+    (short,), _ = altered(milestone_info="{}")
+    whole = envs.load_world(by_hand(tmp_path))
+    assert envs.load_world(by_hand(tmp_path, [[far, ROUTE, short, 3, ROUTE], 5])).routes == 2 * whole.routes
+    (warning,) = recwarn.list
+    assert re.fullmatch(
+        r".*route_infos.json: 3 of 5 routes cannot be walked and are left out, such as "
+        r"route 0: route_results.geocode_list\[2\]: .* no panorama within 20 m of 41.000000, -73.000000",
+        str(warning.message),
+    )
+    with pytest.raises(ValueError, match=r"route_infos.json: route 0: route_results.geocode_list\[2\]: "):
+        envs.load_world(by_hand(tmp_path, [[far, short], 2]))
+
+
+def test_a_route_without_a_picture_where_it_turns_is_left_out(tmp_path):
+    (straight,), _ = altered(
+        route_results__geocode_list=[[40.75, -73.9813]],
+        milestone_info='{"landmarks": "", "to_next_intersection_heading": "270 (west)"}',
+    )
+    by_hand(tmp_path, [[ROUTE, straight], 2])
+    ids = envs.load_world(tmp_path).panoramas.ids
+    with_pictures(tmp_path, ids)
+    (tmp_path / "street_views" / f"{ids[40.7510, -73.9813]}.jpg").unlink()
+    with pytest.warns(UserWarning, match="1 of 2 routes .* route 0: .*geocode_list.1.: there is no"):
+        env = envs.make("virl-vl", data=tmp_path, view_size=16)
+    env.reset()
+    assert len(env.world.routes) == 1 and env.waypoints[-1].landmark == "The destination Joe's Bar"
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_a_mapping_of_many_places_loads_whatever_the_pickle_protocol(protocol):
     """Protocols 4 and 5 cut the pickle into frames, here also inside a key."""
@@ -1897,7 +1936,7 @@ def test_no_string_gets_an_exception_out_of_a_step_on_a_route(tmp_path):
         "there is " * 2000,
         *(
             (part * 1000)[:987] + " intersection"
-            for part in ("a ", "you ", "intersection of ", "- way ", "and ", "no landmark ", "no a ", "n't ", "x")
+            for part in ("a ", "you ", "intersection of ", "- way ", "and ", "no landmark ", "no a ", "x")
         ),
     )
     for text in [
