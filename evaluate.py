@@ -551,7 +551,7 @@ class Report:
             *table(["arm", "start", "algorithm", "settings"], self.settings["arms"]),
             "",
         ]
-        (self.folder / "report.md").write_text("\n".join(lines))
+        (self.folder / "report.md").write_text("\n".join(lines), "utf-8")
         Figures(self).draw()
         return claims
 

@@ -726,7 +726,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
     with written_whole(path) as aside:
-        aside.write_text(text)
+        aside.write_text(text, "utf-8")
 
 
 def remove(path: Path) -> None:
@@ -1967,8 +1967,10 @@ def command_evaluate(args: argparse.Namespace) -> None:
     env = environment_of(args)
     n = args.episodes or env.series_length
     environments = [env, *(env.twin() for _ in range(n - 1))]
-    if args.save and not env.pictures:
-        raise ValueError(f"task {args.task!r} has no pictures to --save")
+    if args.save:
+        if not env.pictures:
+            raise ValueError(f"task {args.task!r} has no pictures to --save")
+        Path(args.save).mkdir(parents=True, exist_ok=True)  # a wrong path ends here, before the work
     policy = load_policy(loading_of(args), args.model, env.pictures)
     check_experts(policy, ((env, *env.start_of("test", i)) for i, env in enumerate(environments)))
     with Progress("evaluation", n // policy.world) as bar:
@@ -1981,15 +1983,15 @@ def command_evaluate(args: argparse.Namespace) -> None:
             watch=bar.reach,
         )
     if policy.rank == 0:
-        for i, episode in enumerate(episodes[: args.transcripts]):
-            print_transcript(episode)
-            if args.save:
-                save_pictures(env, episode, env.start_of("test", i), Path(args.save) / str(i))
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             write_whole(Path(args.out) / "result.json", json.dumps(result, indent=1))
             lines = (json.dumps(episode.transcript()) + "\n" for episode in episodes)
             write_whole(Path(args.out) / "transcripts.jsonl", "".join(lines))
+        for i, episode in enumerate(episodes[: args.transcripts]):
+            if args.save:
+                save_pictures(env, episode, env.start_of("test", i), Path(args.save) / str(i))
+            print_transcript(episode)
         shown = {key: value for key, value in result.items() if key not in evaluate.MEASURES.values()}
         print(json.dumps(shown, indent=1))
 
@@ -2114,6 +2116,8 @@ def prepare(threads: int) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for
     Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # letters that its encoding lacks become question marks
     first = Parser(add_help=False)  # the task decides which options there are
     first.add_argument("--task", default="gp-l")
     try:

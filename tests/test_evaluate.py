@@ -1,6 +1,7 @@
 """Evaluation: counting, pairing, the distance to the initial policy, the report."""
 
 import contextlib
+import io
 import json
 import math
 import random
@@ -283,7 +284,7 @@ def results_of(tmp_path, rates):
     return results
 
 
-def test_report_states_what_the_points_say(tmp_path):
+def test_report_states_what_the_points_say(tmp_path, monkeypatch):
     rates = {
         ("init", 0, "id", "test"): 0.5,
         ("init", 0, "rule", "test"): 0.3,
@@ -301,13 +302,16 @@ def test_report_states_what_the_points_say(tmp_path):
     settings = {
         "task": "gp-l",
         "verify_iter": 3,
-        "note": "",
+        "note": "modèle",
         "model": "M",
         "parameters": 2_500_000,
         "arms": [],
     }
     report = evaluate.Report(results, tmp_path, settings, {})
+    # The encoding of files where none is named, in a locale of old.
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *level: encoding or "ascii")
     claims = report.write()
+    assert "modèle" in (tmp_path / "report.md").read_text("utf-8")
     said = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
     assert (
         "**holds**" in said["RL ends above init under the other rule"]

@@ -1240,6 +1240,38 @@ def test_training_stages_and_evaluation_end_to_end(tmp_path, capsys):
     assert "verifier: [" in out and json.loads(out[out.index("\n{") :])["episodes"] == 4
 
 
+class ClosedPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_results_are_written_before_anything_is_printed(tmp_path, monkeypatch, capsys):
+    args = ("evaluate", "--model", "tiny", "--episodes", 2, "--max-new-tokens", 4, "--verify-iter", 1)
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    assert inside(*args, "--out", tmp_path) == 2 and "Broken pipe" in capsys.readouterr().err
+    assert json.loads((tmp_path / "result.json").read_text())["episodes"] == 2
+    assert len(sftrl.read_lines(tmp_path / "transcripts.jsonl")) == 2
+
+
+def test_a_wrong_path_for_pictures_ends_an_evaluation_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sftrl, "load_policy", None)
+    args = ("--model", "tiny", "--task", "gp-vl", "--size", 64, 32, "--save", tmp_path / "file")
+    assert inside("evaluate", *args) == 2 and str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_what_a_terminals_encoding_lacks_is_replaced_and_files_are_utf8_anywhere(tmp_path, monkeypatch):
+    with io.TextIOWrapper(io.BytesIO(), "cp1252") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert inside("play", "--cards", "A 3 K 10", "--reply", "5 → 24 \udcff") == 0
+        terminal.flush()
+        assert b"model: 5 ? 24 ?" in terminal.buffer.getvalue()
+    # The encoding of files where none is named, in a locale of old.
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *level: encoding or "ascii")
+    sftrl.write_whole(tmp_path / "table.md", "1 ± 2")
+    assert (tmp_path / "table.md").read_bytes() == "1 ± 2".encode()
+
+
 def interrupted(command, folder, number, delay):
     """Starts a command, sends it a signal so long after its training began, and returns its exit status."""
 
