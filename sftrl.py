@@ -27,7 +27,7 @@ import threading
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, repeat
@@ -222,6 +222,22 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, on all ranks; its ValueError or OSError ends them all. A collective
+    call."""
+    sent: list[Any] = [None]
+    if policy_rank() == 0:
+        try:
+            sent = [work()]
+        except (ValueError, OSError) as error:
+            sent = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(sent)
+    if isinstance(sent[0], Exception):
+        raise sent[0]
+    return sent[0]
+
+
 # Parts of a model; the adapter stands between vision tower and language model.
 TRAINED = ("all", "language", "language+adapter")
 
@@ -400,19 +416,15 @@ class Policy(ppo.Policy):
     ) -> "Policy":
         """`load`, `set_trainable` and `shard` for many processes: rank 0 alone reads the weights, into host
         memory, and sends each rank its parts, tensor by tensor. A collective call."""
-        rank, device = dist.get_rank(), best_device()
-        read: list[Any] = [None]
-        if rank == 0:
-            try:
-                whole = cls.load(name, torch.device("cpu"), **options)
-                own = whole.model
-                read = [(type(own), own.config, own.generation_config, whole.processor)]
-            except (ValueError, OSError) as error:  # all ranks end with it
-                read = [error]
-        dist.broadcast_object_list(read)
-        if isinstance(read[0], Exception):
-            raise read[0]
-        architecture, config, generation_config, processor = read[0]
+        rank, device, whole = dist.get_rank(), best_device(), None
+
+        def read() -> tuple:
+            nonlocal whole
+            whole = cls.load(name, torch.device("cpu"), **options)
+            model = whole.model
+            return type(model), model.config, model.generation_config, whole.processor
+
+        architecture, config, generation_config, processor = on_rank_0(read)
         with torch.device("meta"):  # shapes without memory
             model = architecture(config)
         model.generation_config = generation_config
@@ -745,6 +757,33 @@ def discard(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds its lock, which the kernel takes from a process that is killed. Raises
+    ValueError if another process holds it; a warning says if there are no locks."""
+    new, path = not folder.exists(), folder / ".sftrl.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            import fcntl  # which Windows has not
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists():  # its holder has just ended
+                raise BlockingIOError
+        except BlockingIOError:
+            advice = "wait for its end, or choose another --out"
+            raise ValueError(f"another process writes to {folder}: {advice}") from None
+        except (ImportError, OSError) as error:
+            warnings.warn(f"{folder} cannot be locked against a second process: {one_line(error)}")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                if new:
+                    folder.rmdir()  # which is empty if the command was refused
 
 
 class Interruption:
@@ -1328,7 +1367,6 @@ class StudyRun:
         self.study, self.hands = study, hands or study.hands
         if self.hands < 2:
             raise ValueError("--hands must be at least 2, for an interval")
-        out.mkdir(parents=True, exist_ok=True)
         self.results = evaluate.Results(out / "results.jsonl")
         self._reference: tuple[int | None, evaluate.Reference | None] = None, None
         self.cls = envs.task_class(task)
@@ -1984,7 +2022,6 @@ def command_evaluate(args: argparse.Namespace) -> None:
         )
     if policy.rank == 0:
         if args.out:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
             write_whole(Path(args.out) / "result.json", json.dumps(result, indent=1))
             lines = (json.dumps(episode.transcript()) + "\n" for episode in episodes)
             write_whole(Path(args.out) / "transcripts.jsonl", "".join(lines))
@@ -2129,7 +2166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard")
-        args.run(args)
+        with contextlib.ExitStack() as held:
+            if args.command not in ("play", "data") and args.out:  # one command at a time writes to a folder
+                on_rank_0(lambda: held.enter_context(locked(Path(args.out))))
+            args.run(args)
     except (ValueError, OSError) as error:
         complain(f"error: {error}")
         status = 2

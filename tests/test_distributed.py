@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve()
 ROOT = HERE.parent.parent
 
 
-def torchrun(n, *args):
+def torchrun(n, *args, check=0):
     command = [
         sys.executable,
         "-m",
@@ -29,7 +29,7 @@ def torchrun(n, *args):
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == check, done.stderr[-3000:]
     return done
 
 
@@ -226,6 +226,15 @@ def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_
         8,
     ).stdout
     assert out.count('"episodes": 5') == 1  # all hands, and rank 0 alone prints
+
+
+def test_all_ranks_learn_that_another_command_writes_to_the_folder(tmp_path):
+    import sftrl
+
+    with sftrl.locked(tmp_path):
+        error = torchrun(2, ROOT / "sftrl.py", "sft", "--out", tmp_path, "--batch-size", 4, check=1).stderr
+    assert error.count("sftrl: ") == error.count("another process writes") == 1
+    assert "exitcode  : 2" in error and 'sftrl.py", line' not in error
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import string
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -1344,6 +1345,50 @@ def test_a_run_interrupted_and_killed_at_random_moments_ends_in_bit_identical_we
         *args, "--out", broken, *(("--clip", 0.3) if stage == "ppo" else ("--warmup", 0.5)), check=2
     )
     assert "other settings" in changed.stderr
+
+
+SHORT = {  # by command, options of a short one
+    "study": (),
+    "sft": ("--steps", 1, "--batch-size", 2),
+    "ppo": TINY_PPO,
+    "evaluate": ("--model", "tiny", "--episodes", 2, "--max-new-tokens", 4),
+}
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_a_second_command_on_a_folder_is_refused_in_one_line_before_a_model_is_loaded(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sftrl, "load_policy", None)
+    with sftrl.locked(tmp_path / "run"):
+        assert inside(command, *SHORT[command], "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert f"another process writes to {tmp_path / 'run'}" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_lock_of_a_process_that_was_killed_refuses_nobody(tmp_path, capsys):
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+    hold += "; print(flush=True); input()"
+    args, lock = ("sft", *SHORT["sft"], "--out", tmp_path), tmp_path / ".sftrl.lock"
+    command = [sys.executable, "-c", hold, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        assert inside(*args) == 2 and "another process" in capsys.readouterr().err
+        holder.kill()
+    assert lock.exists() and inside(*args) == 0 and not lock.exists()
+
+
+@pytest.mark.parametrize("lacking", ["system", "file system"])
+def test_where_there_are_no_locks_one_warning_says_so(lacking, tmp_path, monkeypatch, recwarn):
+    def flock(*arguments):
+        raise OSError(37, "No locks available")
+
+    fcntl = types.SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4) if lacking == "file system" else None
+    monkeypatch.setitem(sys.modules, "fcntl", fcntl)
+    assert inside("evaluate", *SHORT["evaluate"], "--out", tmp_path) == 0
+    assert (tmp_path / "result.json").exists()
+    assert sum("cannot be locked" in str(warning.message) for warning in recwarn.list) == 1
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path):
