@@ -44,7 +44,7 @@ from statistics import mean
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------- options
 
@@ -145,6 +145,32 @@ def parts_of(text: str) -> list[dict]:
     *before, after = re.split("<image>\n?", text, maxsplit=1)
     texts = [{"type": "text", "text": text} for text in (*before, after)]
     return [part for part in (*texts[:-1], {"type": "image"}, texts[-1]) if part.get("text") != ""]
+
+
+def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
+    """A user's picture file in RGB, as an image viewer shows it: of several frames the first, turned as its
+    EXIF data say, 16 bits scaled to 8, transparency on white. `formats` are Pillow's names, None: all.
+
+    Raises ValueError in one line that names the file if it is damaged, too large or deeper than 16 bits.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
+            with open(path, "rb") as file:  # given the path, Pillow 13.0 maps a turned TIFF in a wrong shape
+                picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
+        if picture.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
+            pixels = np.array(picture)
+            if picture.mode == "F" or not 0 <= pixels.min() <= pixels.max() < 2**16:
+                raise ValueError("its pixels are deeper than 16 bits")
+            pixels[pixels == picture.info.get("transparency")] = 2**16 - 1
+            picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return picture.convert("RGB")
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = _line(error) or type(error).__name__
+        raise ValueError(f"picture {path} cannot be read: {reason}") from None
 
 
 class Verdict(NamedTuple):
@@ -1398,12 +1424,7 @@ def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
 def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
     """A panorama from street_views/, and its rotation. Raises ValueError in one line if either is broken."""
     path, metadata = _picture_files(views, ids[place])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
-            picture = Image.open(path, formats=["JPEG"]).convert("RGB")
-    except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
+    picture = read_picture(path, ["JPEG"])
     try:
         return picture, _degrees(json.loads(metadata.read_text(encoding="utf-8"))["rotation"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

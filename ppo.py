@@ -785,10 +785,7 @@ class Policy(nn.Module):
         for record in records:
             image, turns, shown = record.get("image"), record["conversations"], 0
             if isinstance(image, str):
-                try:
-                    image = Image.open(image).convert("RGB")
-                except OSError as error:
-                    raise ValueError(f"picture {image} cannot be read: {error}") from None
+                image = envs.read_picture(image)
             if image:
                 shown = next((k for k, t in enumerate(turns) if k % 2 == 0 and "<image>" in t["value"]), 0)
             roles = {"human": "user", "gpt": "assistant"}

@@ -9,7 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     py_modules=["sftrl", "envs", "ppo", "sft", "evaluate"],
-    install_requires=["torch>=2.11", "transformers>=5.17", "safetensors", "pillow", "numpy", "tqdm"],
+    install_requires=["torch>=2.11", "transformers>=5.17", "safetensors", "pillow>=10.1", "numpy", "tqdm"],
     extras_require={"plot": ["matplotlib"], "test": ["pytest"]},
     entry_points={"console_scripts": ["sftrl=sftrl:main"]},
 )

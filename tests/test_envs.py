@@ -2066,10 +2066,105 @@ def with_pictures(folder, ids, rotation=30.0):
         )
 
 
-def png(size=(8, 4)) -> bytes:
+def file_of(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
     out = io.BytesIO()
-    Image.new("1", size).save(out, "PNG")
+    picture.save(out, kind, **options)
     return out.getvalue()
+
+
+def png(size=(8, 4)) -> bytes:
+    return file_of(Image.new("1", size))
+
+
+def saved(mode: str, pixels: list, kind: str = "PNG", **options) -> bytes:
+    """A file of a picture of one row."""
+    picture = Image.new(mode, (len(pixels), 1))
+    picture.putdata(pixels)
+    if mode == "P":
+        picture.putpalette([0, 0, 0, 200, 100, 0, 0, 0, 255])
+    return file_of(picture, kind, **options)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return exif
+
+
+BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
+SHOWN = {  # files, and what an image viewer shows
+    "bits": (saved("1", [0, 255]), [BLACK, WHITE]),
+    "16 bits": (saved("I;16", [0, 257 * 100, 257 * 128 + 100, 2**16 - 1]), [0, 100, 128, 255]),
+    "16 bits, big-endian": (b"P5 2 1 65535 \x64\x64\xff\xff", [100, 255]),
+    "16 bits, one transparent": (saved("I;16", [0, 257], transparency=257), [0, 255]),
+    "alpha": (saved("RGBA", [(*RED, 255), (*RED, 0), (*BLACK, 51)]), [RED, WHITE, (204, 204, 204)]),
+    "grey and alpha": (saved("LA", [(7, 255), (7, 0)]), [7, 255]),
+    "a transparent color": (saved("RGB", [RED, BLACK], transparency=BLACK), [RED, WHITE]),
+    "a transparent grey": (saved("L", [0, 7], transparency=0), [255, 7]),
+    "palette": (saved("P", [0, 1, 2]), [BLACK, (200, 100, 0), (0, 0, 255)]),
+    "palette, one transparent": (saved("P", [0, 1], "GIF", transparency=0), [WHITE, (200, 100, 0)]),
+    "palette with alpha": (saved("P", [0, 1], transparency=b"\xcc\x00"), [51, WHITE]),
+    "ink": (saved("CMYK", [(0, 255, 255, 0), (0, 0, 0, 255)], "TIFF"), [RED, BLACK]),
+    "turned": (saved("RGB", [BLACK, WHITE, RED], exif=turned(3)), [RED, WHITE, BLACK]),
+    "frames": (
+        saved("L", [0], "GIF", save_all=True, append_images=[Image.new("L", (1, 1), 255)]),
+        [BLACK],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_users_picture_is_read_as_an_image_viewer_shows_it(name, tmp_path, recwarn):
+    content, shown = SHOWN[name]
+    (tmp_path / "file").write_bytes(content)
+    picture = envs.read_picture(tmp_path / "file")
+    assert picture.mode == "RGB" and picture.size == (len(shown), 1)
+    pixels = np.asarray(picture).reshape(-1, 3).tolist()
+    assert pixels == [list(x) if isinstance(x, tuple) else [x, x, x] for x in shown] and not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+def test_a_picture_on_its_side_is_set_upright(kind, tmp_path):
+    lying = np.arange(0, 240, 40, dtype=np.uint8).reshape(2, 3)
+    for orientation, upright in (6, np.rot90(lying, -1)), (8, np.rot90(lying)):
+        Image.fromarray(lying).save(tmp_path / "file", kind, exif=turned(orientation))
+        shown = np.asarray(envs.read_picture(tmp_path / "file"))[..., 0]
+        assert shown.shape == (3, 2) and np.abs(shown - upright.astype(int)).max() <= 4
+
+
+KINDS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+NOISE = Image.effect_noise((64, 64), 100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(file_of(NOISE, kind)[:-1000] for kind in KINDS),
+        saved("F", [0.5], "TIFF"),
+        saved("I", [2**16], "TIFF"),
+        png((20_000, 10_000)),
+        b"P5 1 1 65535 ",
+        b"no picture",
+        b"",
+    ],
+    ids=[*KINDS, "floating point", "32 bits", "huge", "no pixels", "text", "empty"],
+)
+def test_a_picture_that_cannot_be_shown_is_refused_in_one_line_that_names_it(content, tmp_path):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        envs.read_picture(tmp_path / "file")
+    assert re.fullmatch(rf"picture {tmp_path}/file cannot be read: .*\w.*", str(error.value))
+
+
+def test_a_street_view_is_turned_as_its_exif_data_say(tmp_path):
+    by_hand(tmp_path)
+    ids = envs.load_world(tmp_path).panoramas.ids
+    with_pictures(tmp_path, ids)
+    place, name = next(iter(ids.items()))
+    file = tmp_path / "street_views" / f"{name}.jpg"
+    Image.open(file).save(file, quality=100, exif=turned(2))  # a mirror image
+    panorama, _ = envs.load_world(tmp_path, pictures=True).picture(place)
+    assert panorama.getpixel((0, 0))[0] > 200 > 50 > panorama.getpixel((63, 0))[0]
 
 
 @pytest.mark.parametrize(

@@ -953,6 +953,17 @@ def test_the_image_token_is_never_said(policy):
     assert len(said) > 50 and policy.image_id not in said
 
 
+def test_the_file_of_a_demonstrations_picture_is_read_as_an_image_viewer_shows_it(policy, tmp_path):
+    Image.new("RGBA", (8, 8)).save(tmp_path / "transparent.png")
+    turns = [{"from": "human", "value": "<image>Which color?"}, {"from": "gpt", "value": "white"}]
+    images = str(tmp_path / "transparent.png"), Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
+    scores = [
+        policy(policy.collate(policy.streams([{"image": image, "conversations": turns}])))["logp"]
+        for image in images
+    ]
+    assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
+
+
 def test_pictures_are_never_lost(policy):
     env = envs.make("gp-vl", **SMALL)
     with_picture, without = envs.demonstration(env), envs.demonstration(envs.make("gp-l"))
