@@ -334,6 +334,11 @@ def read_model(name: str, dtype: torch.dtype, outline: bool) -> tuple[transforme
         if outline:
             model.to("meta").tie_weights()  # which the move has parted
         return model, processor
+    if (Path(name) / "adapter_config.json").exists():  # without peft it is left out, with it saved alone
+        raise ValueError(
+            "by its adapter_config.json it is an adapter (LoRA): merge it into its base model, for example "
+            "with merge_and_unload of peft, and save that in another folder"
+        )
     config = transformers.AutoConfig.from_pretrained(name)
     processor = transformers.AutoProcessor.from_pretrained(name)
     # For a vision-language model the causal class would silently drop the vision tower.

@@ -2088,12 +2088,21 @@ def smaller_vocabulary(folder, weights_too):
         )
 
 
+def adapter(folder, whole):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    if not whole:
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
 DAMAGES = {
     "cut short": (lambda d: cut(d / "model.safetensors", 100_000), "cannot be loaded"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no file named model.safetensors"),
     "a layer missing": (lambda d: without_a_layer(d / "model.safetensors"), "of its weights are missing"),
     "other shapes": (lambda d: smaller_vocabulary(d, False), "of another shape than its config.json says"),
     "vocabularies differ": (lambda d: smaller_vocabulary(d, True), "its vocabulary 500"),
+    "an adapter": (lambda d: adapter(d, whole=False), "merge it into its base model"),
+    "an adapter beside a model": (lambda d: adapter(d, whole=True), "merge it into its base model"),
     "no config": (lambda d: (d / "config.json").unlink(), "model_type"),
     "half a config": (lambda d: cut(d / "config.json", 50), "not a valid JSON file"),
     "half a tokenizer": (lambda d: cut(d / "tokenizer.json", 500), "cannot be loaded"),
