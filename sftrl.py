@@ -339,15 +339,16 @@ def read_model(name: str, dtype: torch.dtype, outline: bool) -> tuple[transforme
             "by its adapter_config.json it is an adapter (LoRA): merge it into its base model, for example "
             "with merge_and_unload of peft, and save that in another folder"
         )
-    config = transformers.AutoConfig.from_pretrained(name)
-    processor = transformers.AutoProcessor.from_pretrained(name)
+    trust = {"trust_remote_code": False}  # or the library asks at the terminal
+    config = transformers.AutoConfig.from_pretrained(name, **trust)
+    processor = transformers.AutoProcessor.from_pretrained(name, **trust)
     # For a vision-language model the causal class would silently drop the vision tower.
     visual = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
     if outline:
         with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype), processor
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            return auto.from_config(config, dtype=dtype, **trust), processor
+    told = trust | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = auto.from_pretrained(name, dtype=dtype, **told)
     faults = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
     if faults:  # the library would draw these at random
@@ -372,6 +373,11 @@ class Policy(ppo.Policy):
         self, model: transformers.PreTrainedModel, processor: Any, pictures: bool = False, **options
     ):
         super().__init__(model, processor, **options)
+        if pictures and getattr(processor, "patch_size", "") is None:
+            raise ValueError(
+                'its processor has no patch_size: add "patch_size" to processor_config.json, as in '
+                'vision_config of config.json, and "num_additional_image_tokens" (1 for CLIP)'
+            )
         architecture = type(model), model.config.to_json_string(), model.dtype, pictures
         if model.device.type != "meta" and architecture not in self._checked:
             check(self, pictures)
@@ -397,7 +403,10 @@ class Policy(ppo.Policy):
             if out_of_memory(error):
                 raise
             place = "" if folder else "there is no such folder, and as a Hub id it "
-            raise ValueError(f"model {name!r}: {place}cannot be loaded: {one_line(error)}") from None
+            reason = one_line(error)
+            if "trust_remote_code" in str(error):
+                reason = "it brings its code (auto_map), which is not run: take a model that transformers has"
+            raise ValueError(f"model {name!r}: {place}cannot be loaded: {reason}") from None
         try:
             if model.generation_config:
                 repair_generation_config(model.generation_config)

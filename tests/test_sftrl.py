@@ -2095,6 +2095,11 @@ def adapter(folder, whole):
         (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
 
 
+def set_in(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+CODE = {"model_type": "odd", "auto_map": {"AutoConfig": "code.Config"}}
 DAMAGES = {
     "cut short": (lambda d: cut(d / "model.safetensors", 100_000), "cannot be loaded"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no file named model.safetensors"),
@@ -2103,6 +2108,7 @@ DAMAGES = {
     "vocabularies differ": (lambda d: smaller_vocabulary(d, True), "its vocabulary 500"),
     "an adapter": (lambda d: adapter(d, whole=False), "merge it into its base model"),
     "an adapter beside a model": (lambda d: adapter(d, whole=True), "merge it into its base model"),
+    "code of its own": (lambda d: set_in(d / "config.json", **CODE), "a model that transformers has"),
     "no config": (lambda d: (d / "config.json").unlink(), "model_type"),
     "half a config": (lambda d: cut(d / "config.json", 50), "not a valid JSON file"),
     "half a tokenizer": (lambda d: cut(d / "tokenizer.json", 500), "cannot be loaded"),
@@ -2135,6 +2141,14 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(damage, checkpoint, tmp_p
     error = capsys.readouterr().err
     assert words in error and error.startswith("sftrl: error: ") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_processor_without_patch_size_is_refused_where_pictures_are_to_be_read(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "bad")
+    set_in(tmp_path / "bad" / "processor_config.json", patch_size=None)
+    with pytest.raises(ValueError, match='bad.*add "patch_size" to processor_config.json'):
+        sftrl.Policy.load(str(tmp_path / "bad"), pictures=True)
+    sftrl.Policy.load(str(tmp_path / "bad"))
 
 
 def test_a_damaged_resume_state_is_one_line_and_status_2(tmp_path, capsys):
