@@ -187,7 +187,7 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[fl
     for i in range(0, len(streams), microbatch_size):
         batch = policy.collate(streams[i : i + microbatch_size])
         log_ratio = other(batch)["logp"] - policy(batch)["logp"]
-        total += (log_ratio.exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
+        total += (log_ratio.clamp(max=20).exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
         tokens += int(batch["mask"].sum())
     return total, tokens
 

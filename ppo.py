@@ -26,10 +26,12 @@ coefficients, and partial episodes: every episode ends within its rollout.
 from __future__ import annotations
 
 import copy
+import datetime
 import inspect
 import math
 import random
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -336,12 +338,8 @@ def reply_weights(
 
 def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
     """Number of a reply's tokens before the one in which the name of the answer field ends."""
-    text = ""
-    for k, token in enumerate(ids):
-        text += policy.decode([token])
-        if answer_field in text:
-            return k
-    return len(ids)
+    # A letter may take several tokens, so the tokens are read together.
+    return bisect_left(range(len(ids)), True, key=lambda k: answer_field in policy.decode(ids[: k + 1]))
 
 
 @torch.no_grad()
@@ -420,7 +418,12 @@ def advantages_of(
         lines = gae(reward, [before[b][start:stop] for b, start, stop in own], gamma, lam)
         for (b, start, stop), a, r in zip(own, *lines):
             advantages[b, start:stop], returns[b, start:stop] = torch.tensor(a), torch.tensor(r)
+    # What rounding leaves of returns that the values have met is no advantage: whitened, it would be large.
+    advantages[advantages.abs() < ROUNDING * returns.abs()] = 0
     return advantages.to(values.device), returns.to(values.device)
+
+
+ROUNDING = 1e-5  # of sums of fp32 numbers, relative to their size
 
 
 def whiten(policy: Policy, x: Tensor, mask: Tensor) -> Tensor:
@@ -436,12 +439,18 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), but e^20 beyond it, where fp32 would soon overflow. The gradient does not vanish
+    there: a ratio that must shrink still does."""
+    return torch.exp(log_ratio - (log_ratio - 20).clamp(min=0).detach())
+
+
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
     """Clipped surrogate loss, a scalar to minimise (Schulman et al. 2017, equation 7). All tensors [B, T].
 
     - mean over the mask of min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logp - old_logp).
     """
-    ratio = torch.exp(logp - old_logp)
+    ratio = bounded_exp(logp - old_logp)
     return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
 
 
@@ -458,7 +467,7 @@ def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
     """The k3 estimate of KL(p || q) in nats from samples of p: q/p - 1 - log(q/p), never negative (Schulman
     2020, "Approximating KL divergence"). logp of p, other_logp of q, of any shape."""
     log_ratio = other_logp - logp
-    return torch.exp(log_ratio) - 1 - log_ratio
+    return bounded_exp(log_ratio) - 1 - log_ratio
 
 
 def losses(
@@ -485,7 +494,7 @@ def losses(
             # reverse KL's.
             loss = loss + config.kl_coef * 0.5 * (((now - initial) ** 2).sum() / tokens)
         logged["kl_to_init"] = (kl_estimate(now, initial) * part["mask"]).sum() / tokens
-    ratio = torch.exp(logp - part["old_logp"])
+    ratio = bounded_exp(logp - part["old_logp"])
     logged["approx_kl"] = masked_mean(kl_estimate(part["old_logp"], logp), act) * share
     logged["clip_fraction"] = masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
     logged["largest_ratio"] = (ratio * act).max()
@@ -556,15 +565,27 @@ def episode_metrics(
         **{f"share/{v}": (len(own), replies) for v, own in rewards.items()},
         **{f"reward/{v}": (sum(own), n) for v, own in rewards.items()},
     }
-    for name, x in (("R", batch["returns"]), ("error", batch["returns"] - batch["old_values"])):
+    returns = batch["returns"].double()
+    for name, x in (("R", returns), ("error", returns - batch["old_values"])):
         means |= {name: ((x * act).sum(), act.sum()), f"{name}^2": ((x**2 * act).sum(), act.sum())}
     sums = policy.sum(*(number for pair in means.values() for number in pair))
     mean = {name: total / count for name, total, count in zip(means, sums[::2], sums[1::2])}
+    noise = ROUNDING**2 * mean["R^2"]
     variance, unexplained = (mean.pop(f"{x}^2") - mean.pop(x) ** 2 for x in ("R", "error"))
-    return mean | {"explained_variance": 1 - unexplained / variance if variance > 0 else 0.0}
+    return mean | {"explained_variance": 1 - unexplained / variance if variance > noise else 0.0}
 
 
 # ----------------------------------------------------------------------- the policy: tokens, scores, samples
+
+
+# Some templates write the day's date: theirs is 26 July 2024, or prompts would change from day to day. The
+# library takes no function for it, so one in the template's language stands before the template.
+FIXED_DATE = datetime.datetime(2024, 7, 26)
+FIXED_CLOCK = "".join(
+    ["{% macro strftime_now(form) %}{{ form"]
+    + [f".replace('%{x}', '{FIXED_DATE:%{x}}')" for x in "a A b B d -d e m -m y Y j H I M S p F T D".split()]
+    + [" }}{% endmacro %}"]
+)
 
 
 class Policy(nn.Module):
@@ -611,6 +632,10 @@ class Policy(nn.Module):
         self.parameter_count, self.flops = sum(p.numel() for p in model.parameters()), 0.0
         ids = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
         self.image_id = next((i for i in ids if i is not None), None)
+        # Never drawn: ids that the tokenizer has no text for, and image tokens, which would promise a picture.
+        known = set(self.tokenizer.get_vocab().values()) - {self.image_id}
+        unknown = [token for token in range(head.out_features) if token not in known]
+        self.register_buffer("never_drawn", torch.tensor(unknown, dtype=torch.long), persistent=False)
         self._ask_template()
         self.pad_id = self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.max_length = longest_conversation(model.config.get_text_config())
@@ -630,7 +655,7 @@ class Policy(nn.Module):
                     m["content"] = [{"type": "text", "text": m["content"]}]
         options = {"add_generation_prompt": reply_follows, "tokenize": False}
         try:
-            return self._template.apply_chat_template(messages, **options)
+            return self._template.apply_chat_template(messages, chat_template=self._template_text, **options)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"its chat template cannot be used: {error}") from None
 
@@ -664,7 +689,8 @@ class Policy(nn.Module):
         if not templates:
             advice = "take a chat model, or add chat_template.jinja to its folder"
             raise ValueError(f"its tokenizer has no chat template; {advice}")
-        self._template = templates[0]
+        self._template, text = templates[0], templates[0].chat_template
+        self._template_text = FIXED_CLOCK + (text["default"] if isinstance(text, dict) else text)
         start = self.tokenizer("x")["input_ids"][:1]
         self.bos = start if start == [self.tokenizer.bos_token_id] else []
         asked, replied = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
@@ -843,9 +869,11 @@ class Policy(nn.Module):
         # Padding stands on the right, where no real token can see it: words alone need no padding mask.
         inputs: dict[str, Tensor] = {}
         if "pictures" in batch:
-            inputs = self._beside(batch["pictures"], torch.arange(ids.shape[1]) < batch["length"].cpu()[:, None])
+            shown = torch.arange(ids.shape[1]) < batch["length"].cpu()[:, None]
+            inputs = self._beside(batch["pictures"], shown)
         mixed = ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed), self._only_before(mask) as states:
+        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed)
+        with autocast, self._only_before(mask) as states:
             logits = self.model(input_ids=ids, use_cache=False, **inputs).logits
         if len(states) != 1:
             raise ValueError(f"its output head is called {len(states)} times in a pass, not once")
@@ -891,12 +919,9 @@ class Policy(nn.Module):
                 hook.remove()
 
     def log_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
-        """Of the next token, fp32, from the model's logits [n, vocabulary]. The image token is never drawn:
-        it would promise a picture."""
+        """Of the next token, fp32, from the model's logits [n, vocabulary]."""
         logits = logits.float() / temperature
-        if self.image_id is not None and self.image_id < logits.shape[-1]:
-            logits[:, self.image_id] = -1e9
-        return logits.log_softmax(-1)
+        return logits.index_fill(-1, self.never_drawn.to(logits.device), -1e9).log_softmax(-1)
 
     def _count(self, per_parameter: int, tokens: int) -> None:
         """Adds the work on so many tokens."""

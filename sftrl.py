@@ -2149,8 +2149,6 @@ def prepare(threads: int) -> bool:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # The new name of this argument is not known to transformers 5.17.
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
     if threads:
         torch.set_num_threads(threads)
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -110,7 +110,7 @@ class QwenProcessor:
         self.images, self.tokenizer, self.chat_template = images, tokenizer, chat_template
 
     def apply_chat_template(self, messages, **options):
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
+        return self.tokenizer.apply_chat_template(messages, **options)
 
     def __call__(self, text, images, **options):
         out = self.images([image for (image,) in images], return_tensors="pt")

@@ -393,3 +393,13 @@ def test_forgetting_speaks_of_arms_that_left_the_init(tmp_path):
     report = evaluate.Report(results, tmp_path, settings, {"no-init": [("raw", {})]})
     assert [(arm, p["seed"]) for arm, p, _ in report.distances()] == [("rl", 0), ("rl", 1)]
     assert len(report.distances_table()[2].split("|")[-2].split(",")) == 2  # each seed's change
+
+
+def test_distances_stay_finite_where_a_token_was_all_but_impossible(policy):
+    streams = policy.streams([envs.demonstration(envs.make("gp-l", seed=0))])
+
+    def other(batch):
+        return {"logp": torch.full_like(batch["mask"], 200.0) * batch["mask"]}
+
+    total, tokens = evaluate.kl_sums(policy, other, streams)
+    assert math.isfinite(total) and tokens == sum(streams[0].mask)

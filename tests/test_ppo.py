@@ -110,6 +110,16 @@ def test_clipping_stops_the_gradient_only_where_the_ratio_left_the_range_in_the_
     assert [bool(g) for g in logp.grad[0]] == [False, True, True, False]
 
 
+def test_a_ratio_beyond_fp32_has_no_gradient_where_it_is_clipped_and_a_finite_one_elsewhere():
+    logp = torch.tensor([[100.0, 100.0, 0.1]], requires_grad=True)
+    advantages, ones = torch.tensor([[1.0, -1.0, 1.0]]), torch.ones(1, 3)
+    loss = ppo.policy_loss(logp, torch.zeros(1, 3), advantages, ones, 0.2)
+    loss.backward()
+    clipped, shrinking, usual = logp.grad[0].tolist()
+    assert clipped == 0 and 0 < shrinking < math.inf and usual == pytest.approx(-math.exp(0.1) / 3)
+    assert loss.isfinite() and ppo.kl_estimate(torch.zeros(1), torch.full((1,), 100.0)).isfinite()
+
+
 def test_kl_estimate_is_unbiased_and_never_negative():
     g = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 6, generator=g).log_softmax(-1)
@@ -385,6 +395,25 @@ def test_kl_to_the_initial_policy_is_zero_at_first_and_restores_the_weights(poli
     batch = ppo.collect(policy, *played(policy, config), config, "formula")
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
     assert (batch["initial_logp"] - batch["old_logp"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reward", [-3.0, -3.1, 0.7])
+def test_equal_rewards_teach_nothing_though_fp32_does_not_hold_them(policy, reward):
+    rewards = {"unparsed": reward, "budget": 0.0}
+    environments = [envs.make("gp-l", verify_iter=1, rewards=rewards) for _ in range(8)]
+    config = ppo.PPOConfig(
+        lr=1e-3, episodes=8, minibatch_size=8, microbatch_size=8, epochs=2, steps=1, max_new_tokens=9
+    )
+    before = [p.clone() for p in policy.model.parameters()]
+    (logged,) = ppo.train(policy, policy.optimizers(1e-3, 1e-3), environments, config)
+    assert logged["return"] == pytest.approx(reward) and logged["explained_variance"] == 0
+    assert all(torch.equal(p, q) for p, q in zip(before, policy.model.parameters()))
+
+
+@pytest.mark.parametrize("field", ["answer", "答案", "réponse"])
+def test_an_answer_field_is_found_whose_letters_take_several_tokens(policy, field):
+    start, rest = policy.tokenize([f'{{"why": "so", "{field}', '": "7"}'])
+    assert ppo.thought_length(policy, start + rest, field) == len(start) - 1
 
 
 def test_thought_length_ends_at_the_answer_field(policy):

@@ -464,6 +464,14 @@ def test_between_turns_stand_the_templates_own_tokens(kind):
         assert cut.ids == stream.ids[:said] + extra + closing and sum(cut.mask) == said - start + len(extra)
 
 
+def test_a_template_that_asks_for_the_date_is_always_given_the_same():
+    template = "{{ 'Today: ' + strftime_now('%d %b %Y, %-m/%-d') + '<|end|>' }}" + CHATML
+    tokenizer = chat_tokenizer(template, eos_token="<|end|>")
+    policy = sftrl.Policy(random_model("llama", tokenizer), tokenizer)
+    text = policy.render([{"role": "user", "content": "24?"}])
+    assert text.startswith("Today: 26 Jul 2024, 7/26<|end|><|im_start|>user")
+
+
 def test_a_model_whose_replies_end_with_nothing_is_refused():
     tokenizer = chat_tokenizer(PLAIN)
     model = random_model("llama", tokenizer)
@@ -962,6 +970,16 @@ def test_the_file_of_a_demonstrations_picture_is_read_as_an_image_viewer_shows_i
         for image in images
     ]
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
+
+
+def test_ids_without_text_are_never_drawn():
+    """A model may have more rows than the tokenizer has tokens."""
+    tokenizer = chat_tokenizer(eos_token="<|end|>")
+    policy = sftrl.Policy(random_model("llama", tokenizer, vocab_size=4096), tokenizer)
+    streams = sampled(policy, n=16)
+    assert all(token < len(tokenizer) for s in streams for token in s.ids)
+    assert policy.never_drawn.tolist() == list(range(len(tokenizer), 4096))
+    assert largest_gap(policy) < 1e-4
 
 
 def test_pictures_are_never_lost(policy):
