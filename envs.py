@@ -1371,9 +1371,9 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
     street_views/.
 
-    What no route uses may be anything. A route that cannot be walked is left out, with one warning that counts
-    them; without a single one that can, ValueError in one line names file, route and field. With `pictures`
-    the files of the panoramas where a route starts, turns and ends must be there, and a warning says how many
+    What no route uses may be anything. A route that cannot be walked is left out, with one warning that
+    counts them; without a single one that can, ValueError in one line names file, route and field. With
+    `pictures` the files of the panoramas where a route starts, turns and ends must be there, and a warning says how many
     others are missing; what is in them is read when a walk comes by.
     """
     folder = Path(folder)
@@ -1531,8 +1531,8 @@ _MILESTONE = re.compile(
 
 
 def _milestones(text: str) -> list[dict[str, str]]:
-    """The blocks of milestone_info that hold something. It is no JSON: a value may hold quotes and braces, and
-    lines may be joined."""
+    """The blocks of milestone_info that hold something. It is no JSON: a value may hold quotes and braces,
+    and lines may be joined."""
     blocks: list[dict[str, str]] = []
     for match in _MILESTONE.finditer(text):
         if not match[1]:

@@ -8,18 +8,18 @@ One update (`train`):
               then advantages and returns, one episode at a time (`gae`)
     update    epochs of minibatches: `losses`, backward, one optimizer step for each
 
-The file follows that order. Then come the policy in detail (text and tokens, scores, sampling), how families
-of models take pictures, and the key-value caches.
+The file follows that order. Then come the policy (text and tokens, scores, sampling) and what it gives to the
+library's `generate`.
 
 Words used here: a *reply* is a run of tokens that the policy sampled, up to its end token. A *stream* is one
 conversation in tokens. An *episode* is what an environment plays: one stream, or on a walk with pictures
-one for each place. A *row* is a stream in a batch. An *action* has one ratio, value and advantage: a token
+one for each waypoint. A *row* is a stream in a batch. An *action* has one ratio, value and advantage: a token
 (`ratio="token"`, the default) or, as in the paper, a whole reply (`ratio="reply"`).
 
 Batches are tensors [B, T]: B rows, T tokens of the longest one, padded on the right. `mask` is 1 where the
 policy chose the token. It comes from the sampler, never from comparing ids with a padding id.
 
-Left out, to stay short: value functions of their own (the value head reads the policy's trunk), adaptive KL
+Left out, to stay short: a separate value model (the value head reads the policy's trunk), adaptive KL
 coefficients, and partial episodes: every episode ends within its rollout.
 """
 
@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Annotated, Any
 
 import jinja2
@@ -245,8 +246,10 @@ class Player:
         """What is decoded together: conversations that began together, with the cache that they keep; where
         caches are not kept, those with as much room for a reply."""
         if not self.policy.keeps_caches:
-            room = {i: self.policy.room(self.streams[i][-1], self.settings[0]) for i in ready}
-            return [([i for i in ready if room[i] == n], None) for n in sorted(set(room.values()))]
+            left = {
+                i: min(self.settings[0], self.policy.max_length - len(self.streams[i][-1])) for i in ready
+            }
+            return [([i for i in ready if left[i] == n], None) for n in sorted(set(left.values()))]
         for cache in self.caches:
             cache.keep([i for i in cache.rows if i in ready and i not in opened])
         fresh = KeptCache([i for i in ready if i in opened])
@@ -632,16 +635,16 @@ class Policy(nn.Module):
         self.parameter_count, self.flops = sum(p.numel() for p in model.parameters()), 0.0
         ids = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
         self.image_id = next((i for i in ids if i is not None), None)
-        # Never drawn: ids that the tokenizer has no text for, and image tokens, which would promise a picture.
+        # Never drawn: ids without text, and the image token, which would promise a picture.
         known = set(self.tokenizer.get_vocab().values()) - {self.image_id}
-        unknown = [token for token in range(head.out_features) if token not in known]
-        self.register_buffer("never_drawn", torch.tensor(unknown, dtype=torch.long), persistent=False)
+        never = torch.tensor([k for k in range(head.out_features) if k not in known], dtype=torch.long)
+        self.register_buffer("never_drawn", never, persistent=False)
         self._ask_template()
         self.pad_id = self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.max_length = longest_conversation(model.config.get_text_config())
         self.keeps_caches = can_keep_caches(model.config.get_text_config())
-        known = inspect.signature(model.forward).parameters
-        self._cache_argument = "cache" if "cache" in known else "past_key_values"  # by the library's version
+        new = "cache" in inspect.signature(model.forward).parameters  # by the library's version
+        self._cache_argument = "cache" if new else "past_key_values"
         self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
 
     # ---- text and tokens
@@ -936,7 +939,8 @@ class Policy(nn.Module):
         for name, x in streams[0].columns.items():  # the last one goes on behind the prompt
             inputs[name] = x.new_zeros(*shown.shape, *x.shape[2:])
             for row, where, s in zip(inputs[name], shown, streams):
-                row[where] = pad_columns(s.columns[name], after=int(where.sum()) - s.columns[name].shape[1])[0]
+                after = int(where.sum()) - s.columns[name].shape[1]
+                row[where] = pad_columns(s.columns[name], after=after)[0]
         cast = {False: None, True: self.model.dtype}
         return {k: x.to(self.model.device, cast[x.is_floating_point()]) for k, x in inputs.items()}
 
@@ -970,10 +974,6 @@ class Policy(nn.Module):
             copied.data.copy_(p.data)
         yield self._rollout_copy
 
-    def room(self, stream: Stream, max_new_tokens: int) -> int:
-        """How long a conversation's next reply may be."""
-        return int(min(max_new_tokens, self.max_length - len(stream)))
-
     @torch.no_grad()
     def sample(
         self,
@@ -989,51 +989,44 @@ class Policy(nn.Module):
 
         `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is filtered: what is drawn is
         what the log-probabilities say (no top-k, no top-p, nothing of the folder's generation config). What
-        the `cache` holds of the conversations is not read again. Without one all must have the same room.
+        the `cache` holds of the conversations is not read again.
         """
         # 1. What the model has not read yet becomes one block, padded on the left.
-        unread = [s.ids[n:] for s, n in zip(streams, cache.read if cache is not None else [0] * len(streams))]
+        unread = [s.ids[n:] for s, n in zip(streams, cache.read if cache is not None else repeat(0))]
         ids = pad_rows(unread, self.pad_id, model.device, left=True)
         mask = pad_rows([[1] * len(row) for row in unread], 0, model.device, left=True)
-        inputs = {}
-        if streams[0].picture and len(unread[0]) == len(streams[0]):
-            inputs = self._beside(streams, mask.bool().cpu())
+        first = streams[0].picture and len(unread[0]) == len(streams[0])  # the block has the pictures
+        inputs = self._beside(streams, mask.bool().cpu()) if first else {}
         if cache is not None:
             mask = cache.mask = mask if cache.mask is None else torch.cat([cache.mask, mask], 1)
-            cache.read = [len(s) for s in streams]
-            inputs[self._cache_argument] = cache
-        # 2. The library decodes. Its random numbers are the global ones.
-        recorder, kept = Recorder(self, temperature), model.generation_config
-        seed = int(torch.randint(2**62, (), generator=generator))
-        settings = transformers.GenerationConfig(
-            do_sample=temperature > 0,
-            top_k=0,
-            max_new_tokens=min(self.room(s, max_new_tokens) for s in streams),
-            eos_token_id=sorted(self.stop_ids),
-            pad_token_id=self.pad_id,
-        )
+            inputs[self._cache_argument], cache.read = cache, [len(s) for s in streams]
+        # 2. The library decodes, with nothing but these settings.
+        longest = int(min(max_new_tokens, self.max_length - max(map(len, streams))))
+        settings = transformers.GenerationConfig(do_sample=temperature > 0, top_k=0, max_new_tokens=longest)
+        settings.eos_token_id, settings.pad_token_id = sorted(self.stop_ids), self.pad_id
+        recorder, theirs = Recorder(self, temperature), model.generation_config
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            model.generation_config = transformers.GenerationConfig()  # it would fill what `settings` leave open
-            try:
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            model.generation_config = transformers.GenerationConfig()
+            try:  # ranks decode apart, and may stop at different lengths
                 out = model.generate(
-                    input_ids=ids,
+                    ids,
+                    settings,
+                    transformers.LogitsProcessorList([recorder]),
+                    synced_gpus=False,
                     **inputs | {"attention_mask": mask},
-                    generation_config=settings,
-                    logits_processor=transformers.LogitsProcessorList([recorder]),
-                    synced_gpus=False,  # ranks decode apart, and may stop at different lengths
                 )[:, ids.shape[1] :]
             finally:
-                model.generation_config = kept
-        # 3. A reply ends with its first stop. Rows that ended earlier went on with padding.
+                model.generation_config = theirs
+        # 3. A reply ends with its first stop; rows that ended before others went on with padding.
         if cache is not None:
             cache.crop(mask.shape[1] - cache.get_seq_length())
         replies = []
-        for row, logp in zip(out.tolist(), recorder.chosen(out).tolist()):
+        for row, logp in zip(out.tolist(), recorder.logp(out).tolist()):
             stop = next((k for k, token in enumerate(row, 1) if token in self.stop_ids), len(row))
             replies.append((row[:stop], logp[:stop]))
-        fresh = sum(len(s) - (s.replies[-1][1] if s.replies else 0) for s in streams)
-        self._count(2, fresh + sum(len(row) for row, _ in replies))
+        new = sum(len(s) - (s.replies[-1][1] if s.replies else 0) for s in streams)
+        self._count(2, new + sum(len(row) for row, _ in replies))
         return replies
 
     @contextmanager
@@ -1128,11 +1121,7 @@ class Policy(nn.Module):
 
     def largest(self, number: float) -> float:
         """The largest over all ranks."""
-        if self.world == 1:
-            return number
-        value = torch.tensor(number, dtype=torch.float64, device=self.model.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
+        return max(self.gather([number]))
 
     def gather(self, items: list) -> list:
         """All ranks' items, in the order of ranks."""
@@ -1152,7 +1141,7 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, device: torch.device, lef
 
 def pad_columns(x: Tensor, before: int = 0, after: int = 0) -> Tensor:
     """x [1, n, ...] with so many columns of 0 before it, and of its last one after it."""
-    return torch.cat([torch.zeros_like(x[:, :1]).expand(-1, before, *x.shape[2:]), x, *[x[:, -1:]] * after], 1)
+    return torch.cat([*[torch.zeros_like(x[:, :1])] * before, x, *[x[:, -1:]] * after], 1)
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:
@@ -1184,18 +1173,16 @@ def longest_conversation(config: transformers.PretrainedConfig) -> float:
 
 
 def can_keep_caches(config: transformers.PretrainedConfig) -> bool:
-    """Whether keys and values of a language model may stand in any column, with masked columns between them:
-    full attention in every layer, and positions that are rotated into the keys, by one number each."""
+    """Whether keys may stand in any column, with masked ones between: in every layer of the language model
+    full attention, and positions that are rotated into the keys, by one number each."""
     rope = getattr(config, "rope_parameters", None) or {}
-    plain = {type(layer) for layer in transformers.DynamicCache(config=config).layers}
-    return (
-        bool(rope)
-        and plain == {DynamicLayer}
-        and math.isinf(longest_conversation(config))
-        and not {"mrope_section"} & rope.keys()
-        and not getattr(config, "alibi", False)
-        and not getattr(config, "cross_attention_layers", None)
+    odd = (
+        "mrope_section" in rope
+        or getattr(config, "cross_attention_layers", None)
+        or config.to_dict().get("alibi")
     )
+    full = all(type(layer) is DynamicLayer for layer in transformers.DynamicCache(config=config).layers)
+    return bool(rope) and not odd and full and math.isinf(longest_conversation(config))
 
 
 # -------------------------------------------------------------------------------- what `generate` is given
@@ -1207,20 +1194,18 @@ class Recorder(transformers.LogitsProcessor):
 
     def __init__(self, policy: Policy, temperature: float):
         self.policy, self.temperature = policy, temperature or 1.0
-        self.last: Tensor | None = None  # [B, vocabulary]
-        self.logps: list[Tensor] = []  # [B, 1] of each token drawn, but for the last one
+        self.last, self.chosen = torch.empty(0), []  # [B, vocabulary]; [B, 1] of each token but the last
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.last is not None:
-            self.logps.append(self.last.gather(-1, input_ids[:, -1:]))
+        if len(self.last):
+            self.chosen.append(self.last.gather(-1, input_ids[:, -1:]))
         self.last = self.policy.log_probabilities(scores, self.temperature)
         return self.last
 
-    def chosen(self, drawn: Tensor) -> Tensor:
-        """The log-probabilities of all tokens drawn [B, n]."""
-        if len(self.logps) < drawn.shape[1]:
-            self.logps.append(self.last.gather(-1, drawn[:, -1:]))
-        return torch.cat(self.logps[: drawn.shape[1]], 1)
+    def logp(self, drawn: Tensor) -> Tensor:
+        """Of all tokens drawn [B, n]. (On a GPU the library may have gone one step too far.)"""
+        last = self.last.gather(-1, drawn[:, -1:])
+        return torch.cat([*self.chosen, last][: drawn.shape[1]], 1)
 
 
 class GrowingLayer(DynamicLayer):

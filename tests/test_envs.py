@@ -1213,7 +1213,7 @@ def test_points_of_a_short_leg_that_fall_on_one_panorama_are_kept(tmp_path):
     route = altered(
         start_place__relocated_geocode=corners[0],
         route_results__geocode_list=[corners[2]],
-        milestone_info='{"landmarks": "Starbucks is on your left", "to_next_intersection_heading": "0 (north)"}',
+        milestone_info='{"landmarks": "Shop is on your left", "to_next_intersection_heading": "0 (north)"}',
     )
     env = envs.make("virl-l", data=by_hand(tmp_path, route, ids), drop=0.0)
     env.reset()

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHATML, MODELS, SIGHTED, SMALL, QwenProcessor, chat_tokenizer, make_policy, random_model
+from conftest import CHATML, MODELS, SIGHTED, SMALL, chat_tokenizer, make_policy, random_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, normalizers
@@ -189,7 +189,9 @@ def test_what_is_kept_from_turn_to_turn_is_what_would_be_read_again(kind, task):
     """Six episodes, four at once, that end at different turns; on the walk some stay at a waypoint while
     others open a new conversation."""
     small = {"virl-vl": {"turns": 2, "points_per_leg": 1, "view_size": 16, "panorama_width": 64}}
-    options = small.get(task, SMALL if task == "gp-vl" else {}) | ({"go_on": True} if task == "virl-vl" else {})
+    options = small.get(task, SMALL if task == "gp-vl" else {}) | (
+        {"go_on": True} if task == "virl-vl" else {}
+    )
     played = []
     for keeps in (True, False):
         policy = make_policy(kind, rollout_batch=4)
@@ -641,7 +643,9 @@ def largest_gap(policy, temperature=1.0, task="gp-l"):
     )
     with torch.no_grad():
         scored = policy(policy.collate(streams), temperature)["logp"]
-    return max(abs(scored[b, t] - s.logp[t]) for b, s in enumerate(streams) for t in range(len(s)) if s.mask[t])
+    return max(
+        abs(scored[b, t] - s.logp[t]) for b, s in enumerate(streams) for t in range(len(s)) if s.mask[t]
+    )
 
 
 @pytest.mark.parametrize("architecture", BROUGHT)
@@ -734,9 +738,11 @@ def test_a_check_in_bf16_passes_what_is_right_and_finds_what_is_not(monkeypatch)
     monkeypatch.setattr(  # other logits where nothing is kept: in `forward`, and in the plain call
         policy.model,
         "forward",
-        lambda **inputs: call(**inputs)
-        if inputs["use_cache"]
-        else transformers.modeling_outputs.CausalLMOutput(logits=2 * call(**inputs).logits),
+        lambda **inputs: (
+            call(**inputs)
+            if inputs["use_cache"]
+            else transformers.modeling_outputs.CausalLMOutput(logits=2 * call(**inputs).logits)
+        ),
     )
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration cannot be served"):
         sftrl.check(policy, False)
@@ -1638,7 +1644,9 @@ def test_study_of_routes_in_miniature(tmp_path, monkeypatch, task):
         and "RL ends above SFT at turns under the other rule, greedy" in report
     )
     assert ("91.8 against 80.8" if task == "virl-l" else "RL raises recognition in other cities") in report
-    assert ("in other cities, whole routes" in report and "77.8 against 16.7" in report) == (task == "virl-vl")
+    assert ("in other cities, whole routes" in report and "77.8 against 16.7" in report) == (
+        task == "virl-vl"
+    )
     smaller = {
         "virl-l": "turns 3 (7), points_per_leg 1 (4).",
         "virl-vl": "turns 2 (7), points_per_leg 1 (4), view_size 64 (300), panorama_width 256 (1024).",
