@@ -1373,8 +1373,8 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
 
     What no route uses may be anything. A route that cannot be walked is left out, with one warning that
     counts them; without a single one that can, ValueError in one line names file, route and field. With
-    `pictures` the files of the panoramas where a route starts, turns and ends must be there, and a warning says how many
-    others are missing; what is in them is read when a walk comes by.
+    `pictures` the files of the panoramas where a route starts, turns and ends must be there, and a warning
+    says how many others are missing; what is in them is read when a walk comes by.
     """
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
