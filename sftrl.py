@@ -1716,7 +1716,7 @@ class EveryCommand:
         ),
     ] = "gp-l"
     threads: Annotated[int, Option("CPU threads; 0 takes all cores", least=0)] = 0
-    rollout_batch: Annotated[int, Option("conversations decoded together", least=1)] = 256
+    rollout_batch: Annotated[int, Option("episodes played together", least=1)] = 256
 
 
 class Training(EveryCommand):

@@ -183,19 +183,19 @@ def decode(
     policy.rollout_batch = size
     took = []
     with torch.no_grad(), policy.rollout_weights() as model:
-        features = policy.image_features(model, [s.picture for s in streams]) if observation.image else None
         for length in (1, tokens + 1):
             took.append(
                 seconds(
-                    device,
-                    lambda n=length: policy.sample(
-                        model, [s.ids for s in streams], n, 1.0, policy.generator("gpu"), features
-                    ),
+                    device, lambda n=length: policy.sample(model, streams, n, 1.0, policy.generator("gpu"))
                 )
             )
-        _, batch = policy._prefill(model, [s.ids for s in streams], features, None, 0)
+        ids = torch.tensor([s.ids for s in streams], device=device)
+        inputs = policy._beside(streams, torch.ones(ids.shape, dtype=torch.bool)) if observation.image else {}
+        cache = model(input_ids=ids, use_cache=True, **inputs)[policy._cache_argument]
     # Read per step: all weights, and the cache of the prompt and its picture.
-    read = 2 * policy.parameter_count + sum(x.keys.nbytes + x.values.nbytes for x in batch.cache.layers)
+    read = 2 * policy.parameter_count + sum(
+        x.keys.nbytes + x.values.nbytes for x in cache.layers if x.is_initialized
+    )
     speed_of_light, got = bandwidth / read * size, size * tokens / (took[1] - took[0])
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
     share = f"{got / speed_of_light:.0%} of the bandwidth's bound"
