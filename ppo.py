@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Annotated, Any
 
 import jinja2
@@ -82,9 +82,9 @@ class PPOConfig:
     kl_coef: Annotated[float, Option("weight of KL(policy || initial policy), in nats", least=0)] = 0.0
     max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
     ratio: Annotated[str, Option("one ratio, value and advantage per", choices=("token", "reply"))] = "token"
-    objective: Annotated[
-        str, Option("ppo, or SFT on one's own accepted replies", choices=("ppo", "imitate"))
-    ] = "ppo"
+    objective: Annotated[str, Option("ppo, or SFT on the accepted replies", choices=("ppo", "imitate"))] = (
+        "ppo"
+    )
     thought_coef: Annotated[
         float, Option("with ratio reply: weight of what stands before the answer field (paper: .5)", least=0)
     ] = 1.0
@@ -185,7 +185,7 @@ def rollout(
     seeds = episode_seeds(policy, len(environments), config, step)
     generator = policy.generator(f"rollout/{config.seed}/{step}")
     with policy.responder(config.temperature, config.max_new_tokens, generator) as player:
-        episodes = envs.play(environments, player, seeds)
+        episodes = envs.play(environments, player, seeds, at_once=policy.rollout_batch)
     return [player.streams[i] for i in range(len(episodes))], episodes
 
 
@@ -208,52 +208,49 @@ class Player:
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
         """One reply each; None where the conversation is as long as the model's positions reach. Raises
         ValueError for a first prompt of that length. Conversations that are not asked for are over."""
-        policy, seen = self.policy, dict(zip(indices, observations))
-        # 1. Conversations that begin, or that go on with another picture, are opened.
-        new = [i for i in indices if i not in self.streams or self.images[i] is not seen[i].image]
-        spoken = [[s.ids[a:b] for s in self.streams.get(i, []) for a, b in s.replies] for i in new]
-        opened = dict(zip(new, policy.open([(seen[i].messages, seen[i].image) for i in new], spoken)))
-        # 2. The others are extended. What leaves no room for a reply ends the episode.
-        ready = [i for i in indices if self._read(i, seen[i], opened.get(i))]
+        policy, opened, ready = self.policy, set(), []
+        for i, observation in zip(indices, observations):
+            streams, image = self.streams.setdefault(i, []), observation.image
+            if streams and self.images[i] is image:
+                # 1. The verifier's words join the conversation. If no room is left behind them, it ends.
+                stream, length = streams[-1], len(streams[-1])
+                policy.extend(stream, observation.messages[-1]["content"])
+                if len(stream) >= policy.max_length:
+                    del stream.ids[length:], stream.mask[length:], stream.logp[length:]
+                    continue
+            else:
+                # 2. Or a conversation begins, or goes on with another picture, and is opened.
+                replies = [s.ids[start:stop] for s in streams for start, stop in s.replies]
+                stream = policy.open(observation.messages, image, replies)
+                if not streams:
+                    policy.require_room(len(stream), "a prompt")
+                elif len(stream) >= policy.max_length:
+                    continue
+                streams.append(stream)
+                self.images[i] = image
+                opened.add(i)
+            ready.append(i)
         # 3. One reply is sampled for each.
         texts: dict[int, str] = {}
         for rows, cache in self._batches(ready, opened):
-            streams = [self.streams[i][-1] for i in rows]
-            drawn = policy.sample(self.model, streams, *self.settings, cache)
-            for i, stream, reply in zip(rows, streams, drawn):
-                stream.reply(*reply)
-                texts[i] = policy.decode(reply[0])
+            batch = [self.streams[i][-1] for i in rows]
+            drawn = policy.sample(self.model, batch, *self.settings, cache)
+            for i, stream, (ids, logp) in zip(rows, batch, drawn):
+                stream.reply(ids, logp)
+                texts[i] = policy.decode(ids)
         return [texts.get(i) for i in indices]
 
-    def _read(self, i: int, observation: envs.Observation, opened: Stream | None) -> bool:
-        """Adds what environment i shows to its conversation, `opened` anew or the last one; False, and
-        nothing is added, if no room is left for a reply."""
-        stream = opened or self.streams[i][-1]
-        before = len(stream)
-        if opened is None:
-            self.policy.extend(stream, observation.messages[-1]["content"])
-        elif i not in self.streams:
-            self.policy.require_room(before, "a prompt")
-        fits = len(stream) < self.policy.max_length
-        if opened is not None and fits:
-            self.streams.setdefault(i, []).append(opened)
-            self.images[i] = observation.image
-        elif not fits:
-            del stream.ids[before:], stream.mask[before:], stream.logp[before:]
-        return fits
-
-    def _batches(self, ready: list[int], opened: dict) -> list[tuple[list[int], KeptCache | None]]:
+    def _batches(self, ready: list[int], opened: set[int]) -> list[tuple[list[int], KeptCache | None]]:
         """What is decoded together: conversations that began together, with the cache that they keep; where
         caches are not kept, those with as much room for a reply."""
         if not self.policy.keeps_caches:
-            left = {
-                i: min(self.settings[0], self.policy.max_length - len(self.streams[i][-1])) for i in ready
-            }
-            return [([i for i in ready if left[i] == n], None) for n in sorted(set(left.values()))]
+            room = {i: self.policy.max_length - len(self.streams[i][-1]) for i in ready}
+            rooms = sorted({min(self.settings[0], n) for n in room.values()})
+            return [([i for i in ready if min(self.settings[0], room[i]) == n], None) for n in rooms]
         for cache in self.caches:
             cache.keep([i for i in cache.rows if i in ready and i not in opened])
-        fresh = KeptCache([i for i in ready if i in opened])
-        self.caches = [cache for cache in (*self.caches, fresh) if cache.rows]
+        self.caches.append(KeptCache([i for i in ready if i in opened]))
+        self.caches = [cache for cache in self.caches if cache.rows]
         return [(cache.rows, cache) for cache in self.caches]
 
 
@@ -284,7 +281,7 @@ def collect(
     batch["actions"] = batch["mask"]
     if config.ratio == "reply":
         batch["actions"], batch["weights"] = reply_weights(policy, rows, batch["mask"], answer_field, config)
-        spans = [[(b, start, start + 1) for b, start, _ in own] for own in spans]
+        spans = [[(b, start, start + 1) for b, start, _ in replies] for replies in spans]
     # 2. One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever
     # precision sampled the tokens.
     scores = score(policy, batch, config, values=True)
@@ -318,11 +315,13 @@ def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], 
     Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as
     many: where episodes have several rows, a rank with fewer adds copies of its shortest one that train
     nothing."""
-    rows = sorted((stream for own in streams for stream in own), key=len)
+    rows = sorted(chain(*streams), key=len)
     spare = replace(rows[0], mask=[0] * len(rows[0]), logp=[0.0] * len(rows[0]), replies=[])
     rows = [spare] * int(policy.largest(len(rows)) - len(rows)) + rows
     number = {id(stream): b for b, stream in enumerate(rows)}
-    spans = [[(number[id(s)], start, stop) for s in own for start, stop in s.replies] for own in streams]
+    spans = [
+        [(number[id(s)], start, stop) for s in episode for start, stop in s.replies] for episode in streams
+    ]
     return rows, spans
 
 
@@ -401,9 +400,9 @@ def gae(
     """
     advantages: list[list[float]] = []
     next_value = next_advantage = 0.0
-    for reward, own in zip(reversed(rewards), reversed(values), strict=True):
+    for reward, reply_values in zip(reversed(rewards), reversed(values), strict=True):
         line, discount = [], gamma
-        for value in reversed(own):
+        for value in reversed(reply_values):
             delta = reward + discount * next_value - value
             line.append(delta + discount * lam * next_advantage)
             next_value, next_advantage, reward, discount = value, line[-1], 0.0, 1.0
@@ -417,9 +416,9 @@ def advantages_of(
 ) -> tuple[Tensor, Tensor]:
     """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. values [B, T]."""
     before, advantages, returns = values.tolist(), torch.zeros(values.shape), torch.zeros(values.shape)
-    for reward, own in zip(rewards, spans):
-        lines = gae(reward, [before[b][start:stop] for b, start, stop in own], gamma, lam)
-        for (b, start, stop), a, r in zip(own, *lines):
+    for reward, replies in zip(rewards, spans):
+        lines = gae(reward, [before[b][start:stop] for b, start, stop in replies], gamma, lam)
+        for (b, start, stop), a, r in zip(replies, *lines):
             advantages[b, start:stop], returns[b, start:stop] = torch.tensor(a), torch.tensor(r)
     # What rounding leaves of returns that the values have met is no advantage: whitened, it would be large.
     advantages[advantages.abs() < ROUNDING * returns.abs()] = 0
@@ -565,8 +564,8 @@ def episode_metrics(
         "turns": (replies, n),
         "reply_length": (tokens, replies),
         "sampler_gap": (batch["sampler_gap"].sum(), tokens),
-        **{f"share/{v}": (len(own), replies) for v, own in rewards.items()},
-        **{f"reward/{v}": (sum(own), n) for v, own in rewards.items()},
+        **{f"share/{v}": (len(given), replies) for v, given in rewards.items()},
+        **{f"reward/{v}": (sum(given), n) for v, given in rewards.items()},
     }
     returns = batch["returns"].double()
     for name, x in (("R", returns), ("error", returns - batch["old_values"])):
@@ -670,8 +669,8 @@ class Policy(nn.Module):
         """What a reply says, special tokens included: only its end of turn is cut off. Nothing counts that
         stands behind a stop."""
         stop = next((k for k, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        said = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
-        text = self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        ids = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text.removesuffix(self.end_blank)
 
     _MARK = "\u2063REPLY\u2063"
@@ -696,16 +695,16 @@ class Policy(nn.Module):
         self._template_text = FIXED_CLOCK + (text["default"] if isinstance(text, dict) else text)
         start = self.tokenizer("x")["input_ids"][:1]
         self.bos = start if start == [self.tokenizer.bos_token_id] else []
-        asked, replied = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
+        user, reply = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
         self._content_as_parts = False
         try:
-            self._content_as_parts = self._MARK not in self.render([asked])
+            self._content_as_parts = self._MARK not in self.render([user])
         except ValueError:
             self._content_as_parts = True
-        self.opening = self.render([asked]).split(self._MARK)[-1]
-        parts = self.render([asked, replied, asked]).split(self._MARK)
+        self.opening = self.render([user]).split(self._MARK)[-1]
+        parts = self.render([user, reply, user]).split(self._MARK)
         if len(parts) != 4:
-            raise ValueError("its chat template leaves out replies, or what is said after them")
+            raise ValueError("its chat template leaves out replies, or what follows them")
         whole = parts[1].startswith(self.opening)  # a template may open a thought that it drops later
         self.reply_start = parts[1].removeprefix(self.opening) if whole else ""
         added = {k: t.content for k, t in self.tokenizer.added_tokens_decoder.items() if t.content.strip()}
@@ -717,7 +716,7 @@ class Policy(nn.Module):
         named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = closing + [token for token in named if token is not None]
         if not ends:
-            lacking = "its chat template ends replies with no token of its own"
+            lacking = "its chat template ends replies with no token"
             raise ValueError(f"its tokenizer has no eos token, and {lacking}")
         self.end_id, self.end_ids = ends[0], set(ends)
         self.stop_ids = self.end_ids | (set(marks) - set(inside))
@@ -743,49 +742,36 @@ class Policy(nn.Module):
         stream.context(ids[ids.index(self.end_id) + 1 :] if closed else ids)
 
     def open(
-        self,
-        conversations: Sequence[tuple[list[dict], Image.Image | None]],
-        replies: Sequence[Sequence[list[int]]] | None = None,
-    ) -> list[Stream]:
-        """Streams of conversations (messages, picture) that wait for their next reply; a picture belongs to
-        the last message.
+        self, messages: list[dict], image: Image.Image | None = None, replies: Sequence[list[int]] = ()
+    ) -> Stream:
+        """A conversation that waits for its next reply. The picture belongs to the last message.
 
-        `replies`: of each conversation the tokens of its last replies, which join as they are: no text that a
-        model wrote becomes a special token. Raises ValueError if a picture would be lost: the model reads
-        none, its chat template leaves out the picture's place, or only some conversations have one.
+        `replies` are the tokens of the last replies, which join as they are: no text that a model wrote
+        becomes a special token. Raises ValueError if the picture would be lost: the model reads none, or its
+        chat template has no image token.
         """
-        replies = replies or [[] for _ in conversations]
-        texts = [self._around_replies(asked, len(own)) for (asked, _), own in zip(conversations, replies)]
-        first = self.tokenize([parts[0] for parts in texts])
-        later = iter(self._continue([part for parts in texts for part in parts[1:]]))
-        spoken = [[ids, *(next(later) for _ in parts[1:])] for ids, parts in zip(first, texts)]
-        lacking = sum(image is None for _, image in conversations)
-        if 0 < lacking < len(texts):
-            lot = f"{lacking} of {len(texts)} conversations of a batch"
-            raise ValueError(f"{lot} have no picture: all must have one, or none")
-        streams = [Stream() for _ in texts]
-        for stream, parts, own, text, (_, image) in zip(streams, spoken, replies, texts, conversations):
-            if image is not None:
-                parts[-1] = self._show(stream, text[-1], image, follows=len(text) > 1)
-            stream.context(parts[0] if parts[0][:1] == self.bos else self.bos + parts[0])
-            for reply, ids in zip(own, parts[1:], strict=True):
-                stream.context(reply)
-                self._go_on(stream, ids)
-            for name, x in stream.columns.items():  # nothing stands beside what comes before the last part
-                stream.columns[name] = pad_columns(x, before=len(stream) - x.shape[1])
-        return streams
+        texts, stream = self._around_replies(messages, len(replies)), Stream()
+        prompts = [*self.tokenize(texts[:1]), *self._continue(texts[1:])]
+        if image is not None:
+            prompts[-1] = self._show(stream, texts[-1], image, follows=len(texts) > 1)
+        stream.context(prompts[0] if prompts[0][:1] == self.bos else self.bos + prompts[0])
+        for reply, ids in zip(replies, prompts[1:], strict=True):
+            stream.context(reply)
+            self._go_on(stream, ids)
+        for name, x in stream.columns.items():  # nothing stands beside what comes before the last part
+            stream.columns[name] = pad_columns(x, before=len(stream) - x.shape[1])
+        return stream
 
     def _around_replies(self, messages: list[dict], n: int) -> list[str]:
-        """The template's text before the last n replies of a conversation, between them, and after the
-        last."""
-        places = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-        marked = places[len(places) - n :]
+        """The template's text before the last n replies, between them, and after the last."""
+        written = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+        marked = written[len(written) - n :]
         messages = [m | {"content": self._MARK} if k in marked else m for k, m in enumerate(messages)]
         return self.render(messages).split(self._MARK)
 
     def _show(self, stream: Stream, text: str, image: Image.Image, follows: bool) -> list[int]:
-        """Gives a stream its picture. Returns the tokens of the `text` around it, which may follow a reply,
-        with the picture's place among them."""
+        """Gives a stream its picture. Returns the tokens of the `text` around it, which may follow a
+        reply."""
         name = type(self.model).__name__
         if self.processor is self.tokenizer:
             raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
@@ -801,46 +787,48 @@ class Policy(nn.Module):
         stream.picture = {key: x for key, x in made.items() if key not in beside}
         stream.columns = {key: x[:, cut:] for key, x in beside.items()}
         if self.image_id not in ids:
-            raise ValueError("the chat template leaves out the picture's place")
+            raise ValueError("the chat template leaves out the image token")
         return ids[0, cut:].tolist()
 
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
         """Demonstrations in the released format as streams, built turn by turn exactly as `Player` builds
-        them; "image" holds a picture or its path. Replies before the message with the picture (its text has
-        "<image>") are context: they answered other pictures. `loss_on`: "all" other replies, or the "last",
-        whose forerunners then have mask 0. Raises ValueError for a picture's place without a picture, and for
-        a demonstration that is longer than the model's positions reach."""
-        opened, known = [], []  # conversations up to the message with the picture, and the replies before it
-        for record in records:
-            image, turns, shown = record.get("image"), record["conversations"], 0
-            if isinstance(image, str):
-                image = envs.read_picture(image)
-            if image:
-                shown = next((k for k, t in enumerate(turns) if k % 2 == 0 and "<image>" in t["value"]), 0)
-            roles = {"human": "user", "gpt": "assistant"}
-            messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns[: shown + 1]]
-            if image:
-                messages[-1]["content"] = envs.parts_of(turns[shown]["value"])
-            opened.append((messages, image))
-            known.append(shown // 2)
-        said = [[turn["value"] for turn in record["conversations"][1::2]] for record in records]
-        texts = [self.reply_start + text + self.end_blank for own in said for text in own]
-        tokens = iter(self._continue(texts, self.opening))
-        replies = [[next(tokens) + [self.end_id] for _ in own] for own in said]
-        streams = self.open(opened, [own[:n] for own, n in zip(replies, known)])
-        for stream, record, own, n in zip(streams, records, replies, known):
-            for k in range(n, len(own)):
-                if k > n:
-                    self.extend(stream, record["conversations"][2 * k]["value"])
-                if loss_on == "last":
-                    stream.mask = [0] * len(stream)
-                stream.reply(own[k])
-            places = [t for t, token in enumerate(stream.ids) if token == self.image_id]
-            if places and (stream.picture is None or places[-1] >= stream.replies[0][0]):
-                wrong = "a picture's place without a picture, or after its first message"
-                raise ValueError(f"a demonstration has {wrong}")
-            self.require_room(len(stream), "a demonstration", least=0)
+        them; "image" holds a picture or its path. `loss_on`: "all" replies, or the "last", and the others
+        have mask 0. Raises ValueError for pictures without image tokens and the reverse, for a batch where
+        some have no picture, and for one that is longer than the model's positions reach."""
+        streams = [self._demonstration(record, loss_on) for record in records]
+        lacking = sum(stream.picture is None for stream in streams)
+        if 0 < lacking < len(streams):
+            lot = f"{lacking} of {len(streams)} conversations of a batch"
+            raise ValueError(f"{lot} have no picture: all must have one, or none")
         return streams
+
+    def _demonstration(self, record: dict, loss_on: str) -> Stream:
+        """One of them. Replies before the message with the picture (its text has "<image>") are context: they
+        answered other pictures."""
+        turns, image, first = record["conversations"], record.get("image"), 0
+        if isinstance(image, str):
+            image = envs.read_picture(image)
+        if image:
+            first = next((k for k, t in enumerate(turns) if k % 2 == 0 and "<image>" in t["value"]), 0)
+        roles = {"human": "user", "gpt": "assistant"}
+        messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns[: first + 1]]
+        if image:
+            messages[-1]["content"] = envs.parts_of(turns[first]["value"])
+        texts = [self.reply_start + turn["value"] + self.end_blank for turn in turns[1::2]]
+        replies = [ids + [self.end_id] for ids in self._continue(texts, self.opening)]
+        stream = self.open(messages, image, replies[: first // 2])
+        for k in range(first // 2, len(replies)):
+            if 2 * k > first:
+                self.extend(stream, turns[2 * k]["value"])
+            if loss_on == "last":
+                stream.mask = [0] * len(stream)
+            stream.reply(replies[k])
+        images = [t for t, token in enumerate(stream.ids) if token == self.image_id]
+        if images and (stream.picture is None or images[-1] >= stream.replies[0][0]):
+            wrong = "an image token without a picture, or after its first message"
+            raise ValueError(f"a demonstration has {wrong}")
+        self.require_room(len(stream), "a demonstration", least=0)
+        return stream
 
     def require_room(self, length: int, what: str, least: int = 1) -> None:
         """Raises ValueError if positions do not reach `least` tokens beyond a text of so many."""
@@ -872,8 +860,8 @@ class Policy(nn.Module):
         # Padding stands on the right, where no real token can see it: words alone need no padding mask.
         inputs: dict[str, Tensor] = {}
         if "pictures" in batch:
-            shown = torch.arange(ids.shape[1]) < batch["length"].cpu()[:, None]
-            inputs = self._beside(batch["pictures"], shown)
+            real = torch.arange(ids.shape[1]) < batch["length"].cpu()[:, None]
+            inputs = self._beside(batch["pictures"], real)
         mixed = ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded
         autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed)
         with autocast, self._only_before(mask) as states:
@@ -930,15 +918,15 @@ class Policy(nn.Module):
         """Adds the work on so many tokens."""
         self.flops += per_parameter * self.parameter_count * tokens
 
-    def _beside(self, streams: Sequence[Stream], shown: Tensor) -> dict[str, Tensor]:
-        """What the model takes beside the tokens of streams with pictures. shown [B, T]: where in the batch's
-        rows their tokens stand, on the CPU."""
-        inputs = {"attention_mask": shown.long()}
+    def _beside(self, streams: Sequence[Stream], real: Tensor) -> dict[str, Tensor]:
+        """What the model takes beside the tokens of streams with pictures; real [B, T], on the CPU, is true
+        where the rows hold them."""
+        inputs = {"attention_mask": real.long()}
         for name in streams[0].picture or ():
             inputs[name] = stack([s.picture[name] for s in streams])
         for name, x in streams[0].columns.items():  # the last one goes on behind the prompt
-            inputs[name] = x.new_zeros(*shown.shape, *x.shape[2:])
-            for row, where, s in zip(inputs[name], shown, streams):
+            inputs[name] = x.new_zeros(*real.shape, *x.shape[2:])
+            for row, where, s in zip(inputs[name], real, streams):
                 after = int(where.sum()) - s.columns[name].shape[1]
                 row[where] = pad_columns(s.columns[name], after=after)[0]
         cast = {False: None, True: self.model.dtype}
@@ -1129,7 +1117,7 @@ class Policy(nn.Module):
             return items
         lists: list[list] = [[] for _ in range(self.world)]
         dist.all_gather_object(lists, items)
-        return [item for own in lists for item in own]
+        return list(chain(*lists))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], fill: int, device: torch.device, left: bool = False) -> Tensor:
@@ -1209,11 +1197,11 @@ class Recorder(transformers.LogitsProcessor):
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer of a key-value cache, with room for more columns. The library's own copies all keys and
+    """One layer of a key-value cache, with room for more columns. The library's layer copies all keys and
     values for every token: in long conversations a third of the decoding time."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends keys and values [B, heads, n, d], each of its own d; returns all so far."""
+        """Appends keys and values [B, heads, n, d], returns all so far."""
         new, start = (key_states, value_states), self.get_seq_length()
         stop = start + key_states.shape[-2]
         if not self.is_initialized:

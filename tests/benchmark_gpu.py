@@ -179,7 +179,7 @@ def decode(
     """One line on decoding: tokens per second without the prompt's pass, and share of the bound by
     bandwidth."""
     observation, _ = env.reset(seed=0)
-    streams = policy.open([(observation.messages, observation.image)] * size)
+    streams = [policy.open(observation.messages, observation.image) for _ in range(size)]
     policy.rollout_batch = size
     took = []
     with torch.no_grad(), policy.rollout_weights() as model:

@@ -161,7 +161,7 @@ def test_sft_learns_what_only_the_picture_shows(kind):
 def test_sft_on_a_released_record_and_ppo_read_the_same_prompt(kind):
     policy, env = make_policy(kind), envs.make("gp-vl", seed=4, **SMALL)
     observation, _ = env.reset()
-    (played,) = policy.open([(observation.messages, observation.image)])
+    played = policy.open(observation.messages, observation.image)
     text = observation.messages[0]["content"][1]["text"]
     reply = {"from": "gpt", "value": env.expert_reply()}
     for human in (f"<image>\n{text}", f"<image>{text}", text):
@@ -281,6 +281,6 @@ def test_a_record_of_a_walk_shows_one_picture_and_trains_the_replies_to_it(polic
             != envs.judge_step(turns[-3], env.waypoints[env.at]).verdict
         )
         observation = envs.Observation(env.messages[:-2], env.image)  # as the walk itself opens it
-        (opened,) = policy.open([(observation.messages, observation.image)])
+        opened = policy.open(observation.messages, observation.image)
         assert stream.ids[: len(opened)] == opened.ids
     assert len(waypoints) > 2

@@ -227,7 +227,7 @@ def test_a_cache_that_is_kept_is_read_but_for_the_new_block(monkeypatch):
 def test_conversations_that_go_on_at_different_lengths_do_not_see_each_others_columns(kind):
     policy = make_policy(kind)
     observation, _ = envs.make("gp-vl", prompt="$cards", **SMALL).reset()
-    streams = policy.open([(observation.messages, observation.image)] * 4)
+    streams = [policy.open(observation.messages, observation.image) for _ in range(4)]
     cache = ppo.KeptCache(list(range(4))) if policy.keeps_caches else None
     with policy.rollout_weights() as model:
         policy.sample(model, streams, 1, 0.0, torch.Generator(), cache)
@@ -455,7 +455,7 @@ def test_between_turns_stand_the_templates_own_tokens(kind):
     assert policy.stop_ids == set(policy.tokenizer.convert_tokens_to_ids(sorted(stops)))
     # A reply that was cut off gets its end from the template, as context; one that stopped with another
     # token keeps it.
-    (opened,) = policy.open([([{"role": "user", "content": q}], None)])
+    opened = policy.open([{"role": "user", "content": q}])
     start, stop = stream.replies[0]
     said = stop - len(policy.tokenize([end])[0])  # up to here it is the reply's text
     closing = stream.ids[said : stream.replies[1][0]][kind == "plain text" :]
@@ -518,7 +518,7 @@ def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_between_turns():
 def test_a_bos_that_the_template_lacks_stands_before_the_first_words(task):
     policy = make_policy("llava-1.5")
     observation, _ = envs.make(task, **(SMALL if task == "gp-vl" else {})).reset(seed=0)
-    (stream,) = policy.open([(observation.messages, observation.image)])
+    stream = policy.open(observation.messages, observation.image)
     ((text,),) = [[m["content"] for m in observation.messages]]
     parts = (
         [{"type": "text", "text": text}]
@@ -1000,7 +1000,7 @@ def test_pictures_are_never_lost(policy):
         policy.streams([with_picture, without])
     with pytest.raises(ValueError, match="reads no pictures"):
         make_policy("llama").streams([with_picture])
-    with pytest.raises(ValueError, match="place without a picture"):
+    with pytest.raises(ValueError, match="an image token without a picture"):
         policy.streams([{"conversations": with_picture["conversations"]}])
     policy._template_text = sftrl.CHAT_TEMPLATE.replace("<image>", "")
     with pytest.raises(ValueError, match="image|picture"):  # the library says it, or we do
