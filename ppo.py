@@ -1216,24 +1216,29 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (whole[:, :, :stop] for whole in self.whole)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows of the batch."""
-        self.whole = [whole[indices] for whole in self.whole]
-        self.keys, self.values = (whole[:, :, : self.get_seq_length()] for whole in self.whole)
+    def pick(self, rows: Tensor, columns: Tensor) -> None:
+        """Goes on with these rows of the batch [n], and of each with these columns [n, k]."""
+        at = columns[:, None, :, None]
+        self.whole = [x[rows].gather(2, at.expand(-1, x.shape[1], -1, x.shape[3])) for x in self.whole]
+        self.keys, self.values = self.whole
 
 
 class KeptCache(transformers.Cache):
     """What a model has read of conversations that began together, kept from turn to turn: of the one with
-    number `rows[b]` its first `read[b]` tokens. mask [B, columns] is 0 on padding, which stands before each
-    turn's block. Sampled tokens are dropped, and read again with the next block."""
+    number `rows[b]` its first `read[b]` tokens. mask [B, columns] is 0 on padding. Sampled tokens are
+    dropped, and read again with the next block."""
 
     def __init__(self, rows: list[int]):
         super().__init__(layer_class_to_replicate=GrowingLayer)
         self.rows, self.read, self.mask = rows, [0] * len(rows), None
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with some of the conversations."""
-        if rows != self.rows:
-            at = [self.rows.index(i) for i in rows]
-            self.batch_select_indices(torch.tensor(at, dtype=torch.long, device=self.mask.device))
-            self.rows, self.mask, self.read = rows, self.mask[at], [self.read[b] for b in at]
+        """Goes on with some of the conversations, without the padding between their blocks: keys hold their
+        positions, so columns may move."""
+        at = torch.tensor([self.rows.index(i) for i in rows], dtype=torch.long, device=self.mask.device)
+        self.rows, self.read, mask = rows, [self.read[b] for b in at.tolist()], self.mask[at]
+        if rows:
+            columns = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+            self.mask = mask.gather(1, columns)
+            for layer in self.layers:
+                layer.pick(at, columns)
