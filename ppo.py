@@ -988,29 +988,22 @@ class Policy(nn.Module):
         if cache is not None:
             mask = cache.mask = mask if cache.mask is None else torch.cat([cache.mask, mask], 1)
             inputs[self._cache_argument], cache.read = cache, [len(s) for s in streams]
-        # 2. The library decodes, with nothing but these settings.
+        # 2. The library decodes, with nothing but these settings; every rank for itself, as replies differ.
         longest = int(min(max_new_tokens, self.max_length - max(map(len, streams))))
-        settings = transformers.GenerationConfig(do_sample=temperature > 0, top_k=0, max_new_tokens=longest)
+        settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=longest)
         settings.eos_token_id, settings.pad_token_id = sorted(self.stop_ids), self.pad_id
-        recorder, theirs = Recorder(self, temperature), model.generation_config
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            model.generation_config = transformers.GenerationConfig()
-            try:  # ranks decode apart, and may stop at different lengths
-                out = model.generate(
-                    ids,
-                    settings,
-                    transformers.LogitsProcessorList([recorder]),
-                    synced_gpus=False,
-                    **inputs | {"attention_mask": mask},
-                )[:, ids.shape[1] :]
-            finally:
-                model.generation_config = theirs
+        sampler, theirs = Sampler(self, temperature, generator), model.generation_config
+        model.generation_config = transformers.GenerationConfig()
+        try:
+            processors, inputs["attention_mask"] = transformers.LogitsProcessorList([sampler]), mask
+            out = model.generate(ids, settings, processors, synced_gpus=False, **inputs)[:, ids.shape[1] :]
+        finally:
+            model.generation_config = theirs
         # 3. A reply ends with its first stop; rows that ended before others went on with padding.
         if cache is not None:
             cache.crop(mask.shape[1] - cache.get_seq_length())
         replies = []
-        for row, logp in zip(out.tolist(), recorder.logp(out).tolist()):
+        for row, logp in zip(out.tolist(), torch.cat(sampler.logps, 1).tolist()):
             stop = next((k for k, token in enumerate(row, 1) if token in self.stop_ids), len(row))
             replies.append((row[:stop], logp[:stop]))
         new = sum(len(s) - (s.replies[-1][1] if s.replies else 0) for s in streams)
@@ -1176,24 +1169,28 @@ def can_keep_caches(config: transformers.PretrainedConfig) -> bool:
 # -------------------------------------------------------------------------------- what `generate` is given
 
 
-class Recorder(transformers.LogitsProcessor):
-    """Turns the logits of `generate` into the policy's log-probabilities, and keeps those of the tokens that
-    are drawn from them. (The library would divide by the temperature only after this.)"""
+class Sampler(transformers.LogitsProcessor):
+    """Draws the tokens of `generate`, which is left one choice, and keeps their log-probabilities. So the
+    library's temperature, filters and global random numbers have no part in it."""
 
-    def __init__(self, policy: Policy, temperature: float):
-        self.policy, self.temperature = policy, temperature or 1.0
-        self.last, self.chosen = torch.empty(0), []  # [B, vocabulary]; [B, 1] of each token but the last
+    def __init__(self, policy: Policy, temperature: float, generator: torch.Generator):
+        self.policy, self.temperature, self.generator = policy, temperature, generator
+        self.logps: list[Tensor] = []  # [B, 1] of each step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if len(self.last):
-            self.chosen.append(self.last.gather(-1, input_ids[:, -1:]))
-        self.last = self.policy.log_probabilities(scores, self.temperature)
-        return self.last
+        logp = self.policy.log_probabilities(scores, self.temperature or 1.0)
+        ids = draw(logp, self.generator) if self.temperature else logp.argmax(-1, keepdim=True)
+        self.logps.append(logp.gather(-1, ids))
+        return torch.full_like(logp, -math.inf).scatter(-1, ids, 0.0)
 
-    def logp(self, drawn: Tensor) -> Tensor:
-        """Of all tokens drawn [B, n]. (On a GPU the library may have gone one step too far.)"""
-        last = self.last.gather(-1, drawn[:, -1:])
-        return torch.cat([*self.chosen, last][: drawn.shape[1]], 1)
+
+def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row, [B, 1], of log-probabilities [B, vocabulary]: inverse transform sampling, one
+    uniform number per row, in double precision."""
+    mass = logp.double().exp().cumsum(-1)
+    point = torch.rand(len(logp), 1, generator=generator, dtype=torch.double)
+    ids = torch.searchsorted(mass, point.to(logp.device) * mass[:, -1:], right=True)
+    return ids.clamp(max=logp.shape[-1] - 1)
 
 
 class GrowingLayer(DynamicLayer):
