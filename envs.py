@@ -512,8 +512,7 @@ _REPLY_TOKEN = re.compile(
     rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
 )
 _OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
-_NAMES = {"true": "true", "True": "true", "false": "false", "False": "false", "null": "null", "None": "null"}
+_LITERAL = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
 _decoder = json.JSONDecoder(strict=False)
 
 
@@ -523,50 +522,67 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
     Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
     commas, quotes inside strings. 1.0 is the integer 1.
 
-    Strict JSON is read first, then the JSON-like form: first the first object, for if the reply is one object
-    its strings may hold anything, and then all objects, from the last to the first, for what stands before
-    the answer, however long, must not hide it. Time is linear for any text: the effort of each round is
-    bounded by the reply's length; once it is spent, what was found by then decides.
+    Objects are read from the first one on, without those inside others, for if the reply is one object its
+    strings may hold anything; and again from the last one on, for what stands before the answer, however
+    long, must not hide it. Time is linear for any text: each round has a budget in proportion to its length.
     """
     stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
     starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
-    found, last = _last_strict(reply, starts, required)
-    for order in (starts[:1], reversed(starts)):
-        effort = _Effort(1_500 + len(reply) / 100)  # one a token and 50 characters; a reply takes 40
-        for start in order:
-            try:
-                text, end = _as_json(reply, start, effort)
-                value = _decoder.decode(text)
-            except OverflowError:
-                break
-            except (ValueError, RecursionError):
-                continue
-            if end > last and all(key in value for key in required):
-                found, last = {key: _plain_numbers(x) for key, x in value.items()}, end
-    return found
-
-
-def _last_strict(reply: str, starts: Sequence[int], required: Sequence[str]) -> tuple[dict | None, int]:
-    """Of the objects in strict JSON that begin at `starts`, the one that ends last and has all keys, and its
-    end. They are read from the first one on, without those inside others, and once more from the last one
-    on: neither what stands before the answer nor what stands in it uses up the effort of both rounds."""
     found, last = None, -1
-    for order in (starts, reversed(starts)):
-        end, effort = 0, len(reply) + 60_000  # characters
+    for read, order in product((_read_json, _read_json_like), (starts, starts[::-1])):
+        end, budget = 0, 150_000 + len(reply) / 2  # characters; what is read costs 200 more
         for start in order:
-            if effort < 0:
-                break
             if order is starts and start < end:
                 continue
-            try:
-                value, end = _decoder.raw_decode(reply, start)
-            except (ValueError, RecursionError) as error:  # a fault costs time up to its place in the text
-                effort -= 50 + getattr(error, "pos", len(reply)) - start + start // 10
-                continue
-            effort -= 50 + end - start
-            if end > last and all(key in value for key in required):
-                found, last = {key: _plain_numbers(x) for key, x in value.items()}, end
-    return found, last
+            value, end, budget = read(reply, start, budget)
+            if value is not None and end > last and all(key in value for key in required):
+                found, last = value, end
+            if budget < 0:
+                break
+    return None if found is None else {key: _plain_numbers(value) for key, value in found.items()}
+
+
+def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
+    """The object that starts at `start`, its end, and what is left of the budget; None if it is no JSON."""
+    try:
+        value, end = _decoder.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:  # its message counts the lines before the fault
+        pos = getattr(error, "pos", len(text))
+        return None, start, budget - 200 - (pos - start) - start / 10
+    return value, end, budget - 200 - (end - start)
+
+
+def _read_json_like(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
+    """The same for the JSON-like form, which is rewritten token by token as strict JSON."""
+    pieces, depth, before, at = [], 0, "[", start
+    while (depth or not pieces) and budget >= 0 and (match := _REPLY_TOKEN.match(text, at)):
+        budget -= 200 + len(match[0])
+        at, (quoted, mark, word) = match.end(), match.groups()
+        if before not in "[{,:" and (not mark or mark in "[{"):
+            break  # a comma is missing
+        before = mark or "value"
+        if mark and mark in "]}" and pieces[-1] == ",":
+            pieces.pop()
+        depth += (before in "[{") - (before in "]}")
+        if quoted:
+            pieces.append(json.dumps(_unescape(quoted[1:-1])))
+        elif word:
+            word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
+            pieces.append(word if _LITERAL.fullmatch(word) else json.dumps(word))
+        else:
+            pieces.append(mark)
+    try:
+        return _decoder.decode("".join(pieces)), at, budget
+    except (ValueError, RecursionError):
+        return None, start, budget
+
+
+def _unescape(text: str) -> str:
+    """A string without its escapes; as it stands if JSON does not know one of them."""
+    if "\\" in text:
+        with suppress(ValueError):
+            return _decoder.decode('"' + re.sub(r'\\?"', r'\\"', text.replace(r"\'", "'")) + '"')
+    return text
 
 
 def _plain_numbers(value: Any) -> Any:
@@ -574,58 +590,6 @@ def _plain_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain_numbers(item) if isinstance(item, float) else item for item in value]
     return int(value) if isinstance(value, float) and abs(value) < 1e6 and value.is_integer() else value
-
-
-class _Effort:
-    """What may still be spent on reading a text."""
-
-    def __init__(self, left: float):
-        self.left = left
-
-    def spend(self, effort: float) -> None:
-        self.left -= effort
-        if self.left < 0:
-            raise OverflowError("too much to read")
-
-
-def _as_json(text: str, at: int, effort: _Effort) -> tuple[str, int]:
-    """The JSON-like object that starts at `at`, token by token as strict JSON, and where it ends."""
-    pieces, depth, before = [], 0, "["
-    while depth or not pieces:
-        match = _REPLY_TOKEN.match(text, at)
-        if not match:
-            raise ValueError("end of text")
-        effort.spend(1 + (match.end() - at) / 50)
-        at, (quoted, mark, word) = match.end(), match.groups()
-        if before not in "[{,:" and (not mark or mark in "[{"):
-            raise ValueError("a comma is missing")
-        before = mark or "value"
-        if mark and mark in "]}" and pieces[-1] == ",":
-            pieces.pop()
-        depth += (before in "[{") - (before in "]}")
-        if quoted:
-            pieces.append(json.dumps(_unquoted(quoted[1:-1], effort)))
-        elif word:
-            word = _NAMES.get(word, word)
-            pieces.append(word if word in _NAMES.values() or _NUMBER.fullmatch(word) else json.dumps(word))
-        else:
-            pieces.append(mark)
-    return "".join(pieces), at
-
-
-def _unquoted(text: str, effort: _Effort) -> str:
-    """A string without its escapes; as it stands if JSON does not know one of them."""
-    if "\\" not in text:
-        return text
-    effort.spend(2)
-    with suppress(ValueError):
-        return _decoder.decode(f'"{text}"')
-    if len(text) < 2_000:  # a longer one is no answer
-        effort.spend(len(text) / 10)
-        with suppress(ValueError):  # between single quotes, or with quotes of its own
-            as_json = {'"': r"\"", r"\'": "'"}
-            text = _decoder.decode('"' + re.sub(r'\\.|"', lambda m: as_json.get(m[0], m[0]), text) + '"')
-    return text
 
 
 # ------------------------------------------------------------------------------------------ cards: the solver
