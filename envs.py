@@ -556,7 +556,7 @@ def _read_json_like(text: str, start: int, budget: float) -> tuple[dict | None, 
     """The same for the JSON-like form, which is rewritten token by token as strict JSON."""
     pieces, depth, before, at = [], 0, "[", start
     while (depth or not pieces) and budget >= 0 and (match := _REPLY_TOKEN.match(text, at)):
-        budget -= 200 + len(match[0])
+        budget -= 200 * (1 + ("\\" in match[0])) + len(match[0])
         at, (quoted, mark, word) = match.end(), match.groups()
         if before not in "[{,:" and (not mark or mark in "[{"):
             break  # a comma is missing
@@ -1233,22 +1233,6 @@ def relative_word(turn: float) -> str:
     return ("slightly " if abs(turn) <= 45.0 else "") + ("right" if turn > 0 else "left")
 
 
-class Panoramas:
-    """Panorama ids by place, and the nearest one within NEAR metres."""
-
-    def __init__(self, ids: dict[Geocode, str]):
-        self.ids, self.places = ids, sorted(ids)
-
-    def nearest(self, place: Geocode) -> Geocode | None:
-        """The place of the nearest panorama, None if none is within NEAR metres."""
-        if place in self.ids:
-            return place
-        reach = NEAR / METRES_PER_DEGREE + 1e-9  # in degrees of latitude, by which the places are sorted
-        first, last = (bisect_left(self.places, (place[0] + side,)) for side in (-reach, reach))
-        best = min(self.places[first:last], key=lambda p: distance(p, place), default=None)
-        return best if best is not None and distance(best, place) <= NEAR else None
-
-
 # ---------------------------------------------------------------------------- streets: routes and their files
 
 
@@ -1271,20 +1255,33 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """What `VIRL` walks through: routes and panoramas. `picture(place)` is the equirectangular picture of a
-    panorama and its rotation in degrees, None where there are no pictures; of the panoramas at `lost` it is
-    missing, and between turning points no walk comes by."""
+    """What `VIRL` walks through: routes, and the names of panoramas by place. `picture(place)` is the
+    equirectangular picture of a panorama and its rotation in degrees, None where there are no pictures."""
 
     routes: tuple[Route, ...]
-    panoramas: Panoramas
+    panoramas: dict[Geocode, str]
     picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
-    lost: frozenset[Geocode] = frozenset()
 
     @cached_property
     def names(self) -> frozenset[str]:
         """The letters of all landmarks' names."""
         landmarks = {leg.landmark for route in self.routes for leg in route.legs} - {NOTHING}
         return frozenset(_landmark(landmark)[1] for landmark in landmarks)
+
+    @cached_property
+    def _sorted(self) -> list[Geocode]:
+        return sorted(self.panoramas)
+
+    def nearest(self, place: Geocode) -> Geocode:
+        """The nearest panorama. Raises ValueError if none is within NEAR metres."""
+        if place in self.panoramas:
+            return place
+        reach = NEAR / METRES_PER_DEGREE + 1e-9  # degrees of latitude
+        first, last = (bisect_left(self._sorted, (place[0] + side,)) for side in (-reach, reach))
+        best = min(self._sorted[first:last], key=lambda p: distance(p, place), default=None)
+        if best is None or distance(best, place) > NEAR:
+            raise ValueError(f"no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+        return best
 
 
 # What a pickled dict from pairs of numbers to strings or None is made of, and nothing else.
@@ -1335,10 +1332,9 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
     street_views/.
 
-    What no route uses may be anything. A route that cannot be walked is left out, with one warning that
-    counts them; without a single one that can, ValueError in one line names file, route and field. With
-    `pictures` the files of the panoramas where a route starts, turns and ends must be there, and a warning
-    says how many others are missing; what is in them is read when a walk comes by.
+    Panoramas without a picture and routes that cannot be walked are left out, with one warning for each kind.
+    Raises ValueError in one line that names the file, and the route and its field, if nothing is left. What
+    is in a picture is read when it is drawn.
     """
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
@@ -1346,48 +1342,29 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    ids = _read_mapping(mapping)
-    if pictures and not views.is_dir():
-        raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
-    panoramas = Panoramas(ids)
-
-    def check(route: Route) -> None:
-        named = {f"route_results.geocode_list[{i}]": leg.end for i, leg in enumerate(route.legs)}
-        for name, place in {"start_place.relocated_geocode": route.start, **named}.items():
-            near = panoramas.nearest(place)
-            if near is None:
-                raise ValueError(f"{name}: {mapping.name} has {_nothing_near(place)}")
-            for file in _picture_files(views, ids[near]) if pictures else ():
-                if not file.is_file():
-                    raise ValueError(f"{name}: there is no {file}")
-
-    routes = read_routes(content, str(path), check)
-    if not views.is_dir():
-        return World(routes, panoramas)
-    lost = frozenset(_without_picture(views, ids) if pictures else ())
-    if lost:
-        said = f"{views}: {len(lost)} of {len(ids)} panoramas are missing; no walk comes by"
-        warnings.warn(said, stacklevel=2)
-    return World(routes, panoramas, partial(_read_picture, views, ids), lost)
-
-
-def _nothing_near(place: Geocode) -> str:
-    return f"no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}"
+    panoramas = names = _read_mapping(mapping)
+    if pictures:
+        if not views.is_dir():
+            raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
+        files = set(os.listdir(views))
+        panoramas = {
+            place: name
+            for place, name in names.items()
+            if files.issuperset(file.name for file in _picture_files(views, name))
+        }
+        if lost := len(names) - len(panoramas):
+            warnings.warn(f"{views}: {lost} of {len(names)} panoramas are missing", stacklevel=2)
+    routes = read_routes(content, str(path), World((), panoramas).nearest)
+    return World(routes, panoramas, partial(_read_picture, views, panoramas) if pictures else None)
 
 
 def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
     return views / f"{name}.jpg", views / f"{name}.metadata.json"
 
 
-def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
-    """The places of the panoramas that are not, or not wholly, in street_views/."""
-    there = {entry.name for entry in os.scandir(views) if entry.is_file()}
-    return [p for p, name in ids.items() if not there.issuperset(f.name for f in _picture_files(views, name))]
-
-
-def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
-    """A panorama from street_views/, and its rotation. Raises ValueError in one line if either is broken."""
-    path, metadata = _picture_files(views, ids[place])
+def _read_picture(views: Path, names: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
+    """A panorama from street_views/, and its rotation. Raises ValueError in one line."""
+    path, metadata = _picture_files(views, names[place])
     picture = read_picture(path, ["JPEG"])
     try:
         return picture, _degrees(json.loads(metadata.read_text(encoding="utf-8"))["rotation"])
@@ -1412,12 +1389,12 @@ def _degrees(value: Any) -> float:
 
 
 def read_routes(
-    content: Any, name: str = "routes", check: Callable[[Route], None] = lambda route: None
+    content: Any, name: str = "routes", check: Callable[[Geocode], Any] = lambda place: None
 ) -> tuple[Route, ...]:
-    """The routes in what route_infos.json holds: [[route, ...], number], or one bare route.
+    """The routes in what route_infos.json, or the file `name`, holds: [[route, ...], number], or one route.
 
-    Those that cannot be read, or for which `check` raises ValueError, are left out with a warning. Raises
-    ValueError if no route is left. `name` is the file's, for both.
+    Those that cannot be read, or with a place for which `check` raises ValueError, are left out with one
+    warning. Raises ValueError if no route is left.
     """
     records = content if isinstance(content, list) else [content]
     if records and isinstance(records[0], list):
@@ -1425,9 +1402,7 @@ def read_routes(
     routes, faults = [], []
     for k, record in enumerate(records):
         try:
-            route = _read_route(record)
-            check(route)
-            routes.append(route)
+            routes.append(_read_route(record, check))
         except ValueError as error:
             faults.append(f"route {k}: {error}")
     if not routes:
@@ -1438,48 +1413,66 @@ def read_routes(
     return tuple(routes)
 
 
-def _read_route(route: Any) -> Route:
-    """One route. Whatever is wrong with it ends in one line that names the field and the reason."""
-    where = "start_place.relocated_geocode"  # what is being read
-    try:
-        start = _geocode(route["start_place"]["relocated_geocode"])
-        where = "route_results.geocode_list"
-        ends = [_geocode(end) for end in route["route_results"]["geocode_list"]]
-        where = "milestone_info"
-        blocks, legs = _milestones(route["milestone_info"]), []
-        if not ends or len(blocks) != len(ends):
-            raise ValueError(f"{len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
-        for i, (block, end) in enumerate(zip(blocks, ends), 1):
-            where = f"milestone_info, block {i}: to_next_intersection_heading"
-            heading = block["to_next_intersection_heading"]
-            number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", heading, re.ASCII)
-            degrees = _degrees(float(number[1]) if number else heading) % 360.0
-            word = (number[2] or "").strip().lower()
-            where = f"milestone_info, block {i}: landmarks"
-            landmark = _landmark_of(block.get("landmarks", ""), route if i == len(ends) else None)
-            legs.append(Leg(end, degrees, word if word in COMPASS else compass_word(degrees), landmark))
-        where = "init_heading"
-        heading = route.get("init_heading")
-        heading = None if heading is None else _degrees(heading)
-    except KeyError as missing:
-        raise ValueError(f"{where}: no field {missing}") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: not in the released format: {_line(error)}") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def _read_route(record: Any, check: Callable[[Geocode], Any]) -> Route:
+    """One route. Raises ValueError in one line that names the field and its value."""
+
+    def place(value: Any) -> Geocode:
+        check(geocode := _geocode(value))
+        return geocode
+
+    start = _field(record, place, "start_place", "relocated_geocode")
+    ends = _field(record, len, "route_results", "geocode_list")
+    blocks = _field(record, _milestones, "milestone_info")
+    if not ends or len(blocks) != ends:
+        raise ValueError(f"milestone_info: {len(blocks)} blocks for {ends} points of geocode_list")
+    record = record | {"milestone_info": {f"block {i}": block for i, block in enumerate(blocks, 1)}}
+    legs = []
+    for i in range(ends):
+        end = _field(record, place, "route_results", "geocode_list", i)
+        block = "milestone_info", f"block {i + 1}"
+        heading, word = _field(record, _heading, *block, "to_next_intersection_heading")
+        blocks[i].setdefault("landmarks", "")
+        destination = _destination(record) if i == ends - 1 else NOTHING
+        legs.append(
+            Leg(end, heading, word, _field(record, partial(_landmark_of, destination), *block, "landmarks"))
+        )
+    heading = _field(record | {"init_heading": record.get("init_heading") or 0}, _degrees, "init_heading")
     return Route(start, heading % 360.0 if heading else None, tuple(legs))  # 0: draw one
 
 
-def _landmark_of(text: str, last_of: dict | None) -> str:
-    """What is seen at the end of a leg. At the last one of a route nobody would know where to stop without a
-    sign."""
+def _field(record: Any, read: Callable, *path: str | int) -> Any:
+    """What `read` makes of a field. Raises ValueError that names the field and its value."""
+    try:
+        for key in path:
+            record = record[key]
+        return read(record)
+    except (LookupError, TypeError, AttributeError):
+        reason = f"missing or of another type: {_line(repr(record))}"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{'.'.join(map(str, path))}: {reason}")
+
+
+def _heading(text: str) -> tuple[float, str]:
+    """A heading in degrees and its compass word, of "170 (south)"."""
+    number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", text, re.ASCII)
+    degrees = _degrees(float(number[1]) if number else text) % 360.0
+    word = (number[2] or "").strip().lower()
+    return degrees, word if word in COMPASS else compass_word(degrees)
+
+
+def _destination(record: dict) -> str:
+    """The sign at the end of a route that has no landmark there: without one nobody would know where to stop."""
+    place = record.get("dest_place")
+    name = place.get("name") if isinstance(place, dict) else None
+    return f"The destination {name}" if isinstance(name, str) else "The destination"
+
+
+def _landmark_of(otherwise: str, text: str) -> str:
+    """What is seen at the end of a leg; `otherwise` if the file has no landmark."""
     landmark = text.strip().rstrip(".")
     if not landmark or _NO_LANDMARK.fullmatch(_words(landmark)):
-        landmark = NOTHING
-        if last_of:
-            place = last_of.get("dest_place")
-            name = place.get("name") if isinstance(place, dict) else None
-            landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
+        landmark = otherwise
     landmark = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", landmark).split())
     unprintable = any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark)
     if len(landmark) > 300 or not _landmark(landmark)[0] or "<image>" in landmark or unprintable:
@@ -1541,6 +1534,7 @@ def write_world(
 Color = tuple[int, int, int]  # RGB
 Point = complex  # metres to the east, and north as the imaginary part: turning is multiplying
 Crossing = tuple[int, int]  # its column and row
+EYE, SIGHT = 2.5, 150.0  # metres: height of the camera, and how far signs and the ground are drawn
 BOARD, BOARD_FOOT = (6, 4), 3.2  # metres, of signs: width and height, and what is free below them
 
 
@@ -1797,6 +1791,140 @@ class City:
         }
         return "{\n" + "".join(f'    "{key}": "{value}",\n' for key, value in lines.items()) + "}"
 
+    @cached_property
+    def facades(self) -> tuple[np.ndarray, np.ndarray]:
+        """Walls [n, 2], from where to where, and their buildings [m, 10], sorted by 1000 * wall + metres along
+        it: that, width, height, bay, paint, awning (negative: none)."""
+        plan = self.plan
+        rng, half = random.Random(f"facades of {plan.name}"), plan.street / 2
+        walls, buildings = [], []
+        for k, (start, end) in enumerate(self.streets):
+            along, metres = (end - start) / abs(end - start), np.arange(0.0, abs(end - start))
+            for outwards in (-1j, 1j):
+                line = start + along * (metres - outwards * half)
+                # A wall stands wherever no other street comes through.
+                free = nearest_street(line, np.delete(self.streets, k, 0))[0] >= half - 0.01
+                ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
+                for first, last in zip(ends[::2], ends[1::2] - 1):
+                    buildings += self._row_of_buildings(rng, 1000.0 * len(walls), last - first)
+                    walls.append((line[first], line[last]))
+        return np.array(walls), np.array(buildings)
+
+    @cached_property
+    def signs(self) -> list[tuple[tuple[Point, Point], np.ndarray]]:
+        """Where each sign begins and ends, and its pixels."""
+        return [
+            (self.boards[crossing], self._board(place["name"])) for crossing, place in self.places.items()
+        ]
+
+    def _row_of_buildings(self, rng: random.Random, start: float, length: float) -> list[tuple[float, ...]]:
+        plan, at, row = self.plan, 0.0, []
+        while at < length:
+            width, height, bay = rng.uniform(8, 16), rng.uniform(*plan.heights), rng.uniform(1.8, 3.2)
+            paint = rng.choice(plan.walls)
+            awning = rng.choice(plan.awnings) if rng.random() < 0.6 else (-1, -1, -1)
+            row.append((start + at, width, height, bay, *paint, *awning))
+            at += width
+        return row
+
+    def _board(self, name: str) -> np.ndarray:
+        """The pixels of a board that stands out from a facade, to be read from both sides."""
+        board, letters = self.plan.sign
+        text, picture = name.replace(" ", "\n"), Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(40)
+        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center")
+        scale = min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top))
+        middle, font = (picture.width / 2, picture.height / 2), ImageFont.load_default(40 * scale)
+        draw.multiline_text(middle, text, fill=letters, font=font, anchor="mm", align="center")
+        return np.asarray(picture, dtype=np.float32)
+
+    def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
+        """The equirectangular panorama at a place, (width, height) pixels.
+
+        Compass heading h stands in the column at the share (h + rotation) / 360 of the width (released data:
+        at longitude h - 180 + rotation, 0 in the middle).
+        """
+        width, height = size
+        plan, eye = self.plan, complex(*offset(self.plan.centre, at))
+        heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
+        ray = np.sin(heading) + 1j * np.cos(heading)
+        elevation = np.radians(90.0 - (np.arange(height) + 0.5) / height * 180.0)
+        up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
+        sky = np.array(plan.sky[1]) * (1 - up) ** 2 + np.array(plan.sky[0]) * (1 - (1 - up) ** 2)
+        picture = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
+        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), SIGHT)  # beyond it lie less than two rows
+        streets = self.streets[abs(self.streets.mean(1) - eye) < SIGHT + max(plan.block)]
+        ground = (eye + reach[:, None] * ray).astype(np.complex64)
+        picture[elevation < 0] = self._ground(ground, streets.astype(np.complex64))
+        far = self._paint_facades(picture, eye, ray, elevation)
+        self._paint_boards(picture, eye, ray, elevation, far)
+        return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
+
+    def _ground(self, points: np.ndarray, streets: np.ndarray) -> np.ndarray:
+        """Colours of Points on the ground [...]: road with lanes and crossing marks, kerb, pavement."""
+        plan = self.plan
+        apart, along, street = nearest_street(points, streets)
+        to_end = np.minimum(along, abs(streets[:, 1] - streets[:, 0])[street] - along)
+        half, kerb = plan.street / 2, plan.street / 2 - plan.pavement
+        color = np.where((apart < kerb)[..., None], np.float32(plan.road), np.float32((150, 148, 142)))
+        color[(abs(apart - kerb) < 0.15) & (to_end > kerb)] = (112, 111, 106)
+        lane = (apart < 0.12) & (along % 6 < 3) & (to_end > half + 4)
+        stripes = (apart < kerb) & (apart % 1.2 < 0.6) & (to_end > half - 1) & (to_end < half + 2)
+        color[lane | stripes] = (232, 232, 228)
+        return color * plan.light
+
+    def _paint_facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray):
+        """Paints the nearest wall of every column over sky and ground; returns its distance [width], infinite
+        for none."""
+        plan, (walls, buildings) = self.plan, self.facades
+        distances, shares = _meet(eye, ray, walls)
+        columns = np.flatnonzero(np.isfinite(distances.min(1)))
+        wall = distances.argmin(1)[columns]
+        far = distances[columns, wall]
+        way = walls[wall, 1] - walls[wall, 0]
+        metres = shares[columns, wall] * abs(way)
+        number = np.searchsorted(buildings[:, 0], 1000.0 * wall + metres, side="right") - 1
+        building = buildings[number].astype(np.float32)
+        left = (1000.0 * wall + metres - buildings[number, 0]).astype(np.float32)
+        width, top, bay = building[:, 1:4].T
+        # Metres above the ground [height, columns]:
+        z = (EYE + far * np.tan(elevation)[:, None]).astype(np.float32)
+        light = np.float32(plan.light * (0.78 + 0.22 * abs((way / abs(way) * (0.8 + 0.6j)).real)))[:, None]
+        across, floor = left / bay % 1, (z - 4.4) / 3.4 % 1
+        within = (abs(across - 0.5) < plan.window[0] / 2) & (abs(floor - 0.5) < plan.window[1] / 2)
+        inside = (left > 0.5) & (left < width - 0.5)
+        shop = inside & (z > 0.5) & (z < 2.7)
+        glass = within & (z > 4.4) & (z < top - 1) | shop
+        color = np.where(glass[..., None], np.float32(plan.glass) * light, building[:, 4:7] * light)
+        stripes = np.where(left / 0.6 % 2 < 1, np.float32(1.0), np.float32(0.8))[:, None]
+        awning = inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3)
+        color = np.where(awning[..., None], building[:, 7:10] * stripes * light, color)
+        color = np.where(((z > top - 0.5) | (left < 0.15))[..., None], color * 0.75, color)  # cornice, edge
+        mist = np.float32(np.minimum(far / 400, 1)[:, None])
+        color = color * (1 - mist) + np.float32(plan.sky[1]) * mist
+        picture[:, columns] = np.where(((z >= 0) & (z <= top))[..., None], color, picture[:, columns])
+        return distances.min(1)
+
+    def _paint_boards(
+        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far
+    ):
+        """Paints the signs that stand before the walls, the farthest first."""
+        lines = np.array([line for line, _ in self.signs])
+        distances, shares = _meet(eye, ray, lines)
+        for k in np.argsort(-distances.min(0)):
+            columns = np.flatnonzero((distances[:, k] < far) & (distances[:, k] < SIGHT))
+            if not len(columns):
+                continue
+            board, away, share = self.signs[k][1], distances[columns, k], shares[columns, k]
+            to_the_right = (ray[columns] * (lines[k, 1] - lines[k, 0]).conj()).imag > 0
+            across = np.where(to_the_right, share, 1 - share)
+            top = BOARD_FOOT + BOARD[1] - EYE  # above the camera
+            down = (top - away * np.tan(elevation)[:, None]) / BOARD[1]  # 0 to 1 on the board
+            rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
+            pixels = board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)]
+            on_board = ((down >= 0) & (down <= 1))[..., None]
+            picture[:, columns] = np.where(on_board, pixels * self.plan.light, picture[:, columns])
+
 
 def _side(turn: float) -> str:
     """Where a place is that lies so many degrees to the right of where one looks."""
@@ -1855,7 +1983,7 @@ def built_in_world(
     """Those routes and all panoramas of the cities, pictures of so many pixels across."""
     ids = {place: name for key in cities for place, name in built_in_city(*key).panoramas.items()}
     routes = read_routes(built_in_routes(split, turns, cities, n))
-    return World(routes, Panoramas(ids), partial(_album(width), cities))
+    return World(routes, ids, partial(_album(width), cities))
 
 
 @cache
@@ -1865,151 +1993,9 @@ def _album(width: int) -> Callable:
     @lru_cache(maxsize=2**29 // width**2)
     def draw(cities: tuple[CityKey, ...], place: Geocode) -> tuple[Image.Image, float]:
         nearest = min(cities, key=lambda key: distance(built_in_city(*key).plan.centre, place))
-        return _scene(*nearest).draw(place, (width, width // 2)), 0.0
+        return built_in_city(*nearest).draw(place, (width, width // 2)), 0.0
 
     return draw
-
-
-@cache
-def _scene(name: str, seed: int) -> "Scene":
-    return Scene(built_in_city(name, seed))
-
-
-# ------------------------------------------------------------------------------- streets: what one sees there
-
-EYE, SIGHT = 2.5, 150.0  # metres: height of the camera, and how far signs and the ground are drawn
-
-
-class Scene:
-    """The facades of a city and their signs. `draw` shows what one sees from a place."""
-
-    def __init__(self, city: City):
-        self.city, plan = city, city.plan
-        rng, half = random.Random(f"facades of {plan.name}"), plan.street / 2
-        walls, buildings = [], []
-        for k, (start, end) in enumerate(city.streets):
-            along, metres = (end - start) / abs(end - start), np.arange(0.0, abs(end - start))
-            for outwards in (-1j, 1j):
-                line = start + along * (metres - outwards * half)
-                # A wall stands wherever no other street comes through.
-                free = nearest_street(line, np.delete(city.streets, k, 0))[0] >= half - 0.01
-                ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
-                for first, last in zip(ends[::2], ends[1::2] - 1):
-                    buildings += self._row_of_buildings(rng, 1000.0 * len(walls), last - first)
-                    walls.append((line[first], line[last]))
-        self.walls = np.array(walls)  # [n, 2]: from where to where
-        # By 1000 * wall + metres along it: start, width, height, bay, paint, awning (negative: none)
-        self.buildings = np.array(buildings)
-        self.signs = [
-            (city.boards[crossing], self._board(place["name"])) for crossing, place in city.places.items()
-        ]
-
-    def _row_of_buildings(self, rng: random.Random, start: float, length: float) -> list[tuple[float, ...]]:
-        plan, at, row = self.city.plan, 0.0, []
-        while at < length:
-            width, height, bay = rng.uniform(8, 16), rng.uniform(*plan.heights), rng.uniform(1.8, 3.2)
-            paint = rng.choice(plan.walls)
-            awning = rng.choice(plan.awnings) if rng.random() < 0.6 else (-1, -1, -1)
-            row.append((start + at, width, height, bay, *paint, *awning))
-            at += width
-        return row
-
-    def _board(self, name: str) -> np.ndarray:
-        """The pixels of a board that stands out from a facade, to be read from both sides."""
-        board, letters = self.city.plan.sign
-        text, picture = name.replace(" ", "\n"), Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(40)
-        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center")
-        scale = min((picture.width - 20) / (right - left), (picture.height - 20) / (bottom - top))
-        middle, font = (picture.width / 2, picture.height / 2), ImageFont.load_default(40 * scale)
-        draw.multiline_text(middle, text, fill=letters, font=font, anchor="mm", align="center")
-        return np.asarray(picture, dtype=np.float32)
-
-    def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels.
-
-        Compass heading h stands in the column at the share (h + rotation) / 360 of the width (released data:
-        at longitude h - 180 + rotation, 0 in the middle).
-        """
-        width, height = size
-        plan, eye = self.city.plan, complex(*offset(self.city.plan.centre, at))
-        heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
-        ray = np.sin(heading) + 1j * np.cos(heading)
-        elevation = np.radians(90.0 - (np.arange(height) + 0.5) / height * 180.0)
-        up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
-        sky = np.array(plan.sky[1]) * (1 - up) ** 2 + np.array(plan.sky[0]) * (1 - (1 - up) ** 2)
-        picture = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
-        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), SIGHT)  # beyond it lie less than two rows
-        streets = self.city.streets[abs(self.city.streets.mean(1) - eye) < SIGHT + max(plan.block)]
-        ground = (eye + reach[:, None] * ray).astype(np.complex64)
-        picture[elevation < 0] = self._ground(ground, streets.astype(np.complex64))
-        far = self._paint_facades(picture, eye, ray, elevation)
-        self._paint_boards(picture, eye, ray, elevation, far)
-        return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
-
-    def _ground(self, points: np.ndarray, streets: np.ndarray) -> np.ndarray:
-        """Colours of Points on the ground [...]: road with lanes and crossing marks, kerb, pavement."""
-        plan = self.city.plan
-        apart, along, street = nearest_street(points, streets)
-        to_end = np.minimum(along, abs(streets[:, 1] - streets[:, 0])[street] - along)
-        half, kerb = plan.street / 2, plan.street / 2 - plan.pavement
-        color = np.where((apart < kerb)[..., None], np.float32(plan.road), np.float32((150, 148, 142)))
-        color[(abs(apart - kerb) < 0.15) & (to_end > kerb)] = (112, 111, 106)
-        lane = (apart < 0.12) & (along % 6 < 3) & (to_end > half + 4)
-        stripes = (apart < kerb) & (apart % 1.2 < 0.6) & (to_end > half - 1) & (to_end < half + 2)
-        color[lane | stripes] = (232, 232, 228)
-        return color * plan.light
-
-    def _paint_facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray):
-        """Paints the nearest wall of every column over sky and ground; returns its distance [width], infinite
-        for none."""
-        plan, (distances, shares) = self.city.plan, _meet(eye, ray, self.walls)
-        columns = np.flatnonzero(np.isfinite(distances.min(1)))
-        wall = distances.argmin(1)[columns]
-        far = distances[columns, wall]
-        way = self.walls[wall, 1] - self.walls[wall, 0]
-        metres = shares[columns, wall] * abs(way)
-        number = np.searchsorted(self.buildings[:, 0], 1000.0 * wall + metres, side="right") - 1
-        building = self.buildings[number].astype(np.float32)
-        left = (1000.0 * wall + metres - self.buildings[number, 0]).astype(np.float32)
-        width, top, bay = building[:, 1:4].T
-        # Metres above the ground [height, columns]:
-        z = (EYE + far * np.tan(elevation)[:, None]).astype(np.float32)
-        light = np.float32(plan.light * (0.78 + 0.22 * abs((way / abs(way) * (0.8 + 0.6j)).real)))[:, None]
-        across, floor = left / bay % 1, (z - 4.4) / 3.4 % 1
-        within = (abs(across - 0.5) < plan.window[0] / 2) & (abs(floor - 0.5) < plan.window[1] / 2)
-        inside = (left > 0.5) & (left < width - 0.5)
-        shop = inside & (z > 0.5) & (z < 2.7)
-        glass = within & (z > 4.4) & (z < top - 1) | shop
-        color = np.where(glass[..., None], np.float32(plan.glass) * light, building[:, 4:7] * light)
-        stripes = np.where(left / 0.6 % 2 < 1, np.float32(1.0), np.float32(0.8))[:, None]
-        awning = inside & (building[:, 7] >= 0) & (z > 2.5) & (z < 3.3)
-        color = np.where(awning[..., None], building[:, 7:10] * stripes * light, color)
-        color = np.where(((z > top - 0.5) | (left < 0.15))[..., None], color * 0.75, color)  # cornice, edge
-        mist = np.float32(np.minimum(far / 400, 1)[:, None])
-        color = color * (1 - mist) + np.float32(plan.sky[1]) * mist
-        picture[:, columns] = np.where(((z >= 0) & (z <= top))[..., None], color, picture[:, columns])
-        return distances.min(1)
-
-    def _paint_boards(
-        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far
-    ):
-        """Paints the signs that stand before the walls, the farthest first."""
-        lines = np.array([line for line, _ in self.signs])
-        distances, shares = _meet(eye, ray, lines)
-        for k in np.argsort(-distances.min(0)):
-            columns = np.flatnonzero((distances[:, k] < far) & (distances[:, k] < SIGHT))
-            if not len(columns):
-                continue
-            board, away, share = self.signs[k][1], distances[columns, k], shares[columns, k]
-            to_the_right = (ray[columns] * (lines[k, 1] - lines[k, 0]).conj()).imag > 0
-            across = np.where(to_the_right, share, 1 - share)
-            top = BOARD_FOOT + BOARD[1] - EYE  # above the camera
-            down = (top - away * np.tan(elevation)[:, None]) / BOARD[1]  # 0 to 1 on the board
-            rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
-            pixels = board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)]
-            on_board = ((down >= 0) & (down <= 1))[..., None]
-            picture[:, columns] = np.where(on_board, pixels * self.city.plan.light, picture[:, columns])
 
 
 def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2034,7 +2020,7 @@ def _sight(size: int) -> tuple[np.ndarray, np.ndarray]:
 def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
     """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, 90
     degrees wide: a square picture of `size` pixels, bilinear. The panorama's columns are those of
-    `Scene.draw`."""
+    `City.draw`."""
     height, width = panorama.shape[:2]
     sideways, latitude = _sight(size)
     x = (heading % 360.0 + rotation + sideways) / 360.0 * width - 0.5
@@ -2284,7 +2270,7 @@ class VIRL(Environment):
         """
         route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
-        at, seen, intersection = self._standing(route.start, number), NOTHING, False
+        at, seen, intersection = self.world.nearest(route.start), NOTHING, False
         sentences: list[str] = []
         waypoints: list[Waypoint] = []
         for leg in route.legs:
@@ -2292,7 +2278,7 @@ class VIRL(Environment):
             sentences.append(f"Turn {relative} to face {leg.compass}.")
             action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
             waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
-            end, goal = self._standing(leg.end, number), "the destination" if last else "an intersection"
+            end, goal = self.world.nearest(leg.end), "the destination" if last else "an intersection"
             if leg.landmark != NOTHING:
                 goal += ": " + (leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark)
             sentences.append(f"Move forward to {goal}.")
@@ -2302,12 +2288,6 @@ class VIRL(Environment):
         waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
         return sentences, waypoints
 
-    def _standing(self, place: Geocode, number: int) -> Geocode:
-        near = self.world.panoramas.nearest(place)
-        if near is None:
-            raise ValueError(f"route {number}: gps_pano_mapping.pkl has {_nothing_near(place)}")
-        return near
-
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
         """Some of the points of a leg, moved to the nearest panorama; on a short leg several stand on one."""
         found: list[Geocode] = []
@@ -2315,9 +2295,10 @@ class VIRL(Environment):
             share = k / (self.points_per_leg + 1)
             if self.random.random() < 1 - self.drop:
                 point = (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
-                near = self.world.panoramas.nearest(point)
-                if near and near not in self.world.lost and min(distance(near, a), distance(near, b)) > 8:
-                    found.append(near)
+                with suppress(ValueError):  # no panorama is near
+                    near = self.world.nearest(point)
+                    if min(distance(near, a), distance(near, b)) > 8:
+                        found.append(near)
         return found
 
     def _here(self) -> Waypoint:
@@ -2368,9 +2349,9 @@ class VIRL(Environment):
         cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
         what = (self.split, self.turns, cities, n or 2048)
         routes, world = built_in_routes(*what), built_in_world(*what, self.panorama_width)
-        ids, picture = world.panoramas.ids, world.picture if self.pictures else None
-        write_world(folder, [routes, len(routes)], ids, picture, watch)
-        return f"{len(routes)} routes and {len(ids)} panoramas in {folder}"
+        picture = world.picture if self.pictures else None
+        write_world(folder, [routes, len(routes)], world.panoramas, picture, watch)
+        return f"{len(routes)} routes and {len(world.panoramas)} panoramas in {folder}"
 
     @staticmethod
     def measures(episodes: Sequence[Episode]) -> dict:
