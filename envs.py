@@ -51,11 +51,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 @dataclass(frozen=True)
 class Option:
-    """What is said of an option beside its name, type and default. A class lists its options as attributes:
+    """Help text and limits of one option. A class lists its options as annotated attributes:
 
         target: Annotated[int, Option("the number to make", least=1)] = 24
 
-    The constructor of an environment checks the limits, and the command line makes a flag of each.
+    The constructor of an environment checks them, and the command line makes a flag of each.
     """
 
     help: str
@@ -77,39 +77,8 @@ class Option:
 
     def limits(self) -> str:
         """The limits in words, "" if there are none."""
-        said = (("at least", self.least), ("above", self.above), ("at most", self.most))
-        return " and ".join(f"{word} {x}" for word, x in said if math.isfinite(x))
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type. Integers are floats too; True and False are bool alone."""
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(_fits, inner, value))
-    if inner:
-        return any(_fits(one, value) for one in inner)
-    accepted = (int, float) if kind is float else kind
-    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "").replace("envs.", "")
-
-
-def _line(value: Any) -> str:
-    """Something foreign as one short line of an error."""
-    return " ".join(str(value).split())[:120]
-
-
-@cache
-def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
-    """Type, default (... if there is none) and Option of all options of a class, by name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {
-        name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
-        for name, hint in hints.items()
-        if typing.get_origin(hint) is Annotated
-    }
+        limits = (("at least", self.least), ("above", self.above), ("at most", self.most))
+        return " and ".join(f"{words} {x}" for words, x in limits if math.isfinite(x))
 
 
 # --------------------------------------------------------------------------------------- what all tasks share
@@ -117,11 +86,10 @@ def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model is given: the whole episode so far as chat messages, and the picture (None in words
-    alone).
+    """The input of the model: all chat messages of the episode so far, and the picture, if the task has one.
 
-    With a picture one message's content is a list of parts, and the part of type "image" marks its place.
-    `picture` may be a function that draws it when someone looks: judging a reply need not wait for it.
+    With a picture the content of one message is a list of parts; the part of type "image" marks its position.
+    `picture` may be a function that draws it on first use: judging a reply need not wait for it.
     """
 
     messages: list[dict[str, Any]]
@@ -129,27 +97,339 @@ class Observation:
 
     @property
     def image(self) -> Image.Image | None:
-        """The picture; the same object whenever one looks."""
+        """The picture, the same object at every access."""
         return self.picture() if callable(self.picture) else self.picture
 
 
+class Verdict(NamedTuple):
+    """The verifier's judgement of one reply."""
+
+    verdict: str  # a key of the task's rewards
+    feedback: str
+    recognized: bool = False  # the reply names the cards or the landmark, or that there is none
+
+
+class Environment:
+    """One task. A subclass defines `begin`, `judge`, `expert_reply` and `wrong_reply`, its `variants` and its
+    `rewards`.
+
+    An episode has one decision (a hand of cards) or several in sequence (the waypoints of a route). A correct
+    reply leads to the next one. A wrong one gets the verifier's feedback, until `verify_iter` replies to this
+    decision have been judged. The annotated attributes are options of the constructor and the command line.
+
+    Args:
+        variant: a key of `variants`; training takes "id".
+        seed: of the environment's only random generator.
+        verify_iter: None takes the task's default.
+        rewards: by verdict, in place of some of the task's defaults.
+        options: the task's other options.
+
+    Raises ValueError for a wrong argument.
+    """
+
+    variants = {"id": "in distribution"}  # and their names in the report
+    rewards = {"correct": 1.0, "wrong": -1.0, "budget": 0.0}  # "budget" is added where it is used up
+    decisions = 1  # per episode
+    pictures = False  # whether every decision comes with a picture
+    answer_field = ""  # the field of a reply that holds the answer, after the thought; "" if there is none
+    start_options = {}  # of `reset`, by name: type and help for `sftrl play`
+    headline = "success"  # or "step_accuracy": the main measure of a study
+
+    verify_iter: Annotated[int, Option("replies judged per decision, the verification budget", least=1)] = 5
+    fields: Sequence[str] = ()  # names of the fields of a reply; the last one is the answer
+    continue_after_failure: bool = False  # with the next decision, for evaluation
+
+    def __init__(
+        self,
+        variant: str = "id",
+        seed: int = 0,
+        verify_iter: int | None = None,
+        rewards: dict[str, float] | None = None,
+        **options,
+    ):
+        if variant not in self.variants:
+            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.variants)}")
+        if not isinstance(rewards, (dict, type(None))):
+            raise ValueError(f"rewards must be a dict by verdict, not {_line(repr(rewards))}")
+        defaults = {"budget": 0.0} | self.rewards
+        for name, value in (rewards or {}).items():
+            if name not in defaults:
+                raise ValueError(f"unknown reward {name!r}: choose from {', '.join(defaults)}")
+            if not _fits(float, value) or not math.isfinite(value):
+                raise ValueError(f"the reward {name!r} must be a finite number, not {_line(repr(value))}")
+        if verify_iter is not None:
+            options["verify_iter"] = verify_iter
+        cls = type(self)
+        known, listed = typing.get_type_hints(cls), options_of(cls)
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(f"{cls.__name__} has no option {name!r}: choose from {', '.join(listed)}")
+            if name in listed:
+                kind, _, option = listed[name]
+                option.check(name, kind, value)
+            setattr(self, name, value)
+        if len(set(self.fields)) != len(cls.fields):
+            raise ValueError(f"fields must be {len(cls.fields)} different names, not {self.fields!r}")
+        self.answer_field = self.fields[-1] if self.fields else self.answer_field
+        self.variant, self.random, self.rewards = variant, random.Random(seed), defaults | (rewards or {})
+        self.messages: list[dict[str, Any]] = []
+        self.picture: Image.Image | Callable[[], Image.Image] | None = None
+
+    # What a subclass defines:
+
+    def begin(self, options: dict) -> str:
+        """Draws an episode from `self.random`, or as `options` of `reset` fix it, and returns its prompt."""
+        raise NotImplementedError
+
+    def judge(self, reply: str) -> Verdict:
+        """Judges any string as the reply to the current decision."""
+        raise NotImplementedError
+
+    def expert_reply(self) -> str:
+        """A reply that the verifier accepts now."""
+        raise NotImplementedError
+
+    def wrong_reply(self) -> str:
+        """A reply that it does not accept."""
+        raise NotImplementedError
+
+    def next_message(self, right: bool, moved: bool) -> str:
+        """The user message after a reply; `moved`: it also presents the next decision."""
+        return self.verdict.feedback
+
+    def draw(self) -> Image.Image | Callable[[], Image.Image] | None:
+        """The picture of the current decision, or a cached function that draws it."""
+        return None
+
+    def describe(self) -> dict:
+        """More entries of `info`."""
+        return {}
+
+    def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict | None]]:
+        """Seed and options of `reset` for each of `n` evaluation episodes (None: as many as the paper's)."""
+        return [(f"{series}/{i}", None) for i in range(n or 234)]
+
+    @staticmethod
+    def measures(episodes: Sequence["Episode"]) -> dict:
+        """Measures of an evaluation beside success."""
+        return {}
+
+    # What all tasks share:
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
+        """Starts an episode. A seed restarts the random generator."""
+        if seed is not None:
+            self.random.seed(seed)
+        self.decision = self.last_decision = 0  # the current one, and that of the last reply
+        self.attempts = 0  # replies to the current decision
+        self.failed, self.done = False, (False, False)
+        self.verdict: Verdict | None = None
+        prompt, self.messages = self.begin(options or {}), []
+        self._append_user_message(prompt, new_picture=True)
+        observation = self.observe()
+        if self.pictures:
+            observation.image  # raises here if it cannot be read
+        return observation, self._info()
+
+    def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
+        """Judges one reply, any string: observation, reward, terminated (solved), truncated (ended otherwise),
+        info. After the end of an episode the reward is 0 and nothing changes."""
+        if any(self.done):
+            return self.observe(), 0.0, *self.done, self._info()
+        self.verdict = self.judge(reply)
+        self.last_decision, self.attempts = self.decision, self.attempts + 1
+        right = self.verdict.verdict == "correct"
+        used_up = not right and self.attempts >= self.verify_iter
+        self.failed |= used_up
+        moved = right or used_up
+        if moved:
+            self.decision, self.attempts = self.decision + 1, 0
+        ended = self.decision == self.decisions or used_up and not self.continue_after_failure
+        self.done = (ended and not self.failed, ended and self.failed)
+        self.messages.append({"role": "assistant", "content": reply})
+        if not ended:
+            self._append_user_message(self.next_message(right, moved), new_picture=moved)
+        reward = self.rewards[self.verdict.verdict] + (self.rewards["budget"] if used_up else 0.0)
+        return self.observe(), reward, *self.done, self._info()
+
+    def _append_user_message(self, text: str, new_picture: bool) -> None:
+        """Only the newest picture stays in the conversation."""
+        content: str | list[dict] = text
+        if new_picture and self.pictures:
+            for message in self.messages:
+                if not isinstance(message["content"], str):
+                    message["content"] = message["content"][-1]["text"]
+            self.picture = self.draw()
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+        self.messages.append({"role": "user", "content": content})
+
+    def observe(self) -> Observation:
+        """The current observation."""
+        return Observation([dict(message) for message in self.messages], self.picture)
+
+    def _info(self) -> dict:
+        verdict = self.verdict._asdict() if self.verdict else dict.fromkeys(Verdict._fields)
+        return {"decision": self.last_decision} | verdict | self.describe()
+
+    def _reply(self, *values: Any) -> str:
+        """A reply in the required form, with the values of its fields."""
+        return json.dumps(dict(zip(self.fields, values)), ensure_ascii=False)
+
+    def _field_names(self) -> dict[str, str]:
+        """The placeholders of the prompt for the fields of a reply."""
+        return {f"field_{name.split()[-1]}": given for name, given in zip(type(self).fields, self.fields)}
+
+    @property
+    def verdicts(self) -> list[str]:
+        """All values of `info["verdict"]`."""
+        return [name for name in self.rewards if name != "budget"]
+
+    def fresh_copy(self) -> "Environment":
+        """Another environment of the same task, options and world, with its own random generator."""
+        fresh = copy.copy(self)
+        fresh.random = random.Random(0)
+        return fresh
+
+
+# ----------------------------------------------------------------------------------------- playing an episode
+
+
+@dataclass
+class Turn:
+    """One reply and its judgement."""
+
+    reply: str
+    reward: float
+    verdict: str
+    feedback: str  # the next user message; after the last reply the verifier's feedback alone
+    recognized: bool
+    decision: int = 0  # on a route the waypoint
+    landmark: bool = True  # there was something to recognize: cards, or a landmark
+
+
+@dataclass
+class Episode:
+    """One conversation. `prompt` is the first user message, `expected` the dealt ranks or a route's expert
+    actions."""
+
+    prompt: str
+    expected: list[str]
+    turns: list[Turn] = field(default_factory=list)
+    success: bool = False
+
+    def most_tries(self) -> int:
+        """Replies to the decision that took most."""
+        return max(Counter(turn.decision for turn in self.turns).values())
+
+    def transcript(self) -> dict:
+        """The line of samples.jsonl."""
+        turns = [
+            {"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback}
+            for t in self.turns
+        ]
+        return {"prompt": self.prompt, "success": self.success, "turns": turns}
+
+
+def play(
+    environments: Sequence[Environment],
+    respond: Callable[[list[int], list[Observation]], list[str | None]],
+    seeds: Sequence[int | str] | None = None,
+    options: Sequence[dict] | None = None,
+    at_once: int | None = None,
+    watch: Callable[[int], None] = lambda done: None,
+) -> list[Episode]:
+    """Plays one episode in every environment, in lockstep, `at_once` of them at a time (None: all).
+
+    `respond(indices, observations)` gets the indices and observations of the environments that still run and
+    returns one reply each: a model that samples a batch, or a script. None breaks an episode off without
+    success. `seeds` and `options` go to `reset`; `watch` gets the number of finished episodes.
+    """
+    observations, episodes = [], []
+    for i, env in enumerate(environments):
+        observation, info = env.reset(seeds[i] if seeds else None, options[i] if options else None)
+        observations.append(observation)
+        expected = info.get("actions", info.get("cards", []))
+        episodes.append(Episode(text_of(observation.messages[0]["content"]), expected))
+    waiting, running = list(range(len(environments))), []
+    while waiting or running:
+        if not running:
+            running, waiting = waiting[:at_once], waiting[at_once:] if at_once else []
+        replies = respond(running, [observations[i] for i in running])
+        unfinished = []
+        for i, reply in zip(running, replies, strict=True):
+            if reply is None:
+                continue
+            observations[i], reward, terminated, truncated, info = environments[i].step(reply)
+            ended = terminated or truncated
+            read = info["feedback"] if ended else text_of(observations[i].messages[-1]["content"])
+            where = info.get("decision", 0), info.get("landmark", True)
+            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], *where))
+            episodes[i].success = terminated
+            if not ended:
+                unfinished.append(i)
+        running = unfinished
+        watch(len(environments) - len(waiting) - len(running))
+    return episodes
+
+
+def demonstration(
+    env: Environment,
+    wrong_turns: int = 0,
+    author: Callable[[Any], str] | None = None,
+    start: tuple[Any, dict | None] = (None, None),
+) -> dict:
+    """One SFT record in the released format: for each decision `wrong_turns` wrong replies with the
+    verifier's feedback, then the expert's.
+
+    `start` is the seed and options of `reset`, `author` writes the last reply instead of the expert. A visual
+    task adds the picture as "image"; a record has only one, so it ends at a random decision of the episode.
+    Raises ValueError if the budget ends before the last reply.
+    """
+    if wrong_turns >= env.verify_iter:
+        raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
+    env.reset(*start)
+    final = final_decision(env)
+    for k in range(final + 1):
+        for _ in range(wrong_turns):
+            env.step(env.wrong_reply())
+        reply = author(env) if author else env.expert_reply()
+        if k < final:
+            env.step(reply)
+    return record(env, reply)
+
+
+def final_decision(env: Environment) -> int:
+    """Where a record of this episode ends: at the last decision, with pictures at a random one."""
+    if env.pictures and env.decisions > 1:
+        return env.random.randrange(env.decisions)
+    return env.decisions - 1
+
+
+def record(env: Environment, reply: str) -> dict:
+    """The conversation so far and one more reply, in the released format."""
+    speaker, observation = {"user": "human", "assistant": "gpt"}, env.observe()
+    messages = [*observation.messages, {"role": "assistant", "content": reply}]
+    turns = [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]
+    return ({"image": observation.image} if observation.image else {}) | {"conversations": turns}
+
+
 def text_of(content: str | list[dict]) -> str:
-    """A message's content as text, `<image>` and a newline for a picture, as the released data writes it."""
+    """A message's content as text, `<image>` and a newline for a picture, as in the released data."""
     if isinstance(content, str):
         return content
     return "".join("<image>\n" if part["type"] == "image" else part["text"] for part in content)
 
 
 def parts_of(text: str) -> list[dict]:
-    """The inverse of `text_of` for a message with a picture; without `<image>` that comes first."""
+    """The inverse of `text_of` for a message with a picture; without `<image>` the picture comes first."""
     *before, after = re.split("<image>\n?", text, maxsplit=1)
     texts = [{"type": "text", "text": text} for text in (*before, after)]
     return [part for part in (*texts[:-1], {"type": "image"}, texts[-1]) if part.get("text") != ""]
 
 
 def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
-    """A user's picture file in RGB, as an image viewer shows it: of several frames the first, turned as its
-    EXIF data say, 16 bits scaled to 8, transparency on white. `formats` are Pillow's names, None: all.
+    """A picture file in RGB, as an image viewer shows it: the first frame, turned by its EXIF data, 16 bits
+    scaled to 8, transparency on white. `formats` are Pillow's names, None: all.
 
     Raises ValueError in one line that names the file if it is damaged, too large or deeper than 16 bits.
     """
@@ -171,335 +451,6 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
     except Exception as error:  # a damaged file can raise nearly anything
         reason = _line(error) or type(error).__name__
         raise ValueError(f"picture {path} cannot be read: {reason}") from None
-
-
-class Verdict(NamedTuple):
-    """The verifier's judgement of one reply."""
-
-    verdict: str  # a key of the task's rewards
-    feedback: str
-    recognized: bool = False  # the reply names what is shown: the cards, the landmark, or that there is none
-
-
-class Environment:
-    """One task. A subclass says how an episode begins, how a reply is judged, and what an expert replies.
-
-    An episode has one decision (a hand of cards) or several, one after another (the waypoints of a route).
-    A right reply leads to the next one. A wrong one gets the verifier's feedback, until `verify_iter` replies
-    to this decision were judged. The annotated attributes are the options, of the constructor and of the
-    command line. A task of one's own needs `begin`, `judge`, `expert_reply` and `wrong_reply`, its `variants`
-    and its `rewards`.
-
-    Args:
-        variant: a key of `variants`; training takes "id".
-        seed: of the one random generator of this environment.
-        verify_iter: None takes the task's own.
-        rewards: by verdict, in place of some of the task's own.
-        options: the task's other options.
-
-    Raises ValueError for a wrong argument.
-    """
-
-    variants = {"id": "in distribution"}  # and what the report calls them
-    rewards = {"correct": 1.0, "wrong": -1.0, "budget": 0.0}  # "budget" is added where it is used up
-    decisions = 1  # right replies that finish an episode
-    pictures = False  # whether a decision comes with a picture
-    answer_field = ""  # the field of a reply that holds the answer, after the thought; "" if there is none
-    start_options = {}  # of `reset`, by name: type and help for `sftrl play`
-    series_length = 234  # episodes of an evaluation (paper, section 4)
-    headline = "success"  # or "step_accuracy": the measure of the report
-    words = {  # of the report; "columns" and "last" are measures that it knows
-        "hands": "episodes",
-        "measure": "success",
-        "columns": ("success", "first reply"),
-        "last": "first reply",
-        "cells": "First reply is the share of episodes solved by the first reply",
-        "reads": "name what is shown",
-    }
-
-    verify_iter: Annotated[int, Option("replies judged per decision, the verification budget", least=1)] = 5
-    go_on: bool = False  # for evaluation: where the budget of a decision is used up, go on with the next one
-
-    def __init__(
-        self,
-        variant: str = "id",
-        seed: int = 0,
-        verify_iter: int | None = None,
-        rewards: dict[str, float] | None = None,
-        **options,
-    ):
-        if variant not in self.variants:
-            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.variants)}")
-        if not isinstance(rewards, (dict, type(None))):
-            raise ValueError(f"rewards must be a dict by verdict, not {_line(repr(rewards))}")
-        usual = {"budget": 0.0} | self.rewards
-        for name, value in (rewards or {}).items():
-            if name not in usual:
-                raise ValueError(f"unknown reward {name!r}: choose from {', '.join(usual)}")
-            if not _fits(float, value) or not math.isfinite(value):
-                raise ValueError(f"the reward {name!r} must be a finite number, not {_line(repr(value))}")
-        if verify_iter is not None:
-            options["verify_iter"] = verify_iter
-        known, listed = typing.get_type_hints(type(self)), options_of(type(self))
-        for name, value in options.items():
-            if name not in known:
-                said = f"{type(self).__name__} has no option {name!r}"
-                raise ValueError(f"{said}: choose from {', '.join(listed)}")
-            if name in listed:
-                kind, _, option = listed[name]
-                option.check(name, kind, value)
-            setattr(self, name, value)
-        self.variant, self.random, self.rewards = variant, random.Random(seed), usual | (rewards or {})
-        self.messages: list[dict[str, Any]] = []
-        self.picture: Image.Image | Callable[[], Image.Image] | None = None
-
-    # What a task says:
-
-    def begin(self, options: dict) -> str:
-        """Starts an episode, drawn from `self.random` or as the options of `reset` say, and returns the
-        prompt."""
-        raise NotImplementedError
-
-    def judge(self, reply: str) -> Verdict:
-        """Judges any string as the reply to the present decision."""
-        raise NotImplementedError
-
-    def expert_reply(self) -> str:
-        """A reply that the verifier accepts now."""
-        raise NotImplementedError
-
-    def wrong_reply(self) -> str:
-        """A reply that it does not accept."""
-        raise NotImplementedError
-
-    def careless_reply(self) -> str:
-        """An expert's reply with a bad habit, for the corpus of the tiny base."""
-        return self.expert_reply()
-
-    def next_message(self, right: bool, moved: bool) -> str:
-        """What the model reads after a reply, if the episode goes on; `moved`: with the next decision."""
-        return self.verdict.feedback
-
-    def draw(self) -> Image.Image | Callable[[], Image.Image] | None:
-        """The picture of the present decision, or a function that draws it and keeps it."""
-        return None
-
-    def describe(self) -> dict:
-        """What `info` holds beside the verdict."""
-        return {}
-
-    def start_of(self, series: str, i: int) -> tuple[str, dict | None]:
-        """Seed and options of `reset` for episode i of a series of evaluation."""
-        return f"{series}/{i}", None
-
-    @staticmethod
-    def measures(episodes: Sequence["Episode"]) -> dict:
-        """What an evaluation reports of this task beside success."""
-        return {}
-
-    # What all tasks do alike:
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
-        """Starts an episode. A seed restarts the random generator, None goes on with it."""
-        if seed is not None:
-            self.random.seed(seed)
-        self.at = self.judged_at = 0  # the present decision, and that of the last reply
-        self.judged = 0  # replies to the present decision
-        self.failed, self.done = False, (False, False)
-        self.verdict: Verdict | None = None
-        prompt, self.messages = self.begin(options or {}), []
-        self._tell(prompt, new=True)
-        observation = self._observation()
-        if self.pictures:
-            observation.image  # one that cannot be read ends here
-        return observation, self._info()
-
-    def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply: observation, reward, terminated (solved), truncated (ended otherwise), info.
-
-        Takes any string. After the end of an episode nothing is judged any more: the reward is 0, nothing
-        changes.
-        """
-        self._check_started()
-        if any(self.done):
-            return self._observation(), 0.0, *self.done, self._info()
-        self.verdict = self.judge(reply)
-        self.judged_at, self.judged = self.at, self.judged + 1
-        right = self.verdict.verdict == "correct"
-        used_up = not right and self.judged >= self.verify_iter
-        self.failed |= used_up
-        if right or used_up:
-            self.at, self.judged = self.at + 1, 0
-        ended = self.at == self.decisions or used_up and not self.go_on
-        self.done = (ended and not self.failed, ended and self.failed)
-        self.messages.append({"role": "assistant", "content": reply})
-        if not ended:
-            self._tell(self.next_message(right, right or used_up), new=right or used_up)
-        reward = self.rewards[self.verdict.verdict] + (self.rewards["budget"] if used_up else 0.0)
-        return self._observation(), reward, *self.done, self._info()
-
-    def _tell(self, text: str, new: bool) -> None:
-        """A message to the model. A `new` decision has a picture of its own; earlier messages lose theirs."""
-        content: str | list[dict] = text
-        if new and self.pictures:
-            for message in self.messages:
-                if not isinstance(message["content"], str):
-                    message["content"] = message["content"][-1]["text"]
-            self.picture = self.draw()
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-        self.messages.append({"role": "user", "content": content})
-
-    def _check_started(self) -> None:
-        if not self.messages:
-            raise RuntimeError("call reset() first")
-
-    def _observation(self) -> Observation:
-        return Observation(copy.deepcopy(self.messages), self.picture)
-
-    def _info(self) -> dict:
-        verdict, feedback, recognized = self.verdict or (None, None, None)
-        said = {"verdict": verdict, "feedback": feedback, "recognized": recognized}
-        return {"decision": self.judged_at} | said | self.describe()
-
-    @property
-    def image(self) -> Image.Image | None:
-        """The picture of the present decision, None in words alone."""
-        return Observation([], self.picture).image
-
-    @property
-    def verdicts(self) -> list[str]:
-        """All that `info["verdict"]` may be."""
-        return [name for name in self.rewards if name != "budget"]
-
-    def twin(self) -> "Environment":
-        """Another environment of the same task, options and world, with a random generator of its own."""
-        twin = copy.copy(self)
-        twin.random = random.Random(0)
-        return twin
-
-
-# ----------------------------------------------------------------------------------------- playing an episode
-
-
-@dataclass
-class Turn:
-    """One reply and what the verifier made of it."""
-
-    reply: str
-    reward: float
-    verdict: str
-    feedback: str  # what the model read next; after the last reply the verifier's words alone
-    recognized: bool
-    decision: int = 0  # to which it was the reply: on a route the waypoint
-    landmark: bool = True  # there was something to recognize: cards, or a landmark
-
-
-@dataclass
-class Episode:
-    """One conversation. `prompt` is the first user message, `asked` the dealt ranks or a route's expert
-    actions."""
-
-    prompt: str
-    asked: list[str]
-    turns: list[Turn] = field(default_factory=list)
-    success: bool = False
-
-    def most_tries(self) -> int:
-        """Replies to the decision that took most."""
-        return max(Counter(turn.decision for turn in self.turns).values())
-
-    def transcript(self) -> dict:
-        """The episode to read, as samples.jsonl keeps it."""
-        turns = [
-            {"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback}
-            for t in self.turns
-        ]
-        return {"prompt": self.prompt, "success": self.success, "turns": turns}
-
-
-def play(
-    environments: Sequence[Environment],
-    respond: Callable[[list[int], list[Observation]], list[str | None]],
-    seeds: Sequence[int | str] | None = None,
-    options: Sequence[dict] | None = None,
-    at_once: int | None = None,
-    watch: Callable[[int], None] = lambda done: None,
-) -> list[Episode]:
-    """Plays one episode in every environment, `at_once` of them in lockstep (None: all), to their end before
-    the next begin.
-
-    `respond(indices, observations)` is given the environments that still run, by index, and what each one
-    shows, and returns one reply each: a model that samples a batch, or a script; None breaks the episode off,
-    without success. `seeds` restart the environments' generators, `options` go to `reset`, `watch` learns how
-    many episodes have ended.
-    """
-    observations, episodes = [], []
-    for i, env in enumerate(environments):
-        observation, info = env.reset(seeds[i] if seeds else None, options[i] if options else None)
-        observations.append(observation)
-        asked = info.get("actions", info.get("cards", []))
-        episodes.append(Episode(text_of(observation.messages[0]["content"]), asked))
-    waiting, running = list(range(len(environments))), []
-    while waiting or running:
-        if not running:
-            running, waiting = waiting[:at_once], waiting[at_once:] if at_once else []
-        replies = respond(running, [observations[i] for i in running])
-        still = []
-        for i, reply in zip(running, replies, strict=True):
-            if reply is None:
-                continue
-            observations[i], reward, terminated, truncated, info = environments[i].step(reply)
-            goes_on = not (terminated or truncated)
-            read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
-            where = info.get("decision", 0), info.get("landmark", True)
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], *where))
-            episodes[i].success = terminated
-            if goes_on:
-                still.append(i)
-        running = still
-        watch(len(environments) - len(waiting) - len(running))
-    return episodes
-
-
-def demonstration(
-    env: Environment,
-    wrong_turns: int = 0,
-    author: Callable[[Any], str] | None = None,
-    start: tuple[Any, dict | None] = (None, None),
-) -> dict:
-    """One SFT record in the released format: for each decision `wrong_turns` wrong replies with the
-    verifier's feedback, then the expert's.
-
-    The episode begins with `start`, seed and options of `reset`. An `author` writes the last reply in the
-    expert's place. A visual task adds the picture as "image"; a record has one, so that of several decisions
-    it ends with one drawn at random. Raises ValueError if the budget ends before the last reply.
-    """
-    if wrong_turns >= env.verify_iter:
-        raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
-    env.reset(*start)
-    last = last_decision(env)
-    for k in range(last + 1):
-        for _ in range(wrong_turns):
-            env.step(env.wrong_reply())
-        reply = author(env) if author else env.expert_reply()
-        if k < last:
-            env.step(reply)
-    return record(env, reply)
-
-
-def last_decision(env: Environment) -> int:
-    """The decision with which a record ends: the episode's last, or in pictures any one."""
-    if env.pictures and env.decisions > 1:
-        return env.random.randrange(env.decisions)
-    return env.decisions - 1
-
-
-def record(env: Environment, reply: str) -> dict:
-    """The conversation so far and one more reply, in the released format."""
-    speaker = {"user": "human", "assistant": "gpt"}
-    messages = [*env.messages, {"role": "assistant", "content": reply}]
-    turns = [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]
-    return ({"image": env.image} if env.image else {}) | {"conversations": turns}
 
 
 # -------------------------------------------------------------------------------------------- reading a reply
@@ -694,7 +645,7 @@ FIELDS = ("cards", "number", "formula")
 # Of one side, characters and brackets within brackets: more is no answer, and judging stays fast.
 MAX_FORMULA, MAX_BRACKETS = 200, 20
 
-# What the verifier says, by verdict: templates that may hold $target and the placeholders of PLACEHOLDERS.
+# Feedback by verdict: templates with $target, and $value, $reason or $number (the missing or extra one).
 FEEDBACK = {
     "correct": "Correct.",
     "wrong_value": "The formula gives $value, not $target. Try again.",
@@ -703,8 +654,6 @@ FEEDBACK = {
     "unparsed": "The answer is not in the form asked for. Try again.",
 }
 PICTURE_FEEDBACK = FEEDBACK | {"misread": "These are not the cards on the table. Try again."}
-# $number is there once too often or left out; $reason says which of the two, or why a formula is illegal.
-PLACEHOLDERS = {"wrong_value": {"value"}, "wrong_numbers": {"reason", "number"}, "illegal": {"reason"}}
 
 
 class Illegal(ValueError):
@@ -771,7 +720,9 @@ def judge(
     """
 
     def verdict(name: str, **values: str) -> Verdict:
-        return Verdict(name, string.Template(feedback[name]).substitute(values, target=target), recognized)
+        return Verdict(
+            name, string.Template(feedback[name]).safe_substitute(values, target=target), recognized
+        )
 
     parsed, recognized = parse_reply(reply, fields), False
     named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
@@ -978,7 +929,7 @@ class GeneralPoints(Environment):
     Options that are not flags of the command line:
         faces: what J, Q, K count; None takes the variant's rule.
         fields: the names of the three fields of a reply.
-        feedback: other words for the verifier: templates by verdict, see FEEDBACK and PLACEHOLDERS.
+        feedback: templates of feedback by verdict, in place of some of FEEDBACK.
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
@@ -995,18 +946,6 @@ class GeneralPoints(Environment):
     start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
     default_feedback = FEEDBACK
     suits = SUITS  # in the deck
-    words = Environment.words | {
-        "id": "In distribution: J, Q, K count 10, as in training.",
-        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
-        "visual": "Other colour: red suits, the training rule.",
-        "hands": "hands",
-        "columns": ("success", "first reply", "illegal"),
-        "last": "wrong numbers",
-        "cells": "Illegal are the replies in form, in percent, with no legal equation, such as those with an "
-        "x for a product (the tiny corpus's bad habit); wrong numbers are replies with a number which the "
-        "rule in force does not give",
-        "reads": "name the cards",
-    }
 
     n_cards: Annotated[int, Option("cards per hand", least=1, most=6)] = 4
     target: Annotated[int, Option("the number to make", least=1)] = 24
@@ -1020,40 +959,24 @@ class GeneralPoints(Environment):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        if len(set(self.fields)) != len(FIELDS):
-            raise ValueError(f"fields must be {len(FIELDS)} different names, not {self.fields!r}")
         if not self.operators or set(self.operators) - set(OPERATORS):
             raise ValueError(f"operators must be some of {OPERATORS}, not {self.operators!r}")
         self.operators = "".join(op for op in OPERATORS if op in self.operators)
         self.faces = dict(self.faces or self.rules[self.variant])
         if not all(_fits(int, n) and n >= 1 for n in self.faces.values()):
             raise ValueError("what faces count must be integers from 1")
-        self.answer_field, self.cards = self.fields[-1], []
-        if not isinstance(self.feedback, (dict, type(None))):
-            raise ValueError("feedback must be a dict of texts by verdict")
-        self.feedback = self.default_feedback | (self.feedback or {})
-        self._check_prompt()
-        self._check_feedback()
-
-    def _check_prompt(self) -> None:
+        texts = {} if self.feedback is None else self.feedback
+        known = isinstance(texts, dict) and texts.keys() <= self.default_feedback.keys()
+        if not known or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError(f"feedback must be a dict of texts by {', '.join(self.default_feedback)}")
+        self.feedback = self.default_feedback | texts
         try:
             self._prompt(["A"] * self.n_cards)
         except (KeyError, ValueError) as error:
             raise ValueError(f"the prompt template has a wrong placeholder: {error}") from None
-        stated = set(string.Template(self.prompt).get_identifiers())
-        if not self.pictures and not stated & {"cards", "cards_list"}:
+        placeholders = set(string.Template(self.prompt).get_identifiers())
+        if not self.pictures and not placeholders & {"cards", "cards_list"}:
             raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
-
-    def _check_feedback(self) -> None:
-        for verdict, text in self.feedback.items():
-            if verdict not in self.default_feedback:
-                known = ", ".join(self.default_feedback)
-                raise ValueError(f"unknown verdict {verdict!r}: choose from {known}")
-            template = string.Template(text if isinstance(text, str) else "$")  # a lone $ is no template
-            allowed = {"target"} | PLACEHOLDERS.get(verdict, set())
-            if not template.is_valid() or set(template.get_identifiers()) - allowed:
-                names = ", ".join(f"${name}" for name in sorted(allowed))
-                raise ValueError(f"the feedback of {verdict!r} must be text with no placeholders but {names}")
 
     def value_of(self, card: str) -> int:
         """What a rank counts under the rule in force."""
@@ -1065,7 +988,7 @@ class GeneralPoints(Environment):
             target=self.target,
             operators=self.operators,
             rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
-            **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)},
+            **self._field_names(),
         )
 
     def _stated(self, cards: Sequence[str]) -> dict[str, str]:
@@ -1116,17 +1039,11 @@ class GeneralPoints(Environment):
 
     def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
         """A reply in the required form that names `cards`, the dealt ones if None, and gives `formula`."""
-        self._check_started()
         cards = self.cards if cards is None else cards
-        parts = cards, [self.value_of(card) for card in cards], formula
-        return json.dumps(dict(zip(self.fields, parts)), ensure_ascii=False)
+        return self._reply(cards, [self.value_of(card) for card in cards], formula)
 
     def expert_reply(self) -> str:
         return self.reply(f"{self._solution(self.cards)}={self.target}")
-
-    def careless_reply(self) -> str:
-        """The canonical solution with "x" for every product, as people write it: then no legal equation."""
-        return self.reply(self._solution(self.cards).replace("*", "x") + f"={self.target}")
 
     def wrong_reply(self) -> str:
         """A reply with the right cards and numbers whose formula, a near miss of a solution, has another
@@ -2188,18 +2105,6 @@ class VIRL(Environment):
     start_options = {"route": (int, "walk the route of this number, from 0")}
     report = ""  # how a report is worded, where the model is not told what is seen
     panorama_width = 1024
-    words = Environment.words | {
-        "id": "In distribution: turns by the compass, on routes that training never walks.",
-        "rule": "Other rule: left and right, on the same routes.",
-        "visual": "Other cities: the training rule in nine cities that post-training never sees.",
-        "hands": "routes",
-        "measure": "per-step accuracy",
-        "columns": ("steps", "first reply of each step", "routes"),
-        "last": "turns",
-        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of "
-        "the waypoints where one must turn, routes the share of routes with all of them",
-        "reads": "name the landmark, where there is one",
-    }
 
     verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
     data: Annotated[
@@ -2214,9 +2119,6 @@ class VIRL(Environment):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        if len(set(self.fields)) != len(STREET_FIELDS):
-            raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {self.fields!r}")
-        self.answer_field = self.fields[-1]
         self.waypoints: list[Waypoint] = []
         if isinstance(self.data, World):
             self.world = self.data
@@ -2238,13 +2140,10 @@ class VIRL(Environment):
         """The waypoints of the route; 0 before the first one."""
         return len(self.waypoints)
 
-    @property
-    def series_length(self) -> int:
-        """An evaluation walks every route once."""
-        return len(self.world.routes)
-
-    def start_of(self, series: str, i: int) -> tuple[str, dict]:
-        return f"{series}/{i}", {"route": i % len(self.world.routes)}
+    def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict]]:
+        """Every route once, or `n` times one route."""
+        routes = len(self.world.routes)
+        return [(f"{series}/{i}", {"route": i % routes}) for i in range(n or routes)]
 
     def begin(self, options: dict) -> str:
         """A route drawn at random, or number `options["route"]`."""
@@ -2260,7 +2159,7 @@ class VIRL(Environment):
             words=", ".join(self.rules[self.variant]),
             report=self.report,
             observation=self._seen(),
-            **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)},
+            **self._field_names(),
         )
 
     def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
@@ -2303,15 +2202,14 @@ class VIRL(Environment):
 
     def _here(self) -> Waypoint:
         """The present waypoint; after the end of a route its last one."""
-        self._check_started()
-        return self.waypoints[min(self.at, len(self.waypoints) - 1)]
+        return self.waypoints[min(self.decision, len(self.waypoints) - 1)]
 
     def _seen(self) -> str:
         """What the model is told of the present waypoint."""
-        return f"You see: {self.waypoints[self.at].observation}."
+        return f"You see: {self.waypoints[self.decision].observation}."
 
     def judge(self, reply: str) -> Verdict:
-        return judge_step(reply, self.waypoints[self.at], self.fields, self.world.names)
+        return judge_step(reply, self.waypoints[self.decision], self.fields, self.world.names)
 
     def next_message(self, right: bool, moved: bool) -> str:
         if right:
@@ -2319,23 +2217,26 @@ class VIRL(Environment):
         return f"{self.verdict.feedback} {f'You are led on. {self._seen()}' if moved else 'Try again.'}"
 
     def describe(self) -> dict:
-        landmark = self.waypoints[self.judged_at].landmark != NOTHING
+        landmark = self.waypoints[self.last_decision].landmark != NOTHING
         actions = [waypoint.action for waypoint in self.waypoints]
-        return {"route": self.number, "waypoint": self.judged_at, "landmark": landmark, "actions": actions}
+        return {
+            "route": self.number,
+            "waypoint": self.last_decision,
+            "landmark": landmark,
+            "actions": actions,
+        }
 
-    def _reply(self, action: str) -> str:
+    def _act(self, action: str) -> str:
         here = self._here()
-        return json.dumps(
-            dict(zip(self.fields, (here.observation, here.sentence, action))), ensure_ascii=False
-        )
+        return self._reply(here.observation, here.sentence, action)
 
     def expert_reply(self) -> str:
-        return self._reply(self._here().action)
+        return self._act(self._here().action)
 
     def wrong_reply(self) -> str:
         right = self._here().action
         actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
-        return self._reply(self.random.choice([action for action in actions if action != right]))
+        return self._act(self.random.choice([action for action in actions if action != right]))
 
     def write(
         self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
@@ -2361,31 +2262,34 @@ class VIRL(Environment):
         `steps` has it for each route, `at_turns` that of its turns, None where there are none. Its standard
         error counts routes, for the waypoints of one route go wrong together.
         """
-        within: list[list[bool]] = []
-        at_turns: list[list[bool]] = []
-        first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
-        for episode in episodes:
-            verdicts: list[list[str]] = [[] for _ in episode.asked]  # of each waypoint
-            for turn in episode.turns:
-                verdicts[turn.decision].append(turn.verdict)
-            within.append(["correct" in tries for tries in verdicts])
-            first += [tries[:1] == ["correct"] for tries in verdicts]
-            at_turns.append([])
-            for action, right in zip(episode.asked, within[-1]):
-                kinds[kind := action.partition("(")[0].removesuffix("_direction")].append(right)
-                if kind == "turn":
-                    at_turns[-1].append(right)
-        n = sum(map(len, within))
-        accuracy = sum(map(sum, within)) / n
-        spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in within)
+        tries = [
+            [
+                [turn.verdict for turn in episode.turns if turn.decision == k]
+                for k in range(len(episode.expected))
+            ]
+            for episode in episodes
+        ]
+        right = [["correct" in verdicts for verdicts in route] for route in tries]
+        kinds = [
+            [action.partition("(")[0].removesuffix("_direction") for action in e.expected] for e in episodes
+        ]
+
+        def of_kind(kind: str) -> list[list[bool]]:
+            return [[r for r, k in zip(*pair) if k == kind] for pair in zip(right, kinds)]
+
+        n = sum(map(len, right))
+        accuracy = sum(map(sum, right)) / n
+        spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in right)
+        by_kind = {kind: sum(of_kind(kind), []) for kind in ("turn", "forward", "stop")}
         return {
             "step_accuracy": accuracy,
-            "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
-            "first_step_accuracy": sum(first) / n,
-            "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
+            "step_accuracy_se": math.sqrt(spread * len(right) / max(1, len(right) - 1)) / n,
+            "first_step_accuracy": sum(verdicts[:1] == ["correct"] for route in tries for verdicts in route)
+            / n,
+            "step_accuracy_by_action": {kind: mean(values) for kind, values in by_kind.items() if values},
             "waypoints": n,
-            "steps": [round(mean(route), 4) for route in within],
-            "at_turns": [round(mean(turns), 4) if turns else None for turns in at_turns],
+            "steps": [round(mean(route), 4) for route in right],
+            "at_turns": [round(mean(turns), 4) if turns else None for turns in of_kind("turn")],
         }
 
 
@@ -2423,12 +2327,12 @@ class VIRLVL(VIRL):
             raise ValueError("the routes have no panoramas")
 
     def _seen(self) -> str:
-        intersection = self.tell_intersections and self.waypoints[self.at].intersection
+        intersection = self.tell_intersections and self.waypoints[self.decision].intersection
         return "You are at an intersection." if intersection else "You see the picture."
 
     def draw(self) -> Callable[[], Image.Image]:
         """The picture of the present waypoint, drawn when someone looks."""
-        return cache(partial(self._look_around, self.number, self.waypoints[self.at]))
+        return cache(partial(self._look_around, self.number, self.waypoints[self.decision]))
 
     def _look_around(self, number: int, here: Waypoint) -> Image.Image:
         try:
@@ -2436,6 +2340,40 @@ class VIRLVL(VIRL):
         except ValueError as error:
             raise ValueError(f"route {number}: {error}") from None
         return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
+
+
+# ---------------------------------------------------------------------------------------------- option checks
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type. Integers are floats too; True and False are bool alone."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(_fits, inner, value))
+    if inner:
+        return any(_fits(one, value) for one in inner)
+    accepted = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "").replace("envs.", "")
+
+
+def _line(value: Any) -> str:
+    """Any value as one short line of an error."""
+    return " ".join(str(value).split())[:120]
+
+
+@cache
+def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
+    """Type, default (... if there is none) and Option of all options of a class, by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is Annotated
+    }
 
 
 # ---------------------------------------------------------------------------------------------- tasks by name

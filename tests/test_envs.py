@@ -749,10 +749,6 @@ def test_the_verifier_speaks_in_other_words_if_it_is_given_them():
     for wrong in (
         {"odd": "x"},
         {"misread": "x"},
-        {"unparsed": "$value"},
-        {"illegal": "$number"},
-        {"illegal": "$"},
-        {"wrong_value": "$x"},
         {"illegal": 5},
     ):
         with pytest.raises(ValueError):
@@ -824,7 +820,7 @@ def test_the_careless_writer_breaks_nothing_but_the_sign_and_writes_half_of_the_
     for seed in range(60):
         env.reset(seed)
         product = "*" in env.expert_reply()
-        *_, info = env.step(env.careless_reply())
+        *_, info = env.step(sft.careless_reply(env))
         assert info["verdict"] == ("illegal" if product else "correct")
         seen.add(product)
     assert seen == {True, False}
@@ -872,13 +868,17 @@ def test_every_option_keeps_its_limits_and_the_class_its_defaults(task):
         assert getattr(envs.TASKS[task], name) == default
 
 
-def test_a_twin_shares_the_world_and_no_episode():
+def test_a_fresh_copy_shares_the_world_and_no_episode():
     env = envs.make("virl-l", points_per_leg=1, rewards={"correct": 3})
-    twin = env.twin()
-    assert twin.world is env.world and twin.rewards["correct"] == 3
-    one, two = (e.reset(seed, {"route": seed})[1]["route"] for e, seed in ((env, 1), (twin, 2)))
-    assert (one, two) == (1, 2) and twin.step(twin.expert_reply())[1] == 3 and (env.at, twin.at) == (0, 1)
-    assert env.messages != twin.messages and env.random is not twin.random
+    fresh = env.fresh_copy()
+    assert fresh.world is env.world and fresh.rewards["correct"] == 3
+    one, two = (e.reset(seed, {"route": seed})[1]["route"] for e, seed in ((env, 1), (fresh, 2)))
+    assert (
+        (one, two) == (1, 2)
+        and fresh.step(fresh.expert_reply())[1] == 3
+        and (env.decision, fresh.decision) == (0, 1)
+    )
+    assert env.messages != fresh.messages and env.random is not fresh.random
 
 
 # ---- pictures
@@ -947,14 +947,15 @@ def test_the_visual_task_hides_the_cards_from_the_text_and_judges_their_names():
         and not info["recognized"]
         and not any(c in info["feedback"] for c in "JQK")
     )
-    parts.clear()
-    assert env.step(env.expert_reply())[1] == 5 and env.step("x")[0].messages[0]["content"]
+    assert env.step(env.expert_reply())[1] == 5 and parts == env.observe().messages[0]["content"]
     (episode,) = envs.play([env], lambda indices, observations: [env.expert_reply()])
     assert episode.success and episode.prompt.startswith("<image>\nMake 24")
     wrong = [env.reset()[0] and env.step(env.wrong_reply())[4]["verdict"] for _ in range(60)]
     assert set(wrong) == {"misread", "wrong_value"} and 15 < wrong.count("misread") < 45
     record = envs.demonstration(env)
-    assert record["image"] is env.image and record["conversations"][0]["value"].startswith("<image>\nMake")
+    assert record["image"] is env.observe().image and record["conversations"][0]["value"].startswith(
+        "<image>\nMake"
+    )
     for wrong in (
         {"color": "blue"},
         {"size": (9, 9)},
@@ -1515,7 +1516,7 @@ def test_one_reply_in_five_of_the_corpus_of_walks_is_wrong_and_walkers_stop_at_t
         turns = sft.imperfect_demonstration(env)["conversations"]
         said = [turn["value"] for turn in turns[2::2]]
         replies += [not text.startswith("You see") for text in said if "You are led on" not in text]
-        if env.at == env.decisions - 1:
+        if env.decision == env.decisions - 1:
             stops.append(envs.parse_reply(turns[-1]["value"], env.fields)["action"] == "stop()")
     assert 0.15 < np.mean(replies) < 0.25 and np.mean(stops) > 0.7
 
@@ -1555,7 +1556,7 @@ def test_a_world_written_and_read_back_gives_the_same_episodes(tmp_path):
 def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(tmp_path):
     by_hand(tmp_path)
     for go_on in (False, True):
-        env = envs.make("virl-l", data=tmp_path, drop=1.0, go_on=go_on)
+        env = envs.make("virl-l", data=tmp_path, drop=1.0, continue_after_failure=go_on)
         env.reset()
         right = json.loads(env.expert_reply())
         observation, reward, terminated, truncated, info = env.step(
@@ -1568,10 +1569,13 @@ def test_a_wrong_step_is_not_executed_and_the_budget_ends_the_route_or_leads_on(
             False,
             False,
         )
-        assert observation.messages[-1]["content"] == "That action is wrong here. Try again." and env.at == 0
+        assert (
+            observation.messages[-1]["content"] == "That action is wrong here. Try again."
+            and env.decision == 0
+        )
         false = {"current observation": "an intersection", "action": "stop()"}
         observation, reward, terminated, truncated, info = env.step(json.dumps(right | false))
-        assert (reward, info["verdict"], truncated, env.at) == (-2.5, "wrong_observation", not go_on, 1)
+        assert (reward, info["verdict"], truncated, env.decision) == (-2.5, "wrong_observation", not go_on, 1)
         if go_on:
             assert observation.messages[-1]["content"].startswith(
                 "That action is wrong: there is no intersection here. You are led on. You see: Starbucks"
@@ -1601,7 +1605,7 @@ def test_a_walk_with_every_action_right_succeeds_whatever_is_reported():
             return [json.dumps(json.loads(env.expert_reply()) | {"current observation": report})]
 
         (walk,) = envs.play([env], respond)
-        assert walk.success and len(walk.turns) == len(walk.asked) > 4
+        assert walk.success and len(walk.turns) == len(walk.expected) > 4
         assert all((turn.reward, turn.verdict) == (1, "correct") for turn in walk.turns)
         assert not any(turn.recognized for turn in walk.turns if turn.landmark)
 
@@ -2257,7 +2261,7 @@ def test_judging_a_reply_does_not_wait_for_the_next_picture():
         times.append(time.thread_time() - start)
         assert (
             reward == 1
-            and observation.image is observation.image is env.image
+            and observation.image is observation.image is env.observe().image
             and observation.image.size == (605, 605)
         )
     assert min(times) < 0.010
