@@ -1,17 +1,15 @@
-"""Environments: what all tasks share, GeneralPoints with its cards, V-IRL with its streets, and how an
-episode is played.
+"""Environments: the tasks, their verifiers, how an episode is played, and demonstrations of it.
 
-This is the ground floor. It knows chat messages and strings, and no model:
+This is the lowest module. It knows chat messages and strings, and no model:
 
     env = make("gp-l", variant="id", seed=0, verify_iter=5)
     observation, info = env.reset()
     observation, reward, terminated, truncated, info = env.step(env.expert_reply())
 
 An episode is a conversation (sequential revision, section 3 of arXiv 2501.17161): the model replies, the
-verifier judges the whole reply and answers in words, and both join the prompt of the next turn, until a reply
-is correct or `verify_iter` replies have been judged. Numbers are exact integers and fractions throughout, and
-model text is never evaluated as code. A world of your own is a subclass of `Environment`; `FILE.py:CLASS`
-names it.
+verifier judges the whole reply and answers, and both join the prompt of the next turn, until a reply is
+correct or `verify_iter` replies have been judged. Arithmetic is exact, and model text is never evaluated as
+code. A third task is a subclass of `Environment`, named as `FILE.py:CLASS`.
 """
 
 import ast
@@ -20,6 +18,7 @@ import copy
 import importlib.util
 import json
 import math
+import operator
 import os
 import pickle
 import pickletools
@@ -46,7 +45,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-# ---------------------------------------------------------------------------------------------------- options
+# ---- options
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Option:
         return " and ".join(f"{words} {x}" for words, x in limits if math.isfinite(x))
 
 
-# --------------------------------------------------------------------------------------- what all tasks share
+# ---- what all tasks share
 
 
 @dataclass(frozen=True)
@@ -232,8 +231,8 @@ class Environment:
         return observation, self._info()
 
     def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply, any string: observation, reward, terminated (solved), truncated (ended otherwise),
-        info. After the end of an episode the reward is 0 and nothing changes."""
+        """Judges one reply, any string: observation, reward, terminated (solved), truncated (failed), info.
+        After the end of an episode the reward is 0 and nothing changes."""
         if any(self.done):
             return self.observe(), 0.0, *self.done, self._info()
         self.verdict = self.judge(reply)
@@ -291,7 +290,7 @@ class Environment:
         return fresh
 
 
-# ----------------------------------------------------------------------------------------- playing an episode
+# ---- playing an episode
 
 
 @dataclass
@@ -453,7 +452,7 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
         raise ValueError(f"picture {path} cannot be read: {reason}") from None
 
 
-# -------------------------------------------------------------------------------------------- reading a reply
+# ---- reading a reply
 
 # A string may hold quotes of its own kind: it ends at the first before comma, colon, closing bracket or end.
 _STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
@@ -494,7 +493,7 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
-    """The object that starts at `start`, its end, and what is left of the budget; None if it is no JSON."""
+    """The object that starts at `start` (None: no JSON), its end, and the remaining budget."""
     try:
         value, end = _decoder.raw_decode(text, start)
     except (ValueError, RecursionError) as error:  # its message counts the lines before the fault
@@ -504,7 +503,7 @@ def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, 
 
 
 def _read_json_like(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
-    """The same for the JSON-like form, which is rewritten token by token as strict JSON."""
+    """The same for the JSON-like form, rewritten token by token as strict JSON."""
     pieces, depth, before, at = [], 0, "[", start
     while (depth or not pieces) and budget >= 0 and (match := _REPLY_TOKEN.match(text, at)):
         budget -= 200 * (1 + ("\\" in match[0])) + len(match[0])
@@ -543,31 +542,24 @@ def _plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and abs(value) < 1e6 and value.is_integer() else value
 
 
-# ------------------------------------------------------------------------------------------ cards: the solver
+# ---- cards: the solver
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = ("spades", "clubs", "hearts", "diamonds")
 COLORS = {"black": SUITS[:2], "red": SUITS[2:], "mixed": SUITS}
 OPERATORS = "+-*/"
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 class Expression(NamedTuple):
-    """A formula in normal form: a chain is a sum, first - second, or a product, first / second, its parts
-    sorted.
-
-    So a+(b+c), (c+a)+b and a-(0-b-c) written by other brackets are one and the same text.
-    """
+    """A formula in normal form: a sum, first - second, or a product, first / second, of sorted parts. So
+    a+(b+c), (c+a)+b and a-(0-b-c) have one text."""
 
     value: Fraction
     kind: str  # "n" a number, "+" a sum, "*" a product
     first: tuple["Expression", ...]
     second: tuple["Expression", ...]
     text: str
-
-
-def _order(part: Expression) -> tuple:
-    """Compound parts first, then numbers from high to low: the one order in which a chain is written."""
-    return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
 
 
 def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
@@ -578,28 +570,27 @@ def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
     (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
     if op in "-/":
         y1, y2 = y2, y1
-    first, second = (tuple(sorted(parts, key=_order)) for parts in (x1 + y1, x2 + y2))
+
+    def order(part: Expression) -> tuple:  # compound parts first, then numbers from high to low
+        return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
+
+    first, second = (tuple(sorted(parts, key=order)) for parts in (x1 + y1, x2 + y2))
     a, b = ([f"({p.text})" if p.kind == bracketed else p.text for p in parts] for parts in (first, second))
-    return Expression(
-        _apply(op, x.value, y.value), kind, first, second, join.join(a) + "".join(inverse + t for t in b)
-    )
-
-
-def _apply(op: str, a: Fraction, b: Fraction) -> Fraction:
-    return {"+": a.__add__, "-": a.__sub__, "*": a.__mul__, "/": a.__truediv__}[op](b)
+    text = join.join(a) + "".join(inverse + part for part in b)
+    return Expression(APPLY[op](x.value, y.value), kind, first, second, text)
 
 
 def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Every way to part a sorted multiset in two non-empty ones, once each, the smaller one first."""
-    places = range(len(numbers))
-    chosen = [set(c) for size in range(1, len(numbers) // 2 + 1) for c in combinations(places, size)]
-    parts = ([[numbers[i] for i in places if (i in c) == side] for side in (True, False)] for c in chosen)
-    return {tuple(sorted(map(tuple, pair), key=lambda part: (len(part), part))) for pair in parts}
+    """All partitions of a sorted multiset into two non-empty ones, the smaller one first."""
+    sizes = range(1, len(numbers) // 2 + 1)
+    lefts = {left for size in sizes for left in combinations(numbers, size)}
+    pairs = ((left, tuple((Counter(numbers) - Counter(left)).elements())) for left in lefts)
+    return {tuple(sorted(pair, key=lambda part: (len(part), part))) for pair in pairs}
 
 
 @lru_cache(maxsize=None)
 def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
-    """All formulas over a sorted multiset that use every number once: value -> text -> expression."""
+    """All formulas that use each of the sorted numbers once: value -> text -> expression."""
     if len(numbers) == 1:
         value, text = Fraction(numbers[0]), str(numbers[0])
         return {value: {text: Expression(value, "n", (), (), text)}}
@@ -615,11 +606,10 @@ def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dic
 
 @lru_cache(maxsize=None)
 def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
-    """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once; None:
-    there is none.
+    """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once, or None.
 
-    Canonical is the one with the fewest divisions, then subtractions, then brackets: a fixed choice with few
-    patterns, so that demonstrations follow one rule.
+    Canonical is the one with the fewest divisions, then subtractions, then brackets: demonstrations follow
+    one simple rule.
     """
     if len(numbers) == 1:
         return str(target) if numbers[0] == target else None
@@ -628,7 +618,7 @@ def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS
     for left, right in _splits(numbers):
         partners = _expressions(right, operators)
         for value, same in _expressions(left, operators).items():
-            # Solve x op y = t for y instead of trying all pairs: so all hands take a second.
+            # Solve x op y = t for y instead of trying all pairs.
             wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
             if value:
                 wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
@@ -639,10 +629,10 @@ def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS
     return min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f), default=None)
 
 
-# ---------------------------------------------------------------------------------------- cards: the verifier
+# ---- cards: the verifier
 
 FIELDS = ("cards", "number", "formula")
-# Of one side, characters and brackets within brackets: more is no answer, and judging stays fast.
+# Limits of one side, in characters and nested brackets, so that judging stays fast.
 MAX_FORMULA, MAX_BRACKETS = 200, 20
 
 # Feedback by verdict: templates with $target, and $value, $reason or $number (the missing or extra one).
@@ -657,12 +647,11 @@ PICTURE_FEEDBACK = FEEDBACK | {"misread": "These are not the cards on the table.
 
 
 class Illegal(ValueError):
-    """A formula that is not a legal equation; the message is the reason, in words for the model."""
+    """Not a legal equation; the message is the reason, as the model reads it."""
 
 
 def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
-    """Exact value and numbers of one side of an equation: integers and brackets with + - * /; no sign, no
-    power, no function. Raises `Illegal`."""
+    """Exact value and numbers of one side: integers, brackets and + - * /. Raises `Illegal`."""
     if len(side) > MAX_FORMULA:
         raise Illegal("it is too long")
     if "=" in side:
@@ -670,8 +659,8 @@ def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
     text = side.replace("×", "*").replace("÷", "/").replace("−", "-")
     if not re.fullmatch(r"[-+*/()\s0-9]*", text):
         raise Illegal("it holds something else than numbers, operators and brackets")
-    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # whether an operand is to come
-    for token in tokens:  # what is no plain formula ends here, before Python parses it
+    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # an operand is expected
+    for token in tokens:  # only a plain formula reaches Python's parser
         if operand:
             depth += token == "("
             if depth > MAX_BRACKETS:
@@ -693,11 +682,11 @@ def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
     def value(node: ast.expr) -> Fraction:
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
-        op = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}[type(node.op)]
+        op = OPERATORS[(ast.Add, ast.Sub, ast.Mult, ast.Div).index(type(node.op))]
         a, b = value(node.left), value(node.right)
         if op == "/" and not b:
             raise Illegal("it divides by zero")
-        return _apply(op, a, b)
+        return APPLY[op](a, b)
 
     tree = ast.parse("".join(tokens), mode="eval").body
     return value(tree), [int(token) for token in tokens if token.isdigit()]
@@ -713,10 +702,9 @@ def judge(
 ) -> Verdict:
     """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value.
 
-    `cards` are the dealt rank names, `numbers` what they count under the rule in force, `feedback` the
-    templates of what the verifier says. If these have no word for misread cards, what the reply says of the
-    cards is not judged. The order goes from the fault that makes all later tests meaningless to the mildest,
-    so penalties never add up. The right side counts only where the left one hits the target.
+    `cards` are the dealt ranks, `numbers` their values under the rule in force, `feedback` the templates. The
+    cards field is judged only if these have a text for "misread". The order goes from the gravest fault to
+    the mildest, so penalties never add up. The right side counts only if the left one hits the target.
     """
 
     def verdict(name: str, **values: str) -> Verdict:
@@ -754,15 +742,15 @@ def judge(
 
 
 def _short(text: str) -> str:
-    """A number that a model wrote, if it is one and short; the verifier repeats nothing else of a reply."""
+    """A number of a reply, if it is short; feedback repeats nothing else of a reply."""
     return text if re.fullmatch("-?[0-9]{1,10}(/[0-9]{1,10})?", text) else "such number"
 
 
-# ---------------------------------------------------------------------------------------- cards: the pictures
+# ---- cards: the pictures
 
 TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
 INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
-# Rows of the marks on a number card, from 0 (top) to 6, in the two outer columns and in the middle one.
+# Rows of the marks on a number card, 0 (top) to 6, in the outer columns and in the middle one.
 PIPS = {
     "2": ((), (0, 6)),
     "3": ((), (0, 3, 6)),
@@ -813,8 +801,7 @@ def _suit(pen: _Pen, suit: str) -> None:
 
 
 def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
-    """A head and shoulders. The hat tells the ranks apart: a feathered cap, a crown with balls, a crown with
-    a cross over a beard."""
+    """A head and shoulders with a feathered cap (J), a crown with balls (Q), or a crown with a cross (K)."""
     pen.polygon(ink, (-0.42, 0.6), (0.42, 0.6), (0.26, 0.24), (-0.26, 0.24))
     if rank == "Q":
         pen.disc(0, 0.06, 0.3, ink)
@@ -835,7 +822,7 @@ def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
 
 
 def _mark(rank: str, suit: str, size: float) -> Image.Image:
-    """What stands in a card's corner: the rank, of a font of `size` pixels, and the suit below it."""
+    """A card's corner: the rank in a font of `size` pixels, and the suit below it."""
     font, weight = ImageFont.load_default(size), size * 0.035
     left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
     glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
@@ -851,13 +838,12 @@ def _mark(rank: str, suit: str, size: float) -> Image.Image:
 
 @lru_cache(maxsize=512)
 def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
-    """One card as RGBA, `height` pixels high and 5/7 as wide, transparent outside its rounded corners.
+    """One card as RGBA, `height` pixels high and 5/7 as wide, with rounded corners.
 
-    Rank and suit stand in two corners, the second pair upside down; `font_size` is the rank's share of the
-    height. In the middle: the marks that the rank counts, a framed figure for J, Q, K, and one large mark for
-    the ace and where large letters leave no room.
+    `font_size` is the rank's share of the height. In the middle: the marks of a number, a framed figure for
+    J, Q, K, one large mark for the ace and where large letters leave no room.
     """
-    h = 4 * height  # drawn four times as large and scaled down: smooth edges
+    h = 4 * height  # scaled down at the end, for smooth edges
     w = round(h * 5 / 7)
     corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
     corner.paste(_mark(rank, suit, font_size * h), (gap, gap))
@@ -866,7 +852,7 @@ def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Imag
         outer, middle = PIPS[rank]
         half = Image.new("RGBA", (w, h))
         for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
-            # Marks below the middle stand on their heads: they are drawn mirrored, and then turned.
+            # Marks below the middle are upside down: drawn mirrored, and then turned.
             sign, picture = (1, card) if row <= 3 else (-1, half)
             x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
             _suit(_Pen(picture, x, y, 0.14 * h), suit)
@@ -893,9 +879,8 @@ def draw_hand(
     font_size: float,
     rng: random.Random,
 ) -> Image.Image:
-    """Cards side by side on a green table, `size` = (width, height) in pixels. `jitter` from 0 to 1 moves,
-    turns (at most 12 degrees) and scales (at most 10%) each card at random; every card stays in its own
-    part of the table."""
+    """Cards side by side on a table of `size` = (width, height) pixels. `jitter` from 0 to 1 moves, turns (up
+    to 12 degrees) and scales (up to 10%) each card at random within its slot."""
     picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
     tall = min(0.94 * size[1], 0.94 * slot * 7 / 5) * (1 - 0.25 * jitter)
     for i, (rank, suit) in enumerate(zip(ranks, suits, strict=True)):
@@ -908,13 +893,13 @@ def draw_hand(
     return picture
 
 
-# ------------------------------------------------------------------------------------- cards: the environment
+# ---- cards: the environment
 
 FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
     "id": {"J": 10, "Q": 10, "K": 10},
     "rule": {"J": 11, "Q": 12, "K": 13},
 }
-PROMPT = (  # $cards is A, 3, K, 10; $cards_list in its place is the same as a Python list
+PROMPT = (  # $cards_list would be the cards as a Python list
     "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. "
     "Cards: $cards. The ace counts one, $rule. Answer in this form: "
     '{"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
@@ -926,15 +911,15 @@ class GeneralPoints(Environment):
 
     Variants: "id" (J, Q, K count 10) and "rule" (11, 12, 13, and every hand holds a face card).
 
-    Options that are not flags of the command line:
-        faces: what J, Q, K count; None takes the variant's rule.
+    Options in Python alone:
+        faces: values of J, Q, K; None takes the variant's.
         fields: the names of the three fields of a reply.
         feedback: templates of feedback by verdict, in place of some of FEEDBACK.
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
     rules = FACE_RULES
-    # Paper, appendix. A reply that cannot be read counts like any other illegal equation.
+    # Paper, appendix; an unparsed reply counts as an illegal equation.
     rewards = {
         "correct": 5.0,
         "wrong_value": -1.0,
@@ -979,24 +964,23 @@ class GeneralPoints(Environment):
             raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
 
     def value_of(self, card: str) -> int:
-        """What a rank counts under the rule in force."""
+        """A rank's number under the rule in force."""
         return self.faces.get(card) or (1 if card == "A" else int(card))
 
     def _prompt(self, cards: Sequence[str]) -> str:
         return string.Template(self.prompt).substitute(
-            self._stated(cards),
+            self._placeholders(cards),
             target=self.target,
             operators=self.operators,
             rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
             **self._field_names(),
         )
 
-    def _stated(self, cards: Sequence[str]) -> dict[str, str]:
-        """What the prompt says of the cards, by placeholder."""
+    def _placeholders(self, cards: Sequence[str]) -> dict[str, str]:
         return {"cards": ", ".join(cards), "cards_list": str(list(cards))}
 
     def begin(self, options: dict) -> str:
-        """Deals a new solvable hand, or `options["cards"]`, whatever the variant."""
+        """Deals a solvable hand, or `options["cards"]`."""
         if self.diverse:
             self.faces = {face: self.random.randint(1, 10) for face in "JQK"}
         given = options.get("cards")
@@ -1020,7 +1004,7 @@ class GeneralPoints(Environment):
 
     def _deal(self) -> list[str]:
         deck = [rank for rank in RANKS for _ in self.suits]
-        n, least = self.n_cards, int(self.variant == "rule")  # at least so many of J, Q, K
+        n, least = self.n_cards, int(self.variant == "rule")  # J, Q, K in the hand
         for _ in range(100_000):
             if self.replacement:
                 cards = self.random.choices(RANKS, k=n - least) + self.random.choices("JQK", k=least)
@@ -1038,7 +1022,7 @@ class GeneralPoints(Environment):
         return {"cards": list(self.cards), "numbers": list(self.numbers)}
 
     def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
-        """A reply in the required form that names `cards`, the dealt ones if None, and gives `formula`."""
+        """A reply in the required form; `cards` are the dealt ones if None."""
         cards = self.cards if cards is None else cards
         return self._reply(cards, [self.value_of(card) for card in cards], formula)
 
@@ -1046,8 +1030,7 @@ class GeneralPoints(Environment):
         return self.reply(f"{self._solution(self.cards)}={self.target}")
 
     def wrong_reply(self) -> str:
-        """A reply with the right cards and numbers whose formula, a near miss of a solution, has another
-        value."""
+        """A near miss: a solution with its numbers shuffled and an operator changed, of another value."""
         solution = re.findall("[0-9]+|.", self._solution(self.cards))
         for _ in range(1000):
             tokens = list(solution)
@@ -1064,9 +1047,9 @@ class GeneralPoints(Environment):
 
 
 class GeneralPointsVL(GeneralPoints):
-    """GeneralPoints with the cards in a picture (paper, section 3.1): the reply must name what is seen.
+    """GeneralPoints with the cards in a picture, which the reply must name (paper, section 3.1).
 
-    Variants: also "visual", the training rule and the other colour, red.
+    Variants: also "visual", the training rule on red suits.
     """
 
     variants = GeneralPoints.variants | {"visual": "on the other colour"}
@@ -1084,11 +1067,11 @@ class GeneralPointsVL(GeneralPoints):
         super().__init__(*arguments, **options)
         self.suits = COLORS[self.color or ("red" if self.variant == "visual" else "black")]
 
-    def _stated(self, cards: Sequence[str]) -> dict[str, str]:
+    def _placeholders(self, cards: Sequence[str]) -> dict[str, str]:
         return dict.fromkeys(("cards", "cards_list"), "in the picture, from left to right")
 
     def draw(self) -> Image.Image:
-        """The hand. Cards of one rank get different suits as long as the deck has them."""
+        """The hand. Cards of one rank get different suits as long as there are some."""
         left: dict[str, list[str]] = {}
         suits = []
         for card in self.cards:
@@ -1098,8 +1081,7 @@ class GeneralPointsVL(GeneralPoints):
         return draw_hand(self.cards, suits, tuple(self.size), self.jitter, self.font_size, self.random)
 
     def wrong_reply(self) -> str:
-        """Half the time the wrong formula of the text task, else a solution of the hand with one card
-        misread."""
+        """A solution of the hand with one card misread, or (half the time) a wrong formula."""
         for _ in range(1000 if self.random.random() < 0.5 else 0):
             cards, place = list(self.cards), self.random.randrange(self.n_cards)
             cards[place] = self.random.choice([rank for rank in RANKS if rank != cards[place]])
@@ -1108,13 +1090,13 @@ class GeneralPointsVL(GeneralPoints):
         return super().wrong_reply()
 
 
-# ---------------------------------------------------------------------------------- streets: where things are
+# ---- streets: where things are
 
 Geocode = tuple[float, float]  # latitude, longitude, in degrees
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 RELATIVE = ("left", "right", "slightly left", "slightly right")
 METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6,371 km
-NEAR = 20.0  # metres: a panorama farther from a point does not show it (released code)
+NEAR = 20.0  # metres from a point to its panorama, at most (released code)
 NOTHING = "No landmarks nearby"
 
 
@@ -1124,7 +1106,7 @@ def wrap(degrees: float) -> float:
 
 
 def offset(a: Geocode, b: Geocode) -> tuple[float, float]:
-    """Metres to the east and to the north from a to b, two points of one city."""
+    """Metres to the east and to the north from a to b in one city."""
     shrink = math.cos(math.radians((a[0] + b[0]) / 2))
     return wrap(b[1] - a[1]) * METRES_PER_DEGREE * shrink, (b[0] - a[0]) * METRES_PER_DEGREE
 
@@ -1145,25 +1127,25 @@ def compass_word(heading: float) -> str:
 
 
 def relative_word(turn: float) -> str:
-    """What one says of a turn of so many degrees, right positive."""
+    """The relative word of a turn in degrees, right positive."""
     turn = wrap(turn)
     return ("slightly " if abs(turn) <= 45.0 else "") + ("right" if turn > 0 else "left")
 
 
-# ---------------------------------------------------------------------------- streets: routes and their files
+# ---- streets: routes and their files
 
 
 class Leg(NamedTuple):
-    """A straight stretch of a route, by where it ends: a turning point or, last, the destination."""
+    """A straight part of a route, to a turning point or the destination."""
 
     end: Geocode
     heading: float  # of the leg, compass degrees
-    compass: str  # and the word of COMPASS that the file has for it
-    landmark: str  # what is seen at its end, as "Starbucks is on your left behind", or NOTHING
+    compass: str  # its word in the file, one of COMPASS
+    landmark: str  # at its end: "Starbucks is on your left behind", or NOTHING
 
 
 class Route(NamedTuple):
-    """One route. `heading` is where the agent looks at the start, None: anywhere."""
+    """`heading` is the agent's at the start, None: random."""
 
     start: Geocode
     heading: float | None
@@ -1172,8 +1154,8 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """What `VIRL` walks through: routes, and the names of panoramas by place. `picture(place)` is the
-    equirectangular picture of a panorama and its rotation in degrees, None where there are no pictures."""
+    """Routes, and the ids of panoramas by place. `picture(place)` is a panorama's equirectangular picture and
+    its rotation in degrees; None: there are no pictures."""
 
     routes: tuple[Route, ...]
     panoramas: dict[Geocode, str]
@@ -1181,7 +1163,7 @@ class World:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The letters of all landmarks' names."""
+        """All landmarks' names, letters only."""
         landmarks = {leg.landmark for route in self.routes for leg in route.legs} - {NOTHING}
         return frozenset(_landmark(landmark)[1] for landmark in landmarks)
 
@@ -1201,7 +1183,7 @@ class World:
         return best
 
 
-# What a pickled dict from pairs of numbers to strings or None is made of, and nothing else.
+# The opcodes of a pickled dict from pairs of numbers to strings or None.
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
 _ALLOWED_CODES = _NUMBERS | set(
     "PROTO MARK NONE EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
@@ -1210,12 +1192,11 @@ _ALLOWED_CODES = _NUMBERS | set(
 
 
 def _read_pickle(data: bytes) -> Any:
-    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the
-    pickle asks for something else: a function to call, a memo larger than the file, keys of keys (whose hash
-    could take for ever)."""
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if there is
+    more in it: a call, a memo larger than the file, nested keys (whose hash could take for ever)."""
     before = ["", "", ""]
     for code, argument, _ in pickletools.genops(data):
-        if code.name == "FRAME":  # protocols 4 and 5 cut the codes into frames, anywhere; it builds nothing
+        if code.name == "FRAME":  # of protocols 4 and 5, anywhere between opcodes; it builds nothing
             continue
         if code.name not in _ALLOWED_CODES:
             raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
@@ -1229,7 +1210,7 @@ def _read_pickle(data: bytes) -> Any:
 
 
 def _read_mapping(path: Path) -> dict[Geocode, str]:
-    """The entries of gps_pano_mapping.pkl that can be used. Raises ValueError if there are none."""
+    """The valid entries of gps_pano_mapping.pkl. Raises ValueError if there are none."""
     try:
         content = _read_pickle(path.read_bytes())
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -1250,8 +1231,8 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     street_views/.
 
     Panoramas without a picture and routes that cannot be walked are left out, with one warning for each kind.
-    Raises ValueError in one line that names the file, and the route and its field, if nothing is left. What
-    is in a picture is read when it is drawn.
+    Raises ValueError in one line that names file, route and field if nothing is left. The content of pictures
+    is read when they are drawn.
     """
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
@@ -1308,9 +1289,9 @@ def _degrees(value: Any) -> float:
 def read_routes(
     content: Any, name: str = "routes", check: Callable[[Geocode], Any] = lambda place: None
 ) -> tuple[Route, ...]:
-    """The routes in what route_infos.json, or the file `name`, holds: [[route, ...], number], or one route.
+    """The routes of route_infos.json, parsed: [[route, ...], number], or one route. `name` is the file's.
 
-    Those that cannot be read, or with a place for which `check` raises ValueError, are left out with one
+    Routes that cannot be read, or with a place for which `check` raises ValueError, are left out with one
     warning. Raises ValueError if no route is left.
     """
     records = content if isinstance(content, list) else [content]
@@ -1379,7 +1360,7 @@ def _heading(text: str) -> tuple[float, str]:
 
 
 def _destination(record: dict) -> str:
-    """The sign at the end of a route that has no landmark there: without one nobody would know where to stop."""
+    """The sign at the end of a route without a landmark there."""
     place = record.get("dest_place")
     name = place.get("name") if isinstance(place, dict) else None
     return f"The destination {name}" if isinstance(name, str) else "The destination"
@@ -1397,16 +1378,14 @@ def _landmark_of(otherwise: str, text: str) -> str:
     return landmark
 
 
-# In milestone_info: where a block begins, or a key and its value, which ends before another key or the
-# block's end.
+# The beginning of a block, or a key and its value, which ends before the next key or the end of the block.
 _MILESTONE = re.compile(
     r'(?:\A|\}|\n)[\s,]*\{|"(\w+)"[^\S\n]*:\s*"(.*?)"(?=\s*,?\s*(?:"\w+"\s*:|\}\s*,?\s*(?:\{|\Z)|\Z))'
 )
 
 
 def _milestones(text: str) -> list[dict[str, str]]:
-    """The blocks of milestone_info that hold something. It is no JSON: a value may hold quotes and braces,
-    and lines may be joined."""
+    """The non-empty blocks of milestone_info, which is no JSON: values may hold quotes and braces."""
     blocks: list[dict[str, str]] = []
     for match in _MILESTONE.finditer(text):
         if not match[1]:
@@ -1423,9 +1402,9 @@ def write_world(
     picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None,
     watch: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Writes a folder that `load_world` reads; `picture` as in World. `watch` is told the share that is done.
+    """Writes a folder that `load_world` reads; `picture` as in World. `watch` gets the finished share.
 
-    The routes come last: a folder that was not finished does not load.
+    The routes come last: an unfinished folder does not load.
     """
     folder.mkdir(parents=True, exist_ok=True)
     routes = folder / "route_infos.json"
@@ -1446,36 +1425,30 @@ def write_world(
     watch(1.0)
 
 
-# ---------------------------------------------------------------------------------- streets: synthetic cities
+# ---- streets: synthetic cities
 
 Color = tuple[int, int, int]  # RGB
-Point = complex  # metres to the east, and north as the imaginary part: turning is multiplying
-Crossing = tuple[int, int]  # its column and row
-EYE, SIGHT = 2.5, 150.0  # metres: height of the camera, and how far signs and the ground are drawn
-BOARD, BOARD_FOOT = (6, 4), 3.2  # metres, of signs: width and height, and what is free below them
+Point = complex  # metres to the east + 1j * metres to the north
+Crossing = tuple[int, int]  # column and row
+EYE, SIGHT = 2.5, 150.0  # metres: camera height, and the range of signs and ground
+BOARD, BOARD_FOOT = (6, 4), 3.2  # metres: width and height of signs, and the clearance below
 
 
 class CityPlan(NamedTuple):
-    """How one synthetic city differs from others: its map, its names, its looks. All lengths in metres."""
+    """Map, names and looks of a synthetic city. All lengths in metres."""
 
     name: str
     centre: Geocode
-    words: Sequence[str]  # first words of the names of places
-    trades: Sequence[str]  # and second ones
+    words: Sequence[str]  # first words of names
+    trades: Sequence[str]  # second words
     block: tuple[float, float] = (140.0, 90.0)  # east-west and north-south
-    turned: float = 29.0  # degrees that the grid is turned against north
+    turned: float = 29.0  # degrees from north to the grid
     jitter: float = 0.06  # of the crossings, as a share of a block
     diagonals: float = 0.08  # share of the blocks with a diagonal street
     street: float = 18.0  # from facade to facade
     pavement: float = 3.0
     heights: tuple[float, float] = (12.0, 42.0)  # of the buildings
-    walls: Sequence[Color] = (
-        (150, 92, 74),
-        (176, 160, 140),
-        (120, 126, 136),
-        (196, 180, 150),
-        (142, 110, 88),
-    )
+    walls: Sequence[Color] = (150, 92, 74), (176, 160, 140), (120, 126, 136), (196, 180, 150), (142, 110, 88)
     glass: Color = (60, 80, 104)
     window: tuple[float, float] = (0.44, 0.5)  # a window's share of its bay, across and up
     awnings: Sequence[Color] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
@@ -1492,7 +1465,7 @@ NEW_YORK = CityPlan(
     "Pearl".split(),
     "Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split(),
 )
-MADE_UP = "anywhere"  # cities of made-up names, maps and looks
+MADE_UP = "anywhere"  # random cities
 CityKey = tuple[str, int]  # NEW_YORK.name or MADE_UP, and a seed
 TRAINING_CITIES = ((NEW_YORK.name, 0),)
 TEST_CITIES = tuple((MADE_UP, seed) for seed in range(101, 110))  # of variant "visual" alone
@@ -1507,7 +1480,7 @@ def _made_up_name(rng: random.Random) -> str:
 
 
 def made_up_plan(seed: int) -> CityPlan:
-    """A city as no other one: names, map, looks and its place on the globe are drawn at random."""
+    """Random parameters of a synthetic city."""
     rng = random.Random(f"city/{seed}")
     words, trades = (list({_made_up_name(rng): None for _ in range(12)}) for _ in range(2))
 
@@ -1541,11 +1514,10 @@ def made_up_plan(seed: int) -> CityPlan:
 
 
 def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of Points [...] the distance to the nearest of the streets [n, 2] (from where, to where), the metres
-    along it, and which one it is."""
+    """For Points [...] the nearest of the streets [n, 2] (from, to): distance, metres along it, and index."""
     start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
     length, parts = abs(way), []
-    for part in np.split(points.ravel(), range(256, points.size, 256)):  # all at once would need much memory
+    for part in np.split(points.ravel(), range(256, points.size, 256)):  # to bound memory
         turned = (part[:, None] - start) * (way / length).conj()  # as if each street led to the east
         walked = turned.real.clip(0, length)
         apart = abs(turned - walked)
@@ -1555,10 +1527,8 @@ def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray,
 
 
 class City:
-    """Streets, places and panoramas of a plan, the same for the same seed: a grid of 7 x 7 crossings.
-
-    `crossings` are Points from the plan's centre, by column and row.
-    """
+    """Streets, places and panoramas of a plan, a function of the seed: a grid of 7 x 7 crossings, Points from
+    the plan's centre."""
 
     def __init__(self, plan: CityPlan, seed: int = 0):
         self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
@@ -1594,12 +1564,11 @@ class City:
         }
 
     def _name_places(self, rng: random.Random) -> None:
-        """At most one place for each crossing, on a facade near it; its sign is a board that stands out from
-        there."""
+        """At most one place per crossing, on a facade near it, with a sign perpendicular to the facade."""
         names = [f"{word} {trade}" for word in self.plan.words for trade in self.plan.trades]
         rng.shuffle(names)
         self.places: dict[Crossing, dict] = {}
-        self.boards: dict[Crossing, tuple[Point, Point]] = {}  # where the sign begins and ends
+        self.boards: dict[Crossing, tuple[Point, Point]] = {}  # ends of the sign
         for crossing, corner in self.crossings.items():
             spot = self._facade_near(crossing, rng)
             if spot and rng.random() < 0.9 and names:
@@ -1620,10 +1589,7 @@ class City:
         return lat, self.plan.centre[1] + at.real / width
 
     def _facade_near(self, crossing: Crossing, rng: random.Random) -> tuple[Point, Point] | None:
-        """A point of a facade not far from a crossing, and the direction from there out into the street.
-
-        None if chance finds none that lies in no other street.
-        """
+        """A random point of a facade near a crossing and the direction out into the street, or None."""
         corner, half = self.crossings[crossing], self.plan.street / 2
         for _ in range(20):
             way = self.crossings[rng.choice(self.ways[crossing])] - corner
@@ -1634,21 +1600,20 @@ class City:
         return None
 
     def _to_one_side(self, crossing: Crossing, board: tuple[Point, Point]) -> bool:
-        """Whether the middle of a sign is clearly to the left or to the right, whichever way one comes."""
+        """Whether a sign is clearly to the left or to the right on arrival from any street."""
         away = sum(board) / 2 - self.crossings[crossing]
         headings = (math.radians(self._heading(end, crossing)) for end in self.ways[crossing])
         return all(abs((away * cmath.rect(1, heading)).real) > 2 for heading in headings)
 
     def route(self, rng: random.Random, turns: int, quarters: Sequence[int] = (0, 1, 2, 3)) -> dict:
-        """A route with so many turning points, in the released format, to a place in some of the four
-        interleaved quarters of the city."""
+        """A route in the released format that ends in some of the four interleaved quarters of the city."""
         while True:
             path = self._path(rng, turns)
             if path and path[-1] in self.places and (path[-1][0] + 2 * path[-1][1]) % 4 in quarters:
                 return self._record(rng, path)
 
     def _path(self, rng: random.Random, turns: int) -> list[Crossing] | None:
-        """The crossings where a walk starts, turns and ends; None if it met a corner or crossed itself."""
+        """The crossings where a route starts, turns and ends; None if it cannot turn or crosses itself."""
         at = rng.choice(sorted(self.crossings))
         path, seen = [at], {at}
         for _ in range(turns + 1):
@@ -1668,9 +1633,9 @@ class City:
         headings = [self._heading(a, b) for a, b in zip(path, path[1:])]
         return path if all(20 <= abs(wrap(b - a)) <= 150 for a, b in zip(headings, headings[1:])) else None
 
-    @cache  # drawing 2,048 routes asks for the same few a million times, and for the same few headings
+    @cache  # called a million times for 2,048 routes
     def _onward(self, a: Crossing, b: Crossing, least: float, most: float) -> list[Crossing]:
-        """The crossings next to b to which one who comes from a turns by so many degrees."""
+        """The crossings next to b, at a turn between `least` and `most` degrees on the way from a."""
         came = self._heading(a, b)
         return [c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - came)) <= most]
 
@@ -1696,7 +1661,7 @@ class City:
         """The block of milestone_info for the leg from a to b."""
         whole, landmark = round(self._heading(a, b)) % 360, NOTHING
         if place := self.places.get(b):
-            middle = self.geocode(sum(self.boards[b]) / 2)  # of what one sees
+            middle = self.geocode(sum(self.boards[b]) / 2)
             side = _side(bearing(self.geocode(self.crossings[b]), middle) - whole)
             landmark = f"{'The destination ' if last else ''}{place['name']} is on your {side}"
         lines = {
@@ -1710,8 +1675,8 @@ class City:
 
     @cached_property
     def facades(self) -> tuple[np.ndarray, np.ndarray]:
-        """Walls [n, 2], from where to where, and their buildings [m, 10], sorted by 1000 * wall + metres along
-        it: that, width, height, bay, paint, awning (negative: none)."""
+        """Walls [n, 2] (from, to) and buildings [m, 10]: 1000 * wall + metres along it, by which they are
+        sorted, width, height, bay, paint, awning (negative: none)."""
         plan = self.plan
         rng, half = random.Random(f"facades of {plan.name}"), plan.street / 2
         walls, buildings = [], []
@@ -1719,7 +1684,7 @@ class City:
             along, metres = (end - start) / abs(end - start), np.arange(0.0, abs(end - start))
             for outwards in (-1j, 1j):
                 line = start + along * (metres - outwards * half)
-                # A wall stands wherever no other street comes through.
+                # A wall is interrupted by other streets.
                 free = nearest_street(line, np.delete(self.streets, k, 0))[0] >= half - 0.01
                 ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
                 for first, last in zip(ends[::2], ends[1::2] - 1):
@@ -1729,7 +1694,7 @@ class City:
 
     @cached_property
     def signs(self) -> list[tuple[tuple[Point, Point], np.ndarray]]:
-        """Where each sign begins and ends, and its pixels."""
+        """Both ends of each sign, and its pixels."""
         return [
             (self.boards[crossing], self._board(place["name"])) for crossing, place in self.places.items()
         ]
@@ -1745,7 +1710,7 @@ class City:
         return row
 
     def _board(self, name: str) -> np.ndarray:
-        """The pixels of a board that stands out from a facade, to be read from both sides."""
+        """The pixels of a sign."""
         board, letters = self.plan.sign
         text, picture = name.replace(" ", "\n"), Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(40)
@@ -1756,11 +1721,8 @@ class City:
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels.
-
-        Compass heading h stands in the column at the share (h + rotation) / 360 of the width (released data:
-        at longitude h - 180 + rotation, 0 in the middle).
-        """
+        """The equirectangular panorama at a place, (width, height) pixels. Heading h is in the column at
+        (h + rotation) / 360 of the width, as in the released data."""
         width, height = size
         plan, eye = self.plan, complex(*offset(self.plan.centre, at))
         heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
@@ -1778,7 +1740,7 @@ class City:
         return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
 
     def _ground(self, points: np.ndarray, streets: np.ndarray) -> np.ndarray:
-        """Colours of Points on the ground [...]: road with lanes and crossing marks, kerb, pavement."""
+        """Colours of Points on the ground [...]: road with lanes and zebra crossings, kerb, pavement."""
         plan = self.plan
         apart, along, street = nearest_street(points, streets)
         to_end = np.minimum(along, abs(streets[:, 1] - streets[:, 0])[street] - along)
@@ -1791,8 +1753,7 @@ class City:
         return color * plan.light
 
     def _paint_facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray):
-        """Paints the nearest wall of every column over sky and ground; returns its distance [width], infinite
-        for none."""
+        """Paints the nearest wall of every column; returns its distance [width], infinite for none."""
         plan, (walls, buildings) = self.plan, self.facades
         distances, shares = _meet(eye, ray, walls)
         columns = np.flatnonzero(np.isfinite(distances.min(1)))
@@ -1825,7 +1786,7 @@ class City:
     def _paint_boards(
         self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far
     ):
-        """Paints the signs that stand before the walls, the farthest first."""
+        """Paints the signs in front of the walls, the farthest first."""
         lines = np.array([line for line, _ in self.signs])
         distances, shares = _meet(eye, ray, lines)
         for k in np.argsort(-distances.min(0)):
@@ -1844,21 +1805,20 @@ class City:
 
 
 def _side(turn: float) -> str:
-    """Where a place is that lies so many degrees to the right of where one looks."""
+    """The side of a place so many degrees to the right of the heading."""
     turn = wrap(turn)
     return ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
 
 
-# -------------------------------------------------------------------------------- streets: the built-in world
+# ---- streets: the built-in world
 
-# Of the built-in routes: the name of their draw, and the quarters where they lead. The test routes are drawn
-# anew when a study has been seen.
+# Seed and final quarters of the built-in routes. The test routes are drawn anew after a study has been seen.
 SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, sixth draw", (3,))}
 
 
 @cache
 def built_in_city(name: str, seed: int) -> City:
-    """The city of a CityKey."""
+    """A built-in city, by its CityKey."""
     return City(NEW_YORK if name == NEW_YORK.name else made_up_plan(seed), seed)
 
 
@@ -1869,12 +1829,8 @@ def built_in_routes(
     cities: tuple[CityKey, ...] = TRAINING_CITIES,
     n: int = 2048,
 ) -> list[dict]:
-    """Up to `n` different routes of one to `turns` turning points, in the released format, of each city in
-    turn.
-
-    Routes of different splits lead to different places, so no route, and no instruction, of one is in
-    another.
-    """
+    """Up to `n` different routes of one to `turns` turning points, in the released format, cities in turn.
+    Routes of different splits end at different places, so none, nor its instruction, is in two."""
     of_city = []
     for name, seed in cities:
         (draw, ends), city, fruitless = SPLITS[split], built_in_city(name, seed), 0
@@ -1897,7 +1853,7 @@ def built_in_world(
     n: int = 2048,
     width: int = 1024,
 ) -> World:
-    """Those routes and all panoramas of the cities, pictures of so many pixels across."""
+    """Those routes and all panoramas of the cities, `width` pixels wide."""
     ids = {place: name for key in cities for place, name in built_in_city(*key).panoramas.items()}
     routes = read_routes(built_in_routes(split, turns, cities, n))
     return World(routes, ids, partial(_album(width), cities))
@@ -1905,7 +1861,7 @@ def built_in_world(
 
 @cache
 def _album(width: int) -> Callable:
-    """Draws the panorama at a place in the nearest of some cities, with a memory of 800 MB."""
+    """Draws the panorama at a place in the nearest of some cities; caches 800 MB."""
 
     @lru_cache(maxsize=2**29 // width**2)
     def draw(cities: tuple[CityKey, ...], place: Geocode) -> tuple[Image.Image, float]:
@@ -1916,8 +1872,8 @@ def _album(width: int) -> Callable:
 
 
 def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays [width] from a point meet line segments [n, 2]: the distance, infinite for none, and the
-    share of the segment from its start to there, both [width, n]."""
+    """Intersections of rays [width] with segments [n, 2]: distance (infinite: none) and share of the segment,
+    both [width, n]."""
     start, way = (lines[:, 0] - eye).conj(), lines[:, 1] - lines[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         cross = (ray[:, None].conj() * way).imag
@@ -1927,17 +1883,15 @@ def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, n
 
 @lru_cache(maxsize=8)
 def _sight(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pixels of a view lie, in degrees: a column how far right [size], a pixel how high [size,
-    size]."""
+    """Angles of a view's pixels in degrees: to the right [size], up [size, size]."""
     line = (np.arange(size) + 0.5) / size * 2 - 1
     right, up = np.meshgrid(line, -line)
     return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
 
 
 def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
-    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, 90
-    degrees wide: a square picture of `size` pixels, bilinear. The panorama's columns are those of
-    `City.draw`."""
+    """The perspective (gnomonic) view of a panorama [H, W, 3] (columns as in `City.draw`) at a heading, 90
+    degrees wide, `size` pixels square, bilinear."""
     height, width = panorama.shape[:2]
     sideways, latitude = _sight(size)
     x = (heading % 360.0 + rotation + sideways) / 360.0 * width - 0.5
@@ -1950,15 +1904,14 @@ def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int 
     return Image.fromarray((upper * (1 - fy) + lower * fy).round().astype(np.uint8))
 
 
-# Degrees right of the heading, of the top row and the bottom row.
+# Degrees right of the heading, top row first.
 VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}
 
 
 def look_around(
     panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
 ) -> Image.Image:
-    """Four views in a 2 x 2 grid with a black gap of 5 pixels: front and right over back and left, or the
-    released code's four."""
+    """Four views in a 2 x 2 grid with a black gap of 5 pixels, in the order of VIEW_LAYOUTS."""
     pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
     for k, turn in enumerate(VIEW_LAYOUTS[layout]):
         corner = (k % 2 * (size + 5), k // 2 * (size + 5))
@@ -1966,17 +1919,16 @@ def look_around(
     return grid
 
 
-# -------------------------------------------------------------------------------------- streets: the verifier
+# ---- streets: the verifier
 
 STREET_FIELDS = ("current observation", "current instruction", "action")
 
 
 class Waypoint(NamedTuple):
-    """One decision of a route: what is seen there, the sentence of the instruction it belongs to, and the
-    expert's action."""
+    """One decision of a route: the landmark, the sentence of the instruction, and the expert's action."""
 
     place: Geocode
-    heading: float  # where the agent looks before it acts, compass degrees
+    heading: float  # before the action, compass degrees
     landmark: str
     intersection: bool
     sentence: str
@@ -1991,8 +1943,8 @@ def judge_step(
     reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: Set[str] = frozenset()
 ) -> Verdict:
     """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
-    if the report claims an intersection, in any of the usual words, that is not there or leaves out one that
-    is. Whether it recognizes the landmark is measured, not judged; `names` as in World."""
+    if the report claims an intersection that is not there or leaves out one that is. Whether it recognizes
+    the landmark is measured alone; `names` as in World."""
     parsed = parse_reply(reply, fields)
     report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not isinstance(action, str):
@@ -2008,11 +1960,11 @@ def judge_step(
     return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
 
 
-# These read what `_words` makes of a report.
+# Patterns for the output of `_words`.
 _JOIN = re.compile(r" ?(?:;|\b(?:and|but|with|where)\b) ?")  # between two clauses
 _NO = r"\b(?:no|not|any|never|without|or|nor|neither|cannot)\b"
 _NO_INTERSECTION = re.compile(rf"{_NO}(?!.*\blandmark)")
-# What leads to the word, and what may follow it: "Intersection Cafe is on your left" is a name.
+# With its usual context: "Intersection Cafe is on your left" is a name.
 _INTERSECTION = re.compile(
     r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?: \w{1,20}(?: way)?){0,2}"
     r"|^(?:\w{1,20} way|t)?)"
@@ -2027,8 +1979,8 @@ _DENIAL = re.compile(rf"{_NO}(?![^X]*\bintersection)")
 
 def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, bool]:
     """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
-    appendix), and whether it recognizes the landmark: it names it and, once, its side, in any words, or says
-    that there is none. It does not if it names another one of `names` or another side, or denies it."""
+    appendix), and whether it recognizes the landmark: its name and side in any words, or that there is none,
+    no denial, and no other of `names` or side."""
     words, (letters, name, sides) = re.findall("[^ ;]+", report), _landmark(landmark)
     named = {"".join(words[i : i + n]) for n in range(1, 9) for i in range(len(words))} & names
     mark = _NO_LANDMARK if landmark == NOTHING else rf"(?<!\S){'[ ;]*+'.join(name)}(?!\S)"
@@ -2043,25 +1995,24 @@ def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, boo
     return claims, says_so and alone and not denied
 
 
-@lru_cache(maxsize=4096)  # a city's routes name the same few landmarks ten thousand times
+@lru_cache(maxsize=4096)
 def _landmark(text: str) -> tuple[str, str, list[str]]:
-    """The letters of what is said of a landmark, those of its name, and its sides: of "Joe's is on your left"
+    """The letters of a landmark's text, those of its name, and its sides: of "Joe's is on your left"
     joesisonyourleft, joes and left."""
-    said = _words(text)
-    name, *side = said.rsplit(" is on your ", 1)
-    letters, name = (re.sub("[ ;]", "", part) for part in (said, name.removeprefix("the destination ")))
+    words = _words(text)
+    name, *side = words.rsplit(" is on your ", 1)
+    letters, name = (re.sub("[ ;]", "", part) for part in (words, name.removeprefix("the destination ")))
     return letters, name or letters, _sides(" ".join(side))
 
 
 def _sides(words: str) -> list[str]:
-    """The sides that are named, sorted."""
+    """The sides in a text, sorted."""
     named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
     return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
 
 
 def _words(text: str) -> str:
-    """The words of a text in small letters, their marks and digits; blanks between them, semicolons between
-    clauses."""
+    """A text's words in lower case, with blanks between them and semicolons between clauses."""
     text = re.sub("n['’]t\\b", " not", unicodedata.normalize("NFC", text.lower()))
     kept = (
         c if c.isalnum() or unicodedata.category(c)[0] == "M" else " ; " if c in ";.,:!?\n" else " "
@@ -2070,7 +2021,7 @@ def _words(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-# ----------------------------------------------------------------------------------- streets: the environment
+# ---- streets: the environment
 
 STREET_PROMPT = string.Template(
     "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
@@ -2080,10 +2031,10 @@ STREET_PROMPT = string.Template(
 
 
 class VIRL(Environment):
-    """Follow a route through streets (paper, section 3.2), told in words.
+    """Follow a route through streets, in words (paper, section 3.2).
 
-    An episode is a route, its decisions are the waypoints. A reply reports what is seen, quotes the sentence
-    of the instruction that it follows, and acts. A right action leads to the next waypoint; a wrong one is
+    An episode is a route, its decisions are the waypoints. A reply reports the observation, quotes the
+    current sentence of the instruction, and acts. A right action leads to the next waypoint, a wrong one is
     not executed.
 
     Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
@@ -2092,8 +2043,7 @@ class VIRL(Environment):
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
     rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn
-    # Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a
-    # reply that cannot be read counts like a wrong action.
+    # Paper, appendix; a wrong observation is a wrong action with a false report of an intersection.
     rewards = {
         "correct": 1.0,
         "wrong_action": -1.0,
@@ -2103,7 +2053,7 @@ class VIRL(Environment):
     }
     headline = "step_accuracy"
     start_options = {"route": (int, "walk the route of this number, from 0")}
-    report = ""  # how a report is worded, where the model is not told what is seen
+    report = ""  # for pictures: the wording of a report
     panorama_width = 1024
 
     verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
@@ -2137,7 +2087,7 @@ class VIRL(Environment):
 
     @property
     def decisions(self) -> int:
-        """The waypoints of the route; 0 before the first one."""
+        """The waypoints of the route."""
         return len(self.waypoints)
 
     def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict]]:
@@ -2146,7 +2096,7 @@ class VIRL(Environment):
         return [(f"{series}/{i}", {"route": i % routes}) for i in range(n or routes)]
 
     def begin(self, options: dict) -> str:
-        """A route drawn at random, or number `options["route"]`."""
+        """A random route, or number `options["route"]`."""
         number, routes = options.get("route"), self.world.routes
         if number is None:
             number = self.random.randrange(len(routes))
@@ -2163,10 +2113,8 @@ class VIRL(Environment):
         )
 
     def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """The instruction's sentences and the waypoints of a route, by the released data's rules.
-
-        At the start and at every turning point the expert turns, however little, and between them it goes on.
-        """
+        """Sentences and waypoints of a route, by the released data's rules: the expert turns at the start and
+        at every turning point, however little, and goes forward between them."""
         route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
         at, seen, intersection = self.world.nearest(route.start), NOTHING, False
@@ -2188,7 +2136,7 @@ class VIRL(Environment):
         return sentences, waypoints
 
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
-        """Some of the points of a leg, moved to the nearest panorama; on a short leg several stand on one."""
+        """Points of a leg, moved to the nearest panorama, on a short leg several to one."""
         found: list[Geocode] = []
         for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
             share = k / (self.points_per_leg + 1)
@@ -2201,11 +2149,10 @@ class VIRL(Environment):
         return found
 
     def _here(self) -> Waypoint:
-        """The present waypoint; after the end of a route its last one."""
+        """The current waypoint, at the end of a route the last one."""
         return self.waypoints[min(self.decision, len(self.waypoints) - 1)]
 
     def _seen(self) -> str:
-        """What the model is told of the present waypoint."""
         return f"You see: {self.waypoints[self.decision].observation}."
 
     def judge(self, reply: str) -> Verdict:
@@ -2241,11 +2188,9 @@ class VIRL(Environment):
     def write(
         self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
     ) -> str:
-        """Writes the built-in world of these options, or with a seed that of other cities, as a folder in the
-        released format: `n` routes (None: all) and the panoramas, in pictures if the task has them.
-        Returns what was written.
-
-        `watch` is told the share of the panoramas that are done.
+        """Writes the built-in world of these options (with a seed: of other cities) in the released format:
+        `n` routes (None: all) and the panoramas, in pictures if the task has them. Returns what was written.
+        `watch` gets the finished share.
         """
         cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
         what = (self.split, self.turns, cities, n or 2048)
@@ -2256,11 +2201,9 @@ class VIRL(Environment):
 
     @staticmethod
     def measures(episodes: Sequence[Episode]) -> dict:
-        """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, where the
-        expert's action was found within the budget; the same at the first reply and by kind of action.
-
-        `steps` has it for each route, `at_turns` that of its turns, None where there are none. Its standard
-        error counts routes, for the waypoints of one route go wrong together.
+        """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, with the expert's
+        action within the budget; the same at the first reply and by kind of action. `steps` has it for each
+        route, `at_turns` that of its turns. The standard error counts routes, whose waypoints fail together.
         """
         tries = [
             [
@@ -2294,8 +2237,7 @@ class VIRL(Environment):
 
 
 class VIRLVL(VIRL):
-    """The same walk in pictures: of each waypoint one picture of four street views (paper, section 3.2), and
-    no word of what it shows.
+    """The same with one picture of four street views per waypoint, and no words for it (paper, section 3.2).
 
     Variants: also "visual", the training rule in nine other cities.
     """
@@ -2331,7 +2273,7 @@ class VIRLVL(VIRL):
         return "You are at an intersection." if intersection else "You see the picture."
 
     def draw(self) -> Callable[[], Image.Image]:
-        """The picture of the present waypoint, drawn when someone looks."""
+        """Drawn on first use."""
         return cache(partial(self._look_around, self.number, self.waypoints[self.decision]))
 
     def _look_around(self, number: int, here: Waypoint) -> Image.Image:
@@ -2342,11 +2284,11 @@ class VIRLVL(VIRL):
         return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
 
 
-# ---------------------------------------------------------------------------------------------- option checks
+# ---- option checks
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type. Integers are floats too; True and False are bool alone."""
+    """Whether a value is of an annotated type; an int is a float too, a bool is no int."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(_fits, inner, value))
@@ -2367,7 +2309,7 @@ def _line(value: Any) -> str:
 
 @cache
 def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
-    """Type, default (... if there is none) and Option of all options of a class, by name."""
+    """Type, default (... if none) and Option of a class's options, by name."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
@@ -2376,19 +2318,19 @@ def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- tasks by name
+# ---- tasks by name
 
 TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-vl": VIRLVL}
 
 
 def task_name(task: str) -> str:
-    """The name of a task wherever one stands: of a world of the user's own with the file's absolute path."""
+    """A task's name, for FILE.py:CLASS with the absolute path."""
     path, colon, name = task.rpartition(":")
     return f"{Path(path).resolve()}:{name}" if colon else task
 
 
 def task_class(task: str) -> type[Environment]:
-    """The class of a task: one of TASKS, or a class of the user's own as FILE.py:CLASS. Raises ValueError."""
+    """The class of one of TASKS or of FILE.py:CLASS. Raises ValueError."""
     if task in TASKS:
         return TASKS[task]
     path, _, name = task_name(task).rpartition(":")
@@ -2402,7 +2344,7 @@ def task_class(task: str) -> type[Environment]:
 
 @cache
 def _module(path: str) -> types.ModuleType:
-    """A file of the user's, run once."""
+    """A user's file, run once."""
     spec = importlib.util.spec_from_file_location(path, path)
     sys.modules[path] = module = importlib.util.module_from_spec(spec)
     try:
@@ -2415,7 +2357,7 @@ def _module(path: str) -> types.ModuleType:
 def make(
     task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
 ) -> Environment:
-    """An environment of a task, one of TASKS or FILE.py:CLASS; `options` are those of its class.
+    """An environment of one of TASKS or of FILE.py:CLASS with options of its class.
 
     Raises ValueError for an unknown task, a wrong option or a wrong value.
     """
