@@ -1,6 +1,4 @@
-"""Environments: the tasks, their verifiers, how an episode is played, and demonstrations of it.
-
-This is the lowest module. It knows chat messages and strings, and no model:
+"""Environments: tasks, verifiers, episodes and demonstrations. The lowest module: it knows no model.
 
     env = make("gp-l", variant="id", seed=0, verify_iter=5)
     observation, info = env.reset()
@@ -83,16 +81,17 @@ class Option:
 # ---- what all tasks share
 
 
+Picture = Image.Image | Callable[[], Image.Image] | None  # a function draws it on first use
+
+
 @dataclass(frozen=True)
 class Observation:
-    """The input of the model: all chat messages of the episode so far, and the picture, if the task has one.
-
-    With a picture the content of one message is a list of parts; the part of type "image" marks its position.
-    `picture` may be a function that draws it on first use: judging a reply need not wait for it.
+    """The input of the model: all chat messages of the episode and the picture, if the task has one. Then one
+    message's content is a list of parts, and the part of type "image" marks the position of the picture.
     """
 
     messages: list[dict[str, Any]]
-    picture: Image.Image | Callable[[], Image.Image] | None = None
+    picture: Picture = None
 
     @property
     def image(self) -> Image.Image | None:
@@ -109,11 +108,10 @@ class Verdict(NamedTuple):
 
 
 class Environment:
-    """One task. A subclass defines `begin`, `judge`, `expert_reply` and `wrong_reply`, its `variants` and its
-    `rewards`.
+    """One task. A subclass defines `begin`, `judge`, `expert_reply`, `wrong_reply`, `variants` and `rewards`.
 
     An episode has one decision (a hand of cards) or several in sequence (the waypoints of a route). A correct
-    reply leads to the next one. A wrong one gets the verifier's feedback, until `verify_iter` replies to this
+    reply leads to the next one; a wrong one gets the verifier's feedback, until `verify_iter` replies to this
     decision have been judged. The annotated attributes are options of the constructor and the command line.
 
     Args:
@@ -121,7 +119,6 @@ class Environment:
         seed: of the environment's only random generator.
         verify_iter: None takes the task's default.
         rewards: by verdict, in place of some of the task's defaults.
-        options: the task's other options.
 
     Raises ValueError for a wrong argument.
     """
@@ -130,12 +127,12 @@ class Environment:
     rewards = {"correct": 1.0, "wrong": -1.0, "budget": 0.0}  # "budget" is added where it is used up
     decisions = 1  # per episode
     pictures = False  # whether every decision comes with a picture
-    answer_field = ""  # the field of a reply that holds the answer, after the thought; "" if there is none
+    answer_field = ""  # of a reply, after the thought; "": none
     start_options = {}  # of `reset`, by name: type and help for `sftrl play`
     headline = "success"  # or "step_accuracy": the main measure of a study
 
     verify_iter: Annotated[int, Option("replies judged per decision, the verification budget", least=1)] = 5
-    fields: Sequence[str] = ()  # names of the fields of a reply; the last one is the answer
+    fields: Sequence[str] = ()  # names of a reply's fields, the answer's last
     continue_after_failure: bool = False  # with the next decision, for evaluation
 
     def __init__(
@@ -148,7 +145,7 @@ class Environment:
     ):
         if variant not in self.variants:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.variants)}")
-        if not isinstance(rewards, (dict, type(None))):
+        if not _fits(dict | None, rewards):
             raise ValueError(f"rewards must be a dict by verdict, not {_line(repr(rewards))}")
         defaults = {"budget": 0.0} | self.rewards
         for name, value in (rewards or {}).items():
@@ -172,7 +169,7 @@ class Environment:
         self.answer_field = self.fields[-1] if self.fields else self.answer_field
         self.variant, self.random, self.rewards = variant, random.Random(seed), defaults | (rewards or {})
         self.messages: list[dict[str, Any]] = []
-        self.picture: Image.Image | Callable[[], Image.Image] | None = None
+        self.picture: Picture = None
 
     # What a subclass defines:
 
@@ -196,7 +193,7 @@ class Environment:
         """The user message after a reply; `moved`: it also presents the next decision."""
         return self.verdict.feedback
 
-    def draw(self) -> Image.Image | Callable[[], Image.Image] | None:
+    def draw(self) -> Picture:
         """The picture of the current decision, or a cached function that draws it."""
         return None
 
@@ -322,10 +319,8 @@ class Episode:
 
     def transcript(self) -> dict:
         """The line of samples.jsonl."""
-        turns = [
-            {"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback}
-            for t in self.turns
-        ]
+        names = "reply", "verdict", "reward", "feedback"
+        turns = [{name: getattr(turn, name) for name in names} for turn in self.turns]
         return {"prompt": self.prompt, "success": self.success, "turns": turns}
 
 
@@ -339,9 +334,9 @@ def play(
 ) -> list[Episode]:
     """Plays one episode in every environment, in lockstep, `at_once` of them at a time (None: all).
 
-    `respond(indices, observations)` gets the indices and observations of the environments that still run and
-    returns one reply each: a model that samples a batch, or a script. None breaks an episode off without
-    success. `seeds` and `options` go to `reset`; `watch` gets the number of finished episodes.
+    `respond(indices, observations)` gets the indices and observations of the running environments and returns
+    one reply each; None breaks an episode off without success. `seeds` and `options` go to `reset`; `watch`
+    gets the number of finished episodes.
     """
     observations, episodes = [], []
     for i, env in enumerate(environments):
@@ -349,25 +344,28 @@ def play(
         observations.append(observation)
         expected = info.get("actions", info.get("cards", []))
         episodes.append(Episode(text_of(observation.messages[0]["content"]), expected))
-    waiting, running = list(range(len(environments))), []
-    while waiting or running:
-        if not running:
-            running, waiting = waiting[:at_once], waiting[at_once:] if at_once else []
-        replies = respond(running, [observations[i] for i in running])
-        unfinished = []
-        for i, reply in zip(running, replies, strict=True):
-            if reply is None:
-                continue
-            observations[i], reward, terminated, truncated, info = environments[i].step(reply)
-            ended = terminated or truncated
-            read = info["feedback"] if ended else text_of(observations[i].messages[-1]["content"])
-            where = info.get("decision", 0), info.get("landmark", True)
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], *where))
-            episodes[i].success = terminated
-            if not ended:
-                unfinished.append(i)
-        running = unfinished
-        watch(len(environments) - len(waiting) - len(running))
+    n = len(environments)
+    size = at_once or max(n, 1)
+    for first in range(0, n, size):
+        last = min(first + size, n)
+        running = list(range(first, last))
+        while running:
+            replies = respond(running, [observations[i] for i in running])
+            unfinished = []
+            for i, reply in zip(running, replies, strict=True):
+                if reply is None:
+                    continue
+                observations[i], reward, terminated, truncated, info = environments[i].step(reply)
+                ended = terminated or truncated
+                read = info["feedback"] if ended else text_of(observations[i].messages[-1]["content"])
+                where = info.get("decision", 0), info.get("landmark", True)
+                turn = Turn(reply, reward, info["verdict"], read, info["recognized"], *where)
+                episodes[i].turns.append(turn)
+                episodes[i].success = terminated
+                if not ended:
+                    unfinished.append(i)
+            running = unfinished
+            watch(last - len(running))
     return episodes
 
 
@@ -378,10 +376,9 @@ def demonstration(
     start: tuple[Any, dict | None] = (None, None),
 ) -> dict:
     """One SFT record in the released format: for each decision `wrong_turns` wrong replies with the
-    verifier's feedback, then the expert's.
+    verifier's feedback, then the expert's, the last one by `author`. `start` goes to `reset`.
 
-    `start` is the seed and options of `reset`, `author` writes the last reply instead of the expert. A visual
-    task adds the picture as "image"; a record has only one, so it ends at a random decision of the episode.
+    A visual task adds the picture as "image"; a record has only one, so it ends at a random decision.
     Raises ValueError if the budget ends before the last reply.
     """
     if wrong_turns >= env.verify_iter:
@@ -463,7 +460,14 @@ _REPLY_TOKEN = re.compile(
 )
 _OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
 _LITERAL = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
-_decoder = json.JSONDecoder(strict=False)
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if abs(value) < 1e6 and value.is_integer() else value
+
+
+_decoder = json.JSONDecoder(strict=False, parse_float=_number)
 
 
 def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
@@ -472,9 +476,9 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
     Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
     commas, quotes inside strings. 1.0 is the integer 1.
 
-    Objects are read from the first one on, without those inside others, for if the reply is one object its
-    strings may hold anything; and again from the last one on, for what stands before the answer, however
-    long, must not hide it. Time is linear for any text: each round has a budget in proportion to its length.
+    Objects are read from the first one on, without those inside others, for the strings of the answer may
+    hold anything; and from the last one on, for what precedes the answer must not hide it. Time is linear for
+    any text: each round has a budget in proportion to its length.
     """
     stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
     starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
@@ -489,7 +493,7 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
                 found, last = value, end
             if budget < 0:
                 break
-    return None if found is None else {key: _plain_numbers(value) for key, value in found.items()}
+    return found
 
 
 def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
@@ -533,13 +537,6 @@ def _unescape(text: str) -> str:
         with suppress(ValueError):
             return _decoder.decode('"' + re.sub(r'\\?"', r'\\"', text.replace(r"\'", "'")) + '"')
     return text
-
-
-def _plain_numbers(value: Any) -> Any:
-    """1.0 as 1, also in a list."""
-    if isinstance(value, list):
-        return [_plain_numbers(item) if isinstance(item, float) else item for item in value]
-    return int(value) if isinstance(value, float) and abs(value) < 1e6 and value.is_integer() else value
 
 
 # ---- cards: the solver
@@ -588,13 +585,13 @@ def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, .
     return {tuple(sorted(pair, key=lambda part: (len(part), part))) for pair in pairs}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
     """All formulas that use each of the sorted numbers once: value -> text -> expression."""
     if len(numbers) == 1:
         value, text = Fraction(numbers[0]), str(numbers[0])
         return {value: {text: Expression(value, "n", (), (), text)}}
-    found: dict[Fraction, dict[str, Expression]] = {}
+    found = {}
     for pair in _splits(numbers):
         sides = [[e for same in _expressions(p, operators).values() for e in same.values()] for p in pair]
         for (x, y), op in product(product(*sides), operators):
@@ -604,7 +601,7 @@ def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dic
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
     """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once, or None.
 
@@ -613,8 +610,7 @@ def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS
     """
     if len(numbers) == 1:
         return str(target) if numbers[0] == target else None
-    found: set[str] = set()
-    t = Fraction(target)
+    found, t = set(), Fraction(target)
     for left, right in _splits(numbers):
         partners = _expressions(right, operators)
         for value, same in _expressions(left, operators).items():
@@ -700,17 +696,17 @@ def judge(
     fields: Sequence[str] = FIELDS,
     feedback: dict[str, str] = FEEDBACK,
 ) -> Verdict:
-    """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value.
+    """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value, from the
+    gravest fault to the mildest, so penalties never add up.
 
-    `cards` are the dealt ranks, `numbers` their values under the rule in force, `feedback` the templates. The
-    cards field is judged only if these have a text for "misread". The order goes from the gravest fault to
-    the mildest, so penalties never add up. The right side counts only if the left one hits the target.
+    `cards` are the dealt ranks, `numbers` their values under the rule in force, `feedback` the templates; the
+    cards field is judged only if these have a text for "misread". The right side counts only if the left one
+    hits the target.
     """
 
     def verdict(name: str, **values: str) -> Verdict:
-        return Verdict(
-            name, string.Template(feedback[name]).safe_substitute(values, target=target), recognized
-        )
+        text = string.Template(feedback[name]).safe_substitute(values, target=target)
+        return Verdict(name, text, recognized)
 
     parsed, recognized = parse_reply(reply, fields), False
     named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
@@ -895,10 +891,8 @@ def draw_hand(
 
 # ---- cards: the environment
 
-FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
-    "id": {"J": 10, "Q": 10, "K": 10},
-    "rule": {"J": 11, "Q": 12, "K": 13},
-}
+# What J, Q and K count, by variant (paper, section 3.1).
+FACE_RULES = {"id": {"J": 10, "Q": 10, "K": 10}, "rule": {"J": 11, "Q": 12, "K": 13}}
 PROMPT = (  # $cards_list would be the cards as a Python list
     "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. "
     "Cards: $cards. The ace counts one, $rule. Answer in this form: "
@@ -920,14 +914,9 @@ class GeneralPoints(Environment):
     variants = {"id": "in distribution", "rule": "under the other rule"}
     rules = FACE_RULES
     # Paper, appendix; an unparsed reply counts as an illegal equation.
-    rewards = {
-        "correct": 5.0,
-        "wrong_value": -1.0,
-        "wrong_numbers": -2.0,
-        "illegal": -3.0,
-        "unparsed": -3.0,
-        "budget": -1.0,
-    }
+    rewards = dict(
+        correct=5.0, wrong_value=-1.0, wrong_numbers=-2.0, illegal=-3.0, unparsed=-3.0, budget=-1.0
+    )
     start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
     default_feedback = FEEDBACK
     suits = SUITS  # in the deck
@@ -1072,11 +1061,9 @@ class GeneralPointsVL(GeneralPoints):
 
     def draw(self) -> Image.Image:
         """The hand. Cards of one rank get different suits as long as there are some."""
-        left: dict[str, list[str]] = {}
-        suits = []
+        left, suits = {}, []
         for card in self.cards:
-            if not left.get(card):
-                left[card] = self.random.sample(self.suits, len(self.suits))
+            left[card] = left.get(card) or self.random.sample(self.suits, len(self.suits))
             suits.append(left[card].pop())
         return draw_hand(self.cards, suits, tuple(self.size), self.jitter, self.font_size, self.random)
 
@@ -1135,6 +1122,9 @@ def relative_word(turn: float) -> str:
 # ---- streets: routes and their files
 
 
+PanoramaOf = Callable[[Geocode], tuple[Image.Image, float]]  # at a place: equirectangular, its rotation
+
+
 class Leg(NamedTuple):
     """A straight part of a route, to a turning point or the destination."""
 
@@ -1159,7 +1149,7 @@ class World:
 
     routes: tuple[Route, ...]
     panoramas: dict[Geocode, str]
-    picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
+    picture: PanoramaOf | None = None
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -1228,11 +1218,10 @@ def _read_mapping(path: Path) -> dict[Geocode, str]:
 
 def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
-    street_views/.
+    street_views/, whose files are read when they are drawn.
 
     Panoramas without a picture and routes that cannot be walked are left out, with one warning for each kind.
-    Raises ValueError in one line that names file, route and field if nothing is left. The content of pictures
-    is read when they are drawn.
+    Raises ValueError in one line that names file, route and field if nothing is left.
     """
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
@@ -1245,11 +1234,8 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
         if not views.is_dir():
             raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
         files = set(os.listdir(views))
-        panoramas = {
-            place: name
-            for place, name in names.items()
-            if files.issuperset(file.name for file in _picture_files(views, name))
-        }
+        whole = {n for n in names.values() if {file.name for file in _picture_files(views, n)} <= files}
+        panoramas = {place: name for place, name in names.items() if name in whole}
         if lost := len(names) - len(panoramas):
             warnings.warn(f"{views}: {lost} of {len(names)} panoramas are missing", stacklevel=2)
     routes = read_routes(content, str(path), World((), panoramas).nearest)
@@ -1323,19 +1309,16 @@ def _read_route(record: Any, check: Callable[[Geocode], Any]) -> Route:
     blocks = _field(record, _milestones, "milestone_info")
     if not ends or len(blocks) != ends:
         raise ValueError(f"milestone_info: {len(blocks)} blocks for {ends} points of geocode_list")
-    record = record | {"milestone_info": {f"block {i}": block for i, block in enumerate(blocks, 1)}}
+    record = record | {f"block {i}": {"landmarks": ""} | block for i, block in enumerate(blocks, 1)}
     legs = []
     for i in range(ends):
         end = _field(record, place, "route_results", "geocode_list", i)
-        block = "milestone_info", f"block {i + 1}"
-        heading, word = _field(record, _heading, *block, "to_next_intersection_heading")
-        blocks[i].setdefault("landmarks", "")
-        destination = _destination(record) if i == ends - 1 else NOTHING
-        legs.append(
-            Leg(end, heading, word, _field(record, partial(_landmark_of, destination), *block, "landmarks"))
-        )
-    heading = _field(record | {"init_heading": record.get("init_heading") or 0}, _degrees, "init_heading")
-    return Route(start, heading % 360.0 if heading else None, tuple(legs))  # 0: draw one
+        block = f"block {i + 1}"
+        heading, word = _field(record, _heading, block, "to_next_intersection_heading")
+        read = partial(_landmark_of, _destination(record) if i == ends - 1 else NOTHING)
+        legs.append(Leg(end, heading, word, _field(record, read, block, "landmarks")))
+    heading = _field({"init_heading": None} | record, lambda x: _degrees(x or 0), "init_heading") % 360.0
+    return Route(start, heading or None, tuple(legs))  # 0: draw one
 
 
 def _field(record: Any, read: Callable, *path: str | int) -> Any:
@@ -1386,7 +1369,7 @@ _MILESTONE = re.compile(
 
 def _milestones(text: str) -> list[dict[str, str]]:
     """The non-empty blocks of milestone_info, which is no JSON: values may hold quotes and braces."""
-    blocks: list[dict[str, str]] = []
+    blocks = []
     for match in _MILESTONE.finditer(text):
         if not match[1]:
             blocks.append({})
@@ -1399,7 +1382,7 @@ def write_world(
     folder: Path,
     content: Any,
     ids: dict[Geocode, str],
-    picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None,
+    picture: PanoramaOf | None = None,
     watch: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Writes a folder that `load_world` reads; `picture` as in World. `watch` gets the finished share.
@@ -1427,6 +1410,7 @@ def write_world(
 
 # ---- streets: synthetic cities
 
+Array = np.ndarray
 Color = tuple[int, int, int]  # RGB
 Point = complex  # metres to the east + 1j * metres to the north
 Crossing = tuple[int, int]  # column and row
@@ -1466,7 +1450,7 @@ NEW_YORK = CityPlan(
     "Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split(),
 )
 MADE_UP = "anywhere"  # random cities
-CityKey = tuple[str, int]  # NEW_YORK.name or MADE_UP, and a seed
+Cities = tuple[tuple[str, int], ...]  # NEW_YORK.name or MADE_UP, and a seed
 TRAINING_CITIES = ((NEW_YORK.name, 0),)
 TEST_CITIES = tuple((MADE_UP, seed) for seed in range(101, 110))  # of variant "visual" alone
 
@@ -1482,6 +1466,7 @@ def _made_up_name(rng: random.Random) -> str:
 def made_up_plan(seed: int) -> CityPlan:
     """Random parameters of a synthetic city."""
     rng = random.Random(f"city/{seed}")
+    between = rng.uniform
     words, trades = (list({_made_up_name(rng): None for _ in range(12)}) for _ in range(2))
 
     def color(hue: tuple[int, int], saturation: tuple[int, int], lightness: tuple[int, int]) -> Color:
@@ -1492,28 +1477,28 @@ def made_up_plan(seed: int) -> CityPlan:
     sign = (color(anything, (50, 90), (14, 34)), color(anything, (30, 90), (80, 95)))
     return CityPlan(
         f"{MADE_UP}{seed}",
-        (rng.uniform(-50, 55), rng.uniform(-170, 170)),
+        (between(-50, 55), between(-170, 170)),
         words,
         trades,
-        block=(rng.uniform(70, 180), rng.uniform(70, 180)),
-        turned=rng.uniform(-45, 45),
-        jitter=rng.uniform(0, 0.5),
-        diagonals=rng.uniform(0, 0.3),
-        street=rng.uniform(12, 28),
-        pavement=rng.uniform(1, 4),
+        block=(between(70, 180), between(70, 180)),
+        turned=between(-45, 45),
+        jitter=between(0, 0.5),
+        diagonals=between(0, 0.3),
+        street=between(12, 28),
+        pavement=between(1, 4),
         road=color((20, 60), (0, 14), (22, 44)),
-        heights=(rng.uniform(5, 15), rng.uniform(16, 60)),
-        window=(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
+        heights=(between(5, 15), between(16, 60)),
+        window=(between(0.3, 0.7), between(0.3, 0.7)),
         walls=[color(stone, (10, 45), (42, 80)) for _ in range(4)] + [color(anything, (20, 45), (45, 75))],
         glass=color(blues, (5, 40), (16, 44)),
         awnings=[color(anything, (45, 85), (28, 52)) for _ in range(3)],
         sign=rng.choice((sign, sign[::-1])),
         sky=(color(blues, (10, 75), (48, 72)), color((30, 220), (10, 45), (78, 90))),
-        light=rng.uniform(0.8, 1.15),
+        light=between(0.8, 1.15),
     )
 
 
-def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nearest_street(points: Array, streets: Array) -> tuple[Array, Array, Array]:
     """For Points [...] the nearest of the streets [n, 2] (from, to): distance, metres along it, and index."""
     start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
     length, parts = abs(way), []
@@ -1674,7 +1659,7 @@ class City:
         return "{\n" + "".join(f'    "{key}": "{value}",\n' for key, value in lines.items()) + "}"
 
     @cached_property
-    def facades(self) -> tuple[np.ndarray, np.ndarray]:
+    def facades(self) -> tuple[Array, Array]:
         """Walls [n, 2] (from, to) and buildings [m, 10]: 1000 * wall + metres along it, by which they are
         sorted, width, height, bay, paint, awning (negative: none)."""
         plan = self.plan
@@ -1693,7 +1678,7 @@ class City:
         return np.array(walls), np.array(buildings)
 
     @cached_property
-    def signs(self) -> list[tuple[tuple[Point, Point], np.ndarray]]:
+    def signs(self) -> list[tuple[tuple[Point, Point], Array]]:
         """Both ends of each sign, and its pixels."""
         return [
             (self.boards[crossing], self._board(place["name"])) for crossing, place in self.places.items()
@@ -1709,7 +1694,7 @@ class City:
             at += width
         return row
 
-    def _board(self, name: str) -> np.ndarray:
+    def _board(self, name: str) -> Array:
         """The pixels of a sign."""
         board, letters = self.plan.sign
         text, picture = name.replace(" ", "\n"), Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
@@ -1739,7 +1724,7 @@ class City:
         self._paint_boards(picture, eye, ray, elevation, far)
         return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
 
-    def _ground(self, points: np.ndarray, streets: np.ndarray) -> np.ndarray:
+    def _ground(self, points: Array, streets: Array) -> Array:
         """Colours of Points on the ground [...]: road with lanes and zebra crossings, kerb, pavement."""
         plan = self.plan
         apart, along, street = nearest_street(points, streets)
@@ -1752,7 +1737,7 @@ class City:
         color[lane | stripes] = (232, 232, 228)
         return color * plan.light
 
-    def _paint_facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray):
+    def _paint_facades(self, picture: Array, eye: Array, ray: Array, elevation: Array):
         """Paints the nearest wall of every column; returns its distance [width], infinite for none."""
         plan, (walls, buildings) = self.plan, self.facades
         distances, shares = _meet(eye, ray, walls)
@@ -1783,9 +1768,7 @@ class City:
         picture[:, columns] = np.where(((z >= 0) & (z <= top))[..., None], color, picture[:, columns])
         return distances.min(1)
 
-    def _paint_boards(
-        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far
-    ):
+    def _paint_boards(self, picture: Array, eye: Array, ray: Array, elevation: Array, far):
         """Paints the signs in front of the walls, the farthest first."""
         lines = np.array([line for line, _ in self.signs])
         distances, shares = _meet(eye, ray, lines)
@@ -1818,24 +1801,19 @@ SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, 
 
 @cache
 def built_in_city(name: str, seed: int) -> City:
-    """A built-in city, by its CityKey."""
+    """A city of Cities."""
     return City(NEW_YORK if name == NEW_YORK.name else made_up_plan(seed), seed)
 
 
 @cache
-def built_in_routes(
-    split: str = "train",
-    turns: int = 7,
-    cities: tuple[CityKey, ...] = TRAINING_CITIES,
-    n: int = 2048,
-) -> list[dict]:
+def built_in_routes(split: str, turns: int, cities: Cities = TRAINING_CITIES, n: int = 2048) -> list[dict]:
     """Up to `n` different routes of one to `turns` turning points, in the released format, cities in turn.
     Routes of different splits end at different places, so none, nor its instruction, is in two."""
     of_city = []
     for name, seed in cities:
         (draw, ends), city, fruitless = SPLITS[split], built_in_city(name, seed), 0
         rng = random.Random(f"routes/{seed}/{draw}")
-        records: dict[str, dict] = {}
+        records = {}
         while len(records) < max(1, n // len(cities)) and fruitless < 500:  # few routes have one turn
             record = city.route(rng, rng.randint(1, turns), ends)
             key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
@@ -1847,11 +1825,7 @@ def built_in_routes(
 
 @cache
 def built_in_world(
-    split: str = "train",
-    turns: int = 7,
-    cities: tuple[CityKey, ...] = TRAINING_CITIES,
-    n: int = 2048,
-    width: int = 1024,
+    split: str = "train", turns: int = 7, cities: Cities = TRAINING_CITIES, n: int = 2048, width: int = 1024
 ) -> World:
     """Those routes and all panoramas of the cities, `width` pixels wide."""
     ids = {place: name for key in cities for place, name in built_in_city(*key).panoramas.items()}
@@ -1864,14 +1838,14 @@ def _album(width: int) -> Callable:
     """Draws the panorama at a place in the nearest of some cities; caches 800 MB."""
 
     @lru_cache(maxsize=2**29 // width**2)
-    def draw(cities: tuple[CityKey, ...], place: Geocode) -> tuple[Image.Image, float]:
+    def draw(cities: Cities, place: Geocode) -> tuple[Image.Image, float]:
         nearest = min(cities, key=lambda key: distance(built_in_city(*key).plan.centre, place))
         return built_in_city(*nearest).draw(place, (width, width // 2)), 0.0
 
     return draw
 
 
-def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _meet(eye: Point, ray: Array, lines: Array) -> tuple[Array, Array]:
     """Intersections of rays [width] with segments [n, 2]: distance (infinite: none) and share of the segment,
     both [width, n]."""
     start, way = (lines[:, 0] - eye).conj(), lines[:, 1] - lines[:, 0]
@@ -1881,15 +1855,15 @@ def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, n
     return np.where((share >= 0) & (share <= 1) & (far > 0.1), far, np.inf), share
 
 
-@lru_cache(maxsize=8)
-def _sight(size: int) -> tuple[np.ndarray, np.ndarray]:
+@cache
+def _sight(size: int) -> tuple[Array, Array]:
     """Angles of a view's pixels in degrees: to the right [size], up [size, size]."""
     line = (np.arange(size) + 0.5) / size * 2 - 1
     right, up = np.meshgrid(line, -line)
     return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
 
 
-def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
+def view(panorama: Array, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
     """The perspective (gnomonic) view of a panorama [H, W, 3] (columns as in `City.draw`) at a heading, 90
     degrees wide, `size` pixels square, bilinear."""
     height, width = panorama.shape[:2]
@@ -1995,7 +1969,7 @@ def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, boo
     return claims, says_so and alone and not denied
 
 
-@lru_cache(maxsize=4096)
+@cache
 def _landmark(text: str) -> tuple[str, str, list[str]]:
     """The letters of a landmark's text, those of its name, and its sides: of "Joe's is on your left"
     joesisonyourleft, joes and left."""
@@ -2033,9 +2007,8 @@ STREET_PROMPT = string.Template(
 class VIRL(Environment):
     """Follow a route through streets, in words (paper, section 3.2).
 
-    An episode is a route, its decisions are the waypoints. A reply reports the observation, quotes the
-    current sentence of the instruction, and acts. A right action leads to the next waypoint, a wrong one is
-    not executed.
+    Decisions are the waypoints of a route. A reply reports the observation, quotes the current sentence of
+    the instruction, and acts. A wrong action is not executed.
 
     Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
     `data` may also be a World, and `fields` names the three fields of a reply.
@@ -2044,13 +2017,7 @@ class VIRL(Environment):
     variants = {"id": "in distribution", "rule": "under the other rule"}
     rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn
     # Paper, appendix; a wrong observation is a wrong action with a false report of an intersection.
-    rewards = {
-        "correct": 1.0,
-        "wrong_action": -1.0,
-        "wrong_observation": -1.5,
-        "unparsed": -1.0,
-        "budget": -1.0,
-    }
+    rewards = dict(correct=1.0, wrong_action=-1.0, wrong_observation=-1.5, unparsed=-1.0, budget=-1.0)
     headline = "step_accuracy"
     start_options = {"route": (int, "walk the route of this number, from 0")}
     report = ""  # for pictures: the wording of a report
@@ -2059,7 +2026,7 @@ class VIRL(Environment):
     verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
     data: Annotated[
         str | Path | World | None,
-        Option("a folder of routes in the released format; without it the built-in city", metavar="DIR"),
+        Option("folder in the released format; None: the built-in city", metavar="DIR"),
     ] = None
     split: Annotated[str, Option("of the built-in routes", choices=tuple(SPLITS))] = "train"
     turns: Annotated[int, Option("most turning points of a built-in route", least=1, most=7)] = 7
@@ -2081,7 +2048,7 @@ class VIRL(Environment):
             self.world = load_world(self.data, self.pictures)
 
     @property
-    def cities(self) -> tuple[CityKey, ...]:
+    def cities(self) -> Cities:
         """The built-in cities of the variant."""
         return TEST_CITIES if self.variant == "visual" else TRAINING_CITIES
 
@@ -2118,8 +2085,7 @@ class VIRL(Environment):
         route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
         at, seen, intersection = self.world.nearest(route.start), NOTHING, False
-        sentences: list[str] = []
-        waypoints: list[Waypoint] = []
+        sentences, waypoints = [], []
         for leg in route.legs:
             last, relative = leg is route.legs[-1], relative_word(leg.heading - heading)
             sentences.append(f"Turn {relative} to face {leg.compass}.")
@@ -2137,7 +2103,7 @@ class VIRL(Environment):
 
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
         """Points of a leg, moved to the nearest panorama, on a short leg several to one."""
-        found: list[Geocode] = []
+        found = []
         for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
             share = k / (self.points_per_leg + 1)
             if self.random.random() < 1 - self.drop:
@@ -2148,15 +2114,16 @@ class VIRL(Environment):
                         found.append(near)
         return found
 
-    def _here(self) -> Waypoint:
+    @property
+    def here(self) -> Waypoint:
         """The current waypoint, at the end of a route the last one."""
         return self.waypoints[min(self.decision, len(self.waypoints) - 1)]
 
     def _seen(self) -> str:
-        return f"You see: {self.waypoints[self.decision].observation}."
+        return f"You see: {self.here.observation}."
 
     def judge(self, reply: str) -> Verdict:
-        return judge_step(reply, self.waypoints[self.decision], self.fields, self.world.names)
+        return judge_step(reply, self.here, self.fields, self.world.names)
 
     def next_message(self, right: bool, moved: bool) -> str:
         if right:
@@ -2164,24 +2131,19 @@ class VIRL(Environment):
         return f"{self.verdict.feedback} {f'You are led on. {self._seen()}' if moved else 'Try again.'}"
 
     def describe(self) -> dict:
-        landmark = self.waypoints[self.last_decision].landmark != NOTHING
-        actions = [waypoint.action for waypoint in self.waypoints]
-        return {
-            "route": self.number,
-            "waypoint": self.last_decision,
-            "landmark": landmark,
-            "actions": actions,
-        }
+        k, actions = self.last_decision, [waypoint.action for waypoint in self.waypoints]
+        landmark = self.waypoints[k].landmark != NOTHING
+        return {"route": self.number, "waypoint": k, "landmark": landmark, "actions": actions}
 
     def _act(self, action: str) -> str:
-        here = self._here()
+        here = self.here
         return self._reply(here.observation, here.sentence, action)
 
     def expert_reply(self) -> str:
-        return self._act(self._here().action)
+        return self._act(self.here.action)
 
     def wrong_reply(self) -> str:
-        right = self._here().action
+        right = self.here.action
         actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
         return self._act(self.random.choice([action for action in actions if action != right]))
 
@@ -2202,20 +2164,15 @@ class VIRL(Environment):
     @staticmethod
     def measures(episodes: Sequence[Episode]) -> dict:
         """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, with the expert's
-        action within the budget; the same at the first reply and by kind of action. `steps` has it for each
-        route, `at_turns` that of its turns. The standard error counts routes, whose waypoints fail together.
+        action within the budget; the same at the first reply, by kind of action, for each route (`steps`) and
+        its turns (`at_turns`). The standard error counts routes, whose waypoints fail together.
         """
         tries = [
-            [
-                [turn.verdict for turn in episode.turns if turn.decision == k]
-                for k in range(len(episode.expected))
-            ]
-            for episode in episodes
+            [[t.verdict for t in e.turns if t.decision == k] for k in range(len(e.expected))]
+            for e in episodes
         ]
         right = [["correct" in verdicts for verdicts in route] for route in tries]
-        kinds = [
-            [action.partition("(")[0].removesuffix("_direction") for action in e.expected] for e in episodes
-        ]
+        kinds = [[a.partition("(")[0].removesuffix("_direction") for a in e.expected] for e in episodes]
 
         def of_kind(kind: str) -> list[list[bool]]:
             return [[r for r, k in zip(*pair) if k == kind] for pair in zip(right, kinds)]
@@ -2227,8 +2184,7 @@ class VIRL(Environment):
         return {
             "step_accuracy": accuracy,
             "step_accuracy_se": math.sqrt(spread * len(right) / max(1, len(right) - 1)) / n,
-            "first_step_accuracy": sum(verdicts[:1] == ["correct"] for route in tries for verdicts in route)
-            / n,
+            "first_step_accuracy": sum(t[:1] == ["correct"] for route in tries for t in route) / n,
             "step_accuracy_by_action": {kind: mean(values) for kind, values in by_kind.items() if values},
             "waypoints": n,
             "steps": [round(mean(route), 4) for route in right],
@@ -2251,16 +2207,12 @@ class VIRLVL(VIRL):
     )
 
     view_layout: Annotated[
-        str,
-        Option(
-            "of the views: front, right, back, left (compass), or as in the released code (legacy)",
-            choices=tuple(VIEW_LAYOUTS),
-        ),
+        str, Option("front, right, back, left, or as in the released code", choices=tuple(VIEW_LAYOUTS))
     ] = "compass"
     view_size: Annotated[int, Option("pixels of each of the four views", least=16, most=2048)] = 300
-    panorama_width: Annotated[
-        int, Option("pixels of the built-in cities' panoramas, from left to right", least=64, most=8192)
-    ] = 1024
+    panorama_width: Annotated[int, Option("width of built-in panoramas in pixels", least=64, most=8192)] = (
+        1024
+    )
     tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
 
     def __init__(self, *arguments, **options):
@@ -2269,19 +2221,18 @@ class VIRLVL(VIRL):
             raise ValueError("the routes have no panoramas")
 
     def _seen(self) -> str:
-        intersection = self.tell_intersections and self.waypoints[self.decision].intersection
+        intersection = self.tell_intersections and self.here.intersection
         return "You are at an intersection." if intersection else "You see the picture."
 
     def draw(self) -> Callable[[], Image.Image]:
-        """Drawn on first use."""
-        return cache(partial(self._look_around, self.number, self.waypoints[self.decision]))
+        here = self.here
 
-    def _look_around(self, number: int, here: Waypoint) -> Image.Image:
-        try:
+        @cache
+        def picture() -> Image.Image:
             panorama, rotation = self.world.picture(here.place)
-        except ValueError as error:
-            raise ValueError(f"route {number}: {error}") from None
-        return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
+            return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
+
+        return picture
 
 
 # ---- option checks
