@@ -216,7 +216,7 @@ class Environment:
         """Starts an episode. A seed restarts the random generator."""
         if seed is not None:
             self.random.seed(seed)
-        self.decision = self.last_decision = 0  # the current one, and that of the last reply
+        self.decision = self.last_decision = 0  # now, and of the last reply
         self.attempts = 0  # replies to the current decision
         self.failed, self.done = False, (False, False)
         self.verdict: Verdict | None = None
@@ -260,7 +260,6 @@ class Environment:
         self.messages.append({"role": "user", "content": content})
 
     def observe(self) -> Observation:
-        """The current observation."""
         return Observation([dict(message) for message in self.messages], self.picture)
 
     def _info(self) -> dict:
@@ -268,16 +267,13 @@ class Environment:
         return {"decision": self.last_decision} | verdict | self.describe()
 
     def _reply(self, *values: Any) -> str:
-        """A reply in the required form, with the values of its fields."""
         return json.dumps(dict(zip(self.fields, values)), ensure_ascii=False)
 
     def _field_names(self) -> dict[str, str]:
-        """The placeholders of the prompt for the fields of a reply."""
         return {f"field_{name.split()[-1]}": given for name, given in zip(type(self).fields, self.fields)}
 
     @property
     def verdicts(self) -> list[str]:
-        """All values of `info["verdict"]`."""
         return [name for name in self.rewards if name != "budget"]
 
     def fresh_copy(self) -> "Environment":
@@ -297,7 +293,7 @@ class Turn:
     reply: str
     reward: float
     verdict: str
-    feedback: str  # the next user message; after the last reply the verifier's feedback alone
+    feedback: str  # the next user message, at the end the verifier's feedback
     recognized: bool
     decision: int = 0  # on a route the waypoint
     landmark: bool = True  # there was something to recognize: cards, or a landmark
@@ -314,11 +310,9 @@ class Episode:
     success: bool = False
 
     def most_tries(self) -> int:
-        """Replies to the decision that took most."""
         return max(Counter(turn.decision for turn in self.turns).values())
 
     def transcript(self) -> dict:
-        """The line of samples.jsonl."""
         names = "reply", "verdict", "reward", "feedback"
         turns = [{name: getattr(turn, name) for name in names} for turn in self.turns]
         return {"prompt": self.prompt, "success": self.success, "turns": turns}
@@ -432,9 +426,9 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
-            with open(path, "rb") as file:  # given the path, Pillow 13.0 maps a turned TIFF in a wrong shape
+            with open(path, "rb") as file:  # given a path, Pillow 13.0 misreads a turned TIFF
                 picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
-        if picture.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
+        if picture.mode.startswith(("I", "F")):  # Pillow would clip at 255
             pixels = np.array(picture)
             if picture.mode == "F" or not 0 <= pixels.min() <= pixels.max() < 2**16:
                 raise ValueError("its pixels are deeper than 16 bits")
@@ -560,7 +554,6 @@ class Expression(NamedTuple):
 
 
 def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
-    """x op y in normal form; None for a division by zero."""
     if op == "/" and not y.value:
         return None
     kind, join, inverse, bracketed = ("+", "+", "-", "") if op in "+-" else ("*", "*", "/", "+")
@@ -848,7 +841,7 @@ def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Imag
         outer, middle = PIPS[rank]
         half = Image.new("RGBA", (w, h))
         for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
-            # Marks below the middle are upside down: drawn mirrored, and then turned.
+            # Marks below the middle are upside down: drawn mirrored, then turned.
             sign, picture = (1, card) if row <= 3 else (-1, half)
             x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
             _suit(_Pen(picture, x, y, 0.14 * h), suit)
@@ -969,7 +962,6 @@ class GeneralPoints(Environment):
         return {"cards": ", ".join(cards), "cards_list": str(list(cards))}
 
     def begin(self, options: dict) -> str:
-        """Deals a solvable hand, or `options["cards"]`."""
         if self.diverse:
             self.faces = {face: self.random.randint(1, 10) for face in "JQK"}
         given = options.get("cards")
@@ -1021,12 +1013,12 @@ class GeneralPoints(Environment):
     def wrong_reply(self) -> str:
         """A near miss: a solution with its numbers shuffled and an operator changed, of another value."""
         solution = re.findall("[0-9]+|.", self._solution(self.cards))
+        numbers = [i for i, token in enumerate(solution) if token.isdigit()]
+        operators = [i for i, token in enumerate(solution) if token in OPERATORS]
         for _ in range(1000):
             tokens = list(solution)
-            numbers = [i for i, token in enumerate(tokens) if token.isdigit()]
-            for i, value in zip(numbers, self.random.sample([tokens[i] for i in numbers], len(numbers))):
-                tokens[i] = value
-            operators = [i for i, token in enumerate(tokens) if token in OPERATORS]
+            for i, k in zip(numbers, self.random.sample(numbers, len(numbers))):
+                tokens[i] = solution[k]
             if operators:
                 tokens[self.random.choice(operators)] = self.random.choice(self.operators)
             with suppress(Illegal):
@@ -1153,7 +1145,6 @@ class World:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """All landmarks' names, letters only."""
         landmarks = {leg.landmark for route in self.routes for leg in route.legs} - {NOTHING}
         return frozenset(_landmark(landmark)[1] for landmark in landmarks)
 
@@ -1200,7 +1191,6 @@ def _read_pickle(data: bytes) -> Any:
 
 
 def _read_mapping(path: Path) -> dict[Geocode, str]:
-    """The valid entries of gps_pano_mapping.pkl. Raises ValueError if there are none."""
     try:
         content = _read_pickle(path.read_bytes())
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -1208,7 +1198,6 @@ def _read_mapping(path: Path) -> dict[Geocode, str]:
     ids = {
         place: name
         for place, name in (content.items() if isinstance(content, dict) else ())
-        # The name will be that of a file.
         if _is_geocode(place) and isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
     }
     if not ids:
@@ -1247,7 +1236,6 @@ def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
 
 
 def _read_picture(views: Path, names: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
-    """A panorama from street_views/, and its rotation. Raises ValueError in one line."""
     path, metadata = _picture_files(views, names[place])
     picture = read_picture(path, ["JPEG"])
     try:
@@ -1335,7 +1323,6 @@ def _field(record: Any, read: Callable, *path: str | int) -> Any:
 
 
 def _heading(text: str) -> tuple[float, str]:
-    """A heading in degrees and its compass word, of "170 (south)"."""
     number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", text, re.ASCII)
     degrees = _degrees(float(number[1]) if number else text) % 360.0
     word = (number[2] or "").strip().lower()
@@ -1343,7 +1330,6 @@ def _heading(text: str) -> tuple[float, str]:
 
 
 def _destination(record: dict) -> str:
-    """The sign at the end of a route without a landmark there."""
     place = record.get("dest_place")
     name = place.get("name") if isinstance(place, dict) else None
     return f"The destination {name}" if isinstance(name, str) else "The destination"
@@ -1456,7 +1442,6 @@ TEST_CITIES = tuple((MADE_UP, seed) for seed in range(101, 110))  # of variant "
 
 
 def _made_up_name(rng: random.Random) -> str:
-    """A name of two or three syllables."""
     starts = ("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")
     ends = ("", "", *"dlmnrst")
     parts = (starts, "aeiou", ends)
@@ -1568,7 +1553,6 @@ class City:
                     }
 
     def geocode(self, at: Point) -> Geocode:
-        """Latitude and longitude of a point."""
         lat = self.plan.centre[0] + at.imag / METRES_PER_DEGREE
         width = METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2))
         return lat, self.plan.centre[1] + at.real / width
@@ -1618,7 +1602,7 @@ class City:
         headings = [self._heading(a, b) for a, b in zip(path, path[1:])]
         return path if all(20 <= abs(wrap(b - a)) <= 150 for a, b in zip(headings, headings[1:])) else None
 
-    @cache  # called a million times for 2,048 routes
+    @cache
     def _onward(self, a: Crossing, b: Crossing, least: float, most: float) -> list[Crossing]:
         """The crossings next to b, at a turn between `least` and `most` degrees on the way from a."""
         came = self._heading(a, b)
@@ -1643,7 +1627,6 @@ class City:
         }
 
     def _milestone(self, number: int, a: Crossing, b: Crossing, last: bool) -> str:
-        """The block of milestone_info for the leg from a to b."""
         whole, landmark = round(self._heading(a, b)) % 360, NOTHING
         if place := self.places.get(b):
             middle = self.geocode(sum(self.boards[b]) / 2)
@@ -1669,7 +1652,6 @@ class City:
             along, metres = (end - start) / abs(end - start), np.arange(0.0, abs(end - start))
             for outwards in (-1j, 1j):
                 line = start + along * (metres - outwards * half)
-                # A wall is interrupted by other streets.
                 free = nearest_street(line, np.delete(self.streets, k, 0))[0] >= half - 0.01
                 ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
                 for first, last in zip(ends[::2], ends[1::2] - 1):
@@ -1679,10 +1661,7 @@ class City:
 
     @cached_property
     def signs(self) -> list[tuple[tuple[Point, Point], Array]]:
-        """Both ends of each sign, and its pixels."""
-        return [
-            (self.boards[crossing], self._board(place["name"])) for crossing, place in self.places.items()
-        ]
+        return [(self.boards[c], self._board(place["name"])) for c, place in self.places.items()]
 
     def _row_of_buildings(self, rng: random.Random, start: float, length: float) -> list[tuple[float, ...]]:
         plan, at, row = self.plan, 0.0, []
@@ -1695,7 +1674,6 @@ class City:
         return row
 
     def _board(self, name: str) -> Array:
-        """The pixels of a sign."""
         board, letters = self.plan.sign
         text, picture = name.replace(" ", "\n"), Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(40)
@@ -1716,7 +1694,7 @@ class City:
         up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
         sky = np.array(plan.sky[1]) * (1 - up) ** 2 + np.array(plan.sky[0]) * (1 - (1 - up) ** 2)
         picture = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
-        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), SIGHT)  # beyond it lie less than two rows
+        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), SIGHT)
         streets = self.streets[abs(self.streets.mean(1) - eye) < SIGHT + max(plan.block)]
         ground = (eye + reach[:, None] * ray).astype(np.complex64)
         picture[elevation < 0] = self._ground(ground, streets.astype(np.complex64))
@@ -1769,7 +1747,6 @@ class City:
         return distances.min(1)
 
     def _paint_boards(self, picture: Array, eye: Array, ray: Array, elevation: Array, far):
-        """Paints the signs in front of the walls, the farthest first."""
         lines = np.array([line for line, _ in self.signs])
         distances, shares = _meet(eye, ray, lines)
         for k in np.argsort(-distances.min(0)):
@@ -1795,7 +1772,7 @@ def _side(turn: float) -> str:
 
 # ---- streets: the built-in world
 
-# Seed and final quarters of the built-in routes. The test routes are drawn anew after a study has been seen.
+# Seed and final quarters of the built-in routes; test routes are drawn anew after a study.
 SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, sixth draw", (3,))}
 
 
@@ -1902,7 +1879,7 @@ class Waypoint(NamedTuple):
     """One decision of a route: the landmark, the sentence of the instruction, and the expert's action."""
 
     place: Geocode
-    heading: float  # before the action, compass degrees
+    heading: float  # degrees, before the action
     landmark: str
     intersection: bool
     sentence: str
@@ -1923,7 +1900,7 @@ def judge_step(
     report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not isinstance(action, str):
         return Verdict("unparsed", "The answer is not in the form asked for.", False)
-    report = report[:1000] if isinstance(report, str) else ""  # a landmark has up to 300 characters
+    report = report[:1000] if isinstance(report, str) else ""
     claims, recognized = _read_report(_words(report), waypoint.landmark, names)
     words = " ".join(re.sub("['\"]", "", action.lower()).split())
     if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
@@ -1980,7 +1957,6 @@ def _landmark(text: str) -> tuple[str, str, list[str]]:
 
 
 def _sides(words: str) -> list[str]:
-    """The sides in a text, sorted."""
     named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
     return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
 
@@ -2015,8 +1991,8 @@ class VIRL(Environment):
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
-    rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn
-    # Paper, appendix; a wrong observation is a wrong action with a false report of an intersection.
+    rules = {"id": COMPASS, "rule": RELATIVE}
+    # Paper, appendix; a wrong observation: also a false report of an intersection.
     rewards = dict(correct=1.0, wrong_action=-1.0, wrong_observation=-1.5, unparsed=-1.0, budget=-1.0)
     headline = "step_accuracy"
     start_options = {"route": (int, "walk the route of this number, from 0")}
@@ -2049,12 +2025,10 @@ class VIRL(Environment):
 
     @property
     def cities(self) -> Cities:
-        """The built-in cities of the variant."""
         return TEST_CITIES if self.variant == "visual" else TRAINING_CITIES
 
     @property
     def decisions(self) -> int:
-        """The waypoints of the route."""
         return len(self.waypoints)
 
     def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict]]:
@@ -2063,7 +2037,6 @@ class VIRL(Environment):
         return [(f"{series}/{i}", {"route": i % routes}) for i in range(n or routes)]
 
     def begin(self, options: dict) -> str:
-        """A random route, or number `options["route"]`."""
         number, routes = options.get("route"), self.world.routes
         if number is None:
             number = self.random.randrange(len(routes))
@@ -2210,9 +2183,7 @@ class VIRLVL(VIRL):
         str, Option("front, right, back, left, or as in the released code", choices=tuple(VIEW_LAYOUTS))
     ] = "compass"
     view_size: Annotated[int, Option("pixels of each of the four views", least=16, most=2048)] = 300
-    panorama_width: Annotated[int, Option("width of built-in panoramas in pixels", least=64, most=8192)] = (
-        1024
-    )
+    panorama_width: Annotated[int, Option("width of built-in panoramas, pixels", least=64, most=8192)] = 1024
     tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
 
     def __init__(self, *arguments, **options):
@@ -2254,7 +2225,6 @@ def _type_name(kind: Any) -> str:
 
 
 def _line(value: Any) -> str:
-    """Any value as one short line of an error."""
     return " ".join(str(value).split())[:120]
 
 
@@ -2295,7 +2265,6 @@ def task_class(task: str) -> type[Environment]:
 
 @cache
 def _module(path: str) -> types.ModuleType:
-    """A user's file, run once."""
     spec = importlib.util.spec_from_file_location(path, path)
     sys.modules[path] = module = importlib.util.module_from_spec(spec)
     try:
