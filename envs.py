@@ -78,8 +78,7 @@ class Option:
         return " and ".join(f"{words} {x}" for words, x in limits if math.isfinite(x))
 
 
-# ---- what all tasks share
-
+# ---- episodes
 
 Picture = Image.Image | Callable[[], Image.Image] | None  # a function draws it on first use
 
@@ -283,9 +282,6 @@ class Environment:
         return fresh
 
 
-# ---- playing an episode
-
-
 @dataclass
 class Turn:
     """One reply and its judgement."""
@@ -417,213 +413,20 @@ def parts_of(text: str) -> list[dict]:
     return [part for part in (*texts[:-1], {"type": "image"}, texts[-1]) if part.get("text") != ""]
 
 
-def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
-    """A picture file in RGB, as an image viewer shows it: the first frame, turned by its EXIF data, 16 bits
-    scaled to 8, transparency on white. `formats` are Pillow's names, None: all.
-
-    Raises ValueError in one line that names the file if it is damaged, too large or deeper than 16 bits.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
-            with open(path, "rb") as file:  # given a path, Pillow 13.0 misreads a turned TIFF
-                picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
-        if picture.mode.startswith(("I", "F")):  # Pillow would clip at 255
-            pixels = np.array(picture)
-            if picture.mode == "F" or not 0 <= pixels.min() <= pixels.max() < 2**16:
-                raise ValueError("its pixels are deeper than 16 bits")
-            pixels[pixels == picture.info.get("transparency")] = 2**16 - 1
-            picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        return picture.convert("RGB")
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = _line(error) or type(error).__name__
-        raise ValueError(f"picture {path} cannot be read: {reason}") from None
-
-
-# ---- reading a reply
-
-# A string may hold quotes of its own kind: it ends at the first before comma, colon, closing bracket or end.
-_STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
-_KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_WORD = r"""[^\s{}\[\]:,"']++"""
-_REPLY_TOKEN = re.compile(
-    rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
-)
-_OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
-_LITERAL = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
-
-
-def _number(text: str) -> int | float:
-    value = float(text)
-    return int(value) if abs(value) < 1e6 and value.is_integer() else value
-
-
-_decoder = json.JSONDecoder(strict=False, parse_float=_number)
-
-
-def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
-    """The object in `reply` that has all `required` keys and ends last, alone or inside others, or None.
-
-    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
-    commas, quotes inside strings. 1.0 is the integer 1.
-
-    Objects are read from the first one on, without those inside others, for the strings of the answer may
-    hold anything; and from the last one on, for what precedes the answer must not hide it. Time is linear for
-    any text: each round has a budget in proportion to its length.
-    """
-    stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
-    starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
-    found, last = None, -1
-    for read, order in product((_read_json, _read_json_like), (starts, starts[::-1])):
-        end, budget = 0, 150_000 + len(reply) / 2  # characters; what is read costs 200 more
-        for start in order:
-            if order is starts and start < end:
-                continue
-            value, end, budget = read(reply, start, budget)
-            if value is not None and end > last and all(key in value for key in required):
-                found, last = value, end
-            if budget < 0:
-                break
-    return found
-
-
-def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
-    """The object that starts at `start` (None: no JSON), its end, and the remaining budget."""
-    try:
-        value, end = _decoder.raw_decode(text, start)
-    except (ValueError, RecursionError) as error:  # its message counts the lines before the fault
-        pos = getattr(error, "pos", len(text))
-        return None, start, budget - 200 - (pos - start) - start / 10
-    return value, end, budget - 200 - (end - start)
-
-
-def _read_json_like(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
-    """The same for the JSON-like form, rewritten token by token as strict JSON."""
-    pieces, depth, before, at = [], 0, "[", start
-    while (depth or not pieces) and budget >= 0 and (match := _REPLY_TOKEN.match(text, at)):
-        budget -= 200 * (1 + ("\\" in match[0])) + len(match[0])
-        at, (quoted, mark, word) = match.end(), match.groups()
-        if before not in "[{,:" and (not mark or mark in "[{"):
-            break  # a comma is missing
-        before = mark or "value"
-        if mark and mark in "]}" and pieces[-1] == ",":
-            pieces.pop()
-        depth += (before in "[{") - (before in "]}")
-        if quoted:
-            pieces.append(json.dumps(_unescape(quoted[1:-1])))
-        elif word:
-            word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
-            pieces.append(word if _LITERAL.fullmatch(word) else json.dumps(word))
-        else:
-            pieces.append(mark)
-    try:
-        return _decoder.decode("".join(pieces)), at, budget
-    except (ValueError, RecursionError):
-        return None, start, budget
-
-
-def _unescape(text: str) -> str:
-    """A string without its escapes; as it stands if JSON does not know one of them."""
-    if "\\" in text:
-        with suppress(ValueError):
-            return _decoder.decode('"' + re.sub(r'\\?"', r'\\"', text.replace(r"\'", "'")) + '"')
-    return text
-
-
-# ---- cards: the solver
+# ---- cards: rules and prompt
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = ("spades", "clubs", "hearts", "diamonds")
 COLORS = {"black": SUITS[:2], "red": SUITS[2:], "mixed": SUITS}
 OPERATORS = "+-*/"
-APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-
-class Expression(NamedTuple):
-    """A formula in normal form: a sum, first - second, or a product, first / second, of sorted parts. So
-    a+(b+c), (c+a)+b and a-(0-b-c) have one text."""
-
-    value: Fraction
-    kind: str  # "n" a number, "+" a sum, "*" a product
-    first: tuple["Expression", ...]
-    second: tuple["Expression", ...]
-    text: str
-
-
-def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
-    if op == "/" and not y.value:
-        return None
-    kind, join, inverse, bracketed = ("+", "+", "-", "") if op in "+-" else ("*", "*", "/", "+")
-    (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
-    if op in "-/":
-        y1, y2 = y2, y1
-
-    def order(part: Expression) -> tuple:  # compound parts first, then numbers from high to low
-        return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
-
-    first, second = (tuple(sorted(parts, key=order)) for parts in (x1 + y1, x2 + y2))
-    a, b = ([f"({p.text})" if p.kind == bracketed else p.text for p in parts] for parts in (first, second))
-    text = join.join(a) + "".join(inverse + part for part in b)
-    return Expression(APPLY[op](x.value, y.value), kind, first, second, text)
-
-
-def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """All partitions of a sorted multiset into two non-empty ones, the smaller one first."""
-    sizes = range(1, len(numbers) // 2 + 1)
-    lefts = {left for size in sizes for left in combinations(numbers, size)}
-    pairs = ((left, tuple((Counter(numbers) - Counter(left)).elements())) for left in lefts)
-    return {tuple(sorted(pair, key=lambda part: (len(part), part))) for pair in pairs}
-
-
-@cache
-def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
-    """All formulas that use each of the sorted numbers once: value -> text -> expression."""
-    if len(numbers) == 1:
-        value, text = Fraction(numbers[0]), str(numbers[0])
-        return {value: {text: Expression(value, "n", (), (), text)}}
-    found = {}
-    for pair in _splits(numbers):
-        sides = [[e for same in _expressions(p, operators).values() for e in same.values()] for p in pair]
-        for (x, y), op in product(product(*sides), operators):
-            for a, b in ((x, y), (y, x))[: 1 + (op in "-/")]:
-                if (e := _combine(a, op, b)) is not None:
-                    found.setdefault(e.value, {})[e.text] = e
-    return found
-
-
-@cache
-def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
-    """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once, or None.
-
-    Canonical is the one with the fewest divisions, then subtractions, then brackets: demonstrations follow
-    one simple rule.
-    """
-    if len(numbers) == 1:
-        return str(target) if numbers[0] == target else None
-    found, t = set(), Fraction(target)
-    for left, right in _splits(numbers):
-        partners = _expressions(right, operators)
-        for value, same in _expressions(left, operators).items():
-            # Solve x op y = t for y instead of trying all pairs.
-            wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
-            if value:
-                wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
-            for op, need, swap in wanted:
-                if op in operators and need in partners:
-                    for x, y in product(same.values(), partners[need].values()):
-                        found.add(_combine(*((y, op, x) if swap else (x, op, y))).text)
-    return min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f), default=None)
-
-
-# ---- cards: the verifier
-
+# What J, Q and K count, by variant (paper, section 3.1).
+FACE_RULES = {"id": {"J": 10, "Q": 10, "K": 10}, "rule": {"J": 11, "Q": 12, "K": 13}}
 FIELDS = ("cards", "number", "formula")
-# Limits of one side, in characters and nested brackets, so that judging stays fast.
-MAX_FORMULA, MAX_BRACKETS = 200, 20
-
+PROMPT = (  # $cards_list would be the cards as a Python list
+    "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. "
+    "Cards: $cards. The ace counts one, $rule. Answer in this form: "
+    '{"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
+)
 # Feedback by verdict: templates with $target, and $value, $reason or $number (the missing or extra one).
 FEEDBACK = {
     "correct": "Correct.",
@@ -633,264 +436,6 @@ FEEDBACK = {
     "unparsed": "The answer is not in the form asked for. Try again.",
 }
 PICTURE_FEEDBACK = FEEDBACK | {"misread": "These are not the cards on the table. Try again."}
-
-
-class Illegal(ValueError):
-    """Not a legal equation; the message is the reason, as the model reads it."""
-
-
-def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
-    """Exact value and numbers of one side: integers, brackets and + - * /. Raises `Illegal`."""
-    if len(side) > MAX_FORMULA:
-        raise Illegal("it is too long")
-    if "=" in side:
-        raise Illegal("it holds more than one equals sign")
-    text = side.replace("×", "*").replace("÷", "/").replace("−", "-")
-    if not re.fullmatch(r"[-+*/()\s0-9]*", text):
-        raise Illegal("it holds something else than numbers, operators and brackets")
-    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # an operand is expected
-    for token in tokens:  # only a plain formula reaches Python's parser
-        if operand:
-            depth += token == "("
-            if depth > MAX_BRACKETS:
-                raise Illegal("it has too many brackets")
-            if token != "(" and not token.isdigit():
-                raise Illegal("a number is missing")
-            if token[0] == "0" and token != "0":
-                raise Illegal("a number begins with a zero")
-            operand = token == "("
-        elif token in OPERATORS:
-            operand = True
-        elif token == ")" and depth:
-            depth -= 1
-        else:
-            raise Illegal("its brackets do not match" if depth or token == ")" else "an operator is missing")
-    if operand or depth:
-        raise Illegal("a number is missing" if operand else "its brackets do not match")
-
-    def value(node: ast.expr) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        op = OPERATORS[(ast.Add, ast.Sub, ast.Mult, ast.Div).index(type(node.op))]
-        a, b = value(node.left), value(node.right)
-        if op == "/" and not b:
-            raise Illegal("it divides by zero")
-        return APPLY[op](a, b)
-
-    tree = ast.parse("".join(tokens), mode="eval").body
-    return value(tree), [int(token) for token in tokens if token.isdigit()]
-
-
-def judge(
-    reply: str,
-    cards: Sequence[str],
-    numbers: Sequence[int],
-    target: int,
-    fields: Sequence[str] = FIELDS,
-    feedback: dict[str, str] = FEEDBACK,
-) -> Verdict:
-    """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value, from the
-    gravest fault to the mildest, so penalties never add up.
-
-    `cards` are the dealt ranks, `numbers` their values under the rule in force, `feedback` the templates; the
-    cards field is judged only if these have a text for "misread". The right side counts only if the left one
-    hits the target.
-    """
-
-    def verdict(name: str, **values: str) -> Verdict:
-        text = string.Template(feedback[name]).safe_substitute(values, target=target)
-        return Verdict(name, text, recognized)
-
-    parsed, recognized = parse_reply(reply, fields), False
-    named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
-    if not (isinstance(stated, list) and isinstance(formula, str)):
-        return verdict("unparsed")
-    if isinstance(named, list) and len(named) == len(cards):
-        recognized = Counter(str(card).strip().upper() for card in named) == Counter(cards)
-    if "misread" in feedback and not recognized:
-        return verdict("misread")
-    left, equals, right = formula.partition("=")
-    try:
-        value, used = evaluate_formula(left)
-        if any(re.match(r"\s*-?0[0-9]", str(n)) for n in stated[: len(numbers) + 1]):
-            raise Illegal("a number begins with a zero")
-        if value == target and equals and evaluate_formula(right)[0] != target:
-            raise Illegal("its two sides differ")
-    except Illegal as reason:
-        return verdict("illegal", reason=str(reason))
-    have = Counter(map(str, numbers))
-    for count in (Counter(str(n).strip() for n in stated[: len(numbers) + 1]), Counter(map(str, used))):
-        if extra := count - have:
-            number = _short(next(iter(extra)))
-            return verdict("wrong_numbers", reason=f"There is no {number} left to use", number=number)
-        if missing := have - count:
-            return verdict("wrong_numbers", reason="A number was left out", number=next(iter(missing)))
-    if value != target:
-        return verdict("wrong_value", value=_short(str(value)))
-    return verdict("correct")
-
-
-def _short(text: str) -> str:
-    """A number of a reply, if it is short; feedback repeats nothing else of a reply."""
-    return text if re.fullmatch("-?[0-9]{1,10}(/[0-9]{1,10})?", text) else "such number"
-
-
-# ---- cards: the pictures
-
-TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
-INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
-# Rows of the marks on a number card, 0 (top) to 6, in the outer columns and in the middle one.
-PIPS = {
-    "2": ((), (0, 6)),
-    "3": ((), (0, 3, 6)),
-    "4": ((0, 6), ()),
-    "5": ((0, 6), (3,)),
-    "6": ((0, 3, 6), ()),
-    "7": ((0, 3, 6), (1.5,)),
-    "8": ((0, 3, 6), (1.5, 4.5)),
-    "9": ((0, 2, 4, 6), (3,)),
-    "10": ((0, 2, 4, 6), (1, 5)),
-}
-
-
-class _Pen:
-    """Draws shapes given in units of `size` pixels around the point (x, y)."""
-
-    def __init__(self, picture: Image.Image, x: float, y: float, size: float):
-        self.draw, self.x, self.y, self.size = ImageDraw.Draw(picture), x, y, size
-
-    def _at(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
-        return [(self.x + a * self.size, self.y + b * self.size) for a, b in points]
-
-    def disc(self, a: float, b: float, r: float, color: tuple) -> None:
-        self.draw.ellipse(self._at((a - r, b - r), (a + r, b + r)), fill=color)
-
-    def polygon(self, color: tuple, *points: tuple[float, float]) -> None:
-        self.draw.polygon(self._at(*points), fill=color)
-
-    def line(self, color: tuple, width: float, *points: tuple[float, float]) -> None:
-        self.draw.line(self._at(*points), fill=color, width=max(1, round(width * self.size)))
-
-
-def _suit(pen: _Pen, suit: str) -> None:
-    """A suit mark one unit high."""
-    ink = INK[suit]
-    if suit == "diamonds":
-        return pen.polygon(ink, (0, -0.5), (0.36, 0), (0, 0.5), (-0.36, 0))
-    if suit == "hearts":
-        pen.disc(-0.22, -0.2, 0.25, ink), pen.disc(0.22, -0.2, 0.25, ink)
-        return pen.polygon(ink, (-0.44, -0.08), (0, -0.2), (0.44, -0.08), (0, 0.5))
-    if suit == "spades":
-        pen.disc(-0.22, 0.12, 0.24, ink), pen.disc(0.22, 0.12, 0.24, ink)
-        pen.polygon(ink, (0, -0.5), (0.44, 0.04), (0, 0.2), (-0.44, 0.04))
-    else:
-        for a, b, radius in ((0, -0.26, 0.22), (-0.26, 0.08, 0.22), (0.26, 0.08, 0.22), (0, 0, 0.12)):
-            pen.disc(a, b, radius, ink)
-    pen.polygon(ink, (0, -0.1), (0.2, 0.5), (-0.2, 0.5))
-
-
-def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
-    """A head and shoulders with a feathered cap (J), a crown with balls (Q), or a crown with a cross (K)."""
-    pen.polygon(ink, (-0.42, 0.6), (0.42, 0.6), (0.26, 0.24), (-0.26, 0.24))
-    if rank == "Q":
-        pen.disc(0, 0.06, 0.3, ink)
-    pen.disc(0, 0.02, 0.22, SKIN)
-    if rank == "J":
-        pen.polygon(ink, (-0.3, -0.1), (0.3, -0.1), (0.18, -0.3), (-0.24, -0.26))
-        pen.line(GOLD, 0.07, (0.18, -0.2), (0.42, -0.56))
-    elif rank == "Q":
-        left = (-0.26, -0.12), (-0.34, -0.42), (-0.12, -0.26)
-        pen.polygon(GOLD, *left, (0, -0.46), *((-a, b) for a, b in reversed(left)))
-        for a, b in ((-0.34, -0.44), (0, -0.48), (0.34, -0.44)):
-            pen.disc(a, b, 0.06, ink)
-    else:
-        pen.polygon(ink, (-0.2, 0.1), (0.2, 0.1), (0, 0.46))
-        pen.polygon(GOLD, (-0.28, -0.12), (-0.28, -0.36), (0.28, -0.36), (0.28, -0.12))
-        pen.line(GOLD, 0.08, (0, -0.64), (0, -0.36))
-        pen.line(GOLD, 0.08, (-0.12, -0.52), (0.12, -0.52))
-
-
-def _mark(rank: str, suit: str, size: float) -> Image.Image:
-    """A card's corner: the rank in a font of `size` pixels, and the suit below it."""
-    font, weight = ImageFont.load_default(size), size * 0.035
-    left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
-    glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
-    ink = {"fill": INK[suit], "stroke_fill": INK[suit], "stroke_width": weight}
-    ImageDraw.Draw(glyph).text((-left, -top), rank, font=font, **ink)
-    if rank == "10":
-        glyph = glyph.resize((round(0.72 * glyph.width), glyph.height))
-    mark = Image.new("RGBA", (max(glyph.width, round(0.6 * size)), glyph.height + round(0.65 * size)))
-    mark.paste(glyph, (0, 0), glyph)
-    _suit(_Pen(mark, glyph.width / 2, glyph.height + 0.36 * size, 0.55 * size), suit)
-    return mark
-
-
-@lru_cache(maxsize=512)
-def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
-    """One card as RGBA, `height` pixels high and 5/7 as wide, with rounded corners.
-
-    `font_size` is the rank's share of the height. In the middle: the marks of a number, a framed figure for
-    J, Q, K, one large mark for the ace and where large letters leave no room.
-    """
-    h = 4 * height  # scaled down at the end, for smooth edges
-    w = round(h * 5 / 7)
-    corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
-    corner.paste(_mark(rank, suit, font_size * h), (gap, gap))
-    card = corner.copy()
-    if rank in PIPS and font_size <= 0.22:
-        outer, middle = PIPS[rank]
-        half = Image.new("RGBA", (w, h))
-        for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
-            # Marks below the middle are upside down: drawn mirrored, then turned.
-            sign, picture = (1, card) if row <= 3 else (-1, half)
-            x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
-            _suit(_Pen(picture, x, y, 0.14 * h), suit)
-        card.alpha_composite(half.rotate(180))
-    elif rank in "JQK":
-        frame = [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h]
-        ImageDraw.Draw(card).rectangle(frame, outline=ink, width=max(1, h // 120))
-        _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
-    else:
-        _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
-    card.alpha_composite(corner.rotate(180))
-    paper = Image.new("RGBA", (w, h))
-    edge = {"outline": (90, 90, 90), "width": max(1, h // 150)}
-    ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, **edge)
-    paper.alpha_composite(card)
-    return paper.resize((round(w / 4), height), Image.LANCZOS)
-
-
-def draw_hand(
-    ranks: Sequence[str],
-    suits: Sequence[str],
-    size: tuple[int, int],
-    jitter: float,
-    font_size: float,
-    rng: random.Random,
-) -> Image.Image:
-    """Cards side by side on a table of `size` = (width, height) pixels. `jitter` from 0 to 1 moves, turns (up
-    to 12 degrees) and scales (up to 10%) each card at random within its slot."""
-    picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
-    tall = min(0.94 * size[1], 0.94 * slot * 7 / 5) * (1 - 0.25 * jitter)
-    for i, (rank, suit) in enumerate(zip(ranks, suits, strict=True)):
-        grow, turn, right, down = (jitter * rng.uniform(-1, 1) for _ in range(4))
-        card = draw_card(rank, suit, max(8, round(tall * (1 + 0.1 * grow))), font_size)
-        if turn:
-            card = card.rotate(12 * turn, Image.BICUBIC, expand=True)
-        x = round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right))
-        picture.paste(card, (x, round((size[1] - card.height) / 2 * (1 + 0.8 * down))), card)
-    return picture
-
-
-# ---- cards: the environment
-
-# What J, Q and K count, by variant (paper, section 3.1).
-FACE_RULES = {"id": {"J": 10, "Q": 10, "K": 10}, "rule": {"J": 11, "Q": 12, "K": 13}}
-PROMPT = (  # $cards_list would be the cards as a Python list
-    "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. "
-    "Cards: $cards. The ace counts one, $rule. Answer in this form: "
-    '{"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
-)
 
 
 class GeneralPoints(Environment):
@@ -1027,6 +572,197 @@ class GeneralPoints(Environment):
         raise ValueError(f"no wrong formula was found for the hand {' '.join(self.cards)}")
 
 
+# ---- cards: the verifier
+
+
+def judge(
+    reply: str,
+    cards: Sequence[str],
+    numbers: Sequence[int],
+    target: int,
+    fields: Sequence[str] = FIELDS,
+    feedback: dict[str, str] = FEEDBACK,
+) -> Verdict:
+    """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value, from the
+    gravest fault to the mildest, so penalties never add up.
+
+    `cards` are the dealt ranks, `numbers` their values under the rule in force, `feedback` the templates; the
+    cards field is judged only if these have a text for "misread". The right side counts only if the left one
+    hits the target.
+    """
+
+    def verdict(name: str, **values: str) -> Verdict:
+        text = string.Template(feedback[name]).safe_substitute(values, target=target)
+        return Verdict(name, text, recognized)
+
+    parsed, recognized = parse_reply(reply, fields), False
+    named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
+    if not (isinstance(stated, list) and isinstance(formula, str)):
+        return verdict("unparsed")
+    if isinstance(named, list) and len(named) == len(cards):
+        recognized = Counter(str(card).strip().upper() for card in named) == Counter(cards)
+    if "misread" in feedback and not recognized:
+        return verdict("misread")
+    left, equals, right = formula.partition("=")
+    try:
+        value, used = evaluate_formula(left)
+        if any(re.match(r"\s*-?0[0-9]", str(n)) for n in stated[: len(numbers) + 1]):
+            raise Illegal("a number begins with a zero")
+        if value == target and equals and evaluate_formula(right)[0] != target:
+            raise Illegal("its two sides differ")
+    except Illegal as reason:
+        return verdict("illegal", reason=str(reason))
+    have = Counter(map(str, numbers))
+    for count in (Counter(str(n).strip() for n in stated[: len(numbers) + 1]), Counter(map(str, used))):
+        if extra := count - have:
+            number = _short(next(iter(extra)))
+            return verdict("wrong_numbers", reason=f"There is no {number} left to use", number=number)
+        if missing := have - count:
+            return verdict("wrong_numbers", reason="A number was left out", number=next(iter(missing)))
+    if value != target:
+        return verdict("wrong_value", value=_short(str(value)))
+    return verdict("correct")
+
+
+def _short(text: str) -> str:
+    """A number of a reply, if it is short; feedback repeats nothing else of a reply."""
+    return text if re.fullmatch("-?[0-9]{1,10}(/[0-9]{1,10})?", text) else "such number"
+
+
+# Limits of one side, in characters and nested brackets, so that judging stays fast.
+MAX_FORMULA, MAX_BRACKETS = 200, 20
+
+
+class Illegal(ValueError):
+    """Not a legal equation; the message is the reason, as the model reads it."""
+
+
+def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
+    """Exact value and numbers of one side: integers, brackets and + - * /. Raises `Illegal`."""
+    if len(side) > MAX_FORMULA:
+        raise Illegal("it is too long")
+    if "=" in side:
+        raise Illegal("it holds more than one equals sign")
+    text = side.replace("×", "*").replace("÷", "/").replace("−", "-")
+    if not re.fullmatch(r"[-+*/()\s0-9]*", text):
+        raise Illegal("it holds something else than numbers, operators and brackets")
+    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # an operand is expected
+    for token in tokens:  # only a plain formula reaches Python's parser
+        if operand:
+            depth += token == "("
+            if depth > MAX_BRACKETS:
+                raise Illegal("it has too many brackets")
+            if token != "(" and not token.isdigit():
+                raise Illegal("a number is missing")
+            if token[0] == "0" and token != "0":
+                raise Illegal("a number begins with a zero")
+            operand = token == "("
+        elif token in OPERATORS:
+            operand = True
+        elif token == ")" and depth:
+            depth -= 1
+        else:
+            raise Illegal("its brackets do not match" if depth or token == ")" else "an operator is missing")
+    if operand or depth:
+        raise Illegal("a number is missing" if operand else "its brackets do not match")
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        op = OPERATORS[(ast.Add, ast.Sub, ast.Mult, ast.Div).index(type(node.op))]
+        a, b = value(node.left), value(node.right)
+        if op == "/" and not b:
+            raise Illegal("it divides by zero")
+        return APPLY[op](a, b)
+
+    tree = ast.parse("".join(tokens), mode="eval").body
+    return value(tree), [int(token) for token in tokens if token.isdigit()]
+
+
+# ---- cards: the solver
+
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+class Expression(NamedTuple):
+    """A formula in normal form: a sum, first - second, or a product, first / second, of sorted parts. So
+    a+(b+c), (c+a)+b and a-(0-b-c) have one text."""
+
+    value: Fraction
+    kind: str  # "n" a number, "+" a sum, "*" a product
+    first: tuple["Expression", ...]
+    second: tuple["Expression", ...]
+    text: str
+
+
+@cache
+def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
+    """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once, or None.
+
+    Canonical is the one with the fewest divisions, then subtractions, then brackets: demonstrations follow
+    one simple rule.
+    """
+    if len(numbers) == 1:
+        return str(target) if numbers[0] == target else None
+    found, t = set(), Fraction(target)
+    for left, right in _splits(numbers):
+        partners = _expressions(right, operators)
+        for value, same in _expressions(left, operators).items():
+            # Solve x op y = t for y instead of trying all pairs.
+            wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
+            if value:
+                wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
+            for op, need, swap in wanted:
+                if op in operators and need in partners:
+                    for x, y in product(same.values(), partners[need].values()):
+                        found.add(_combine(*((y, op, x) if swap else (x, op, y))).text)
+    return min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f), default=None)
+
+
+@cache
+def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
+    """All formulas that use each of the sorted numbers once: value -> text -> expression."""
+    if len(numbers) == 1:
+        value, text = Fraction(numbers[0]), str(numbers[0])
+        return {value: {text: Expression(value, "n", (), (), text)}}
+    found = {}
+    for pair in _splits(numbers):
+        sides = [[e for same in _expressions(p, operators).values() for e in same.values()] for p in pair]
+        for (x, y), op in product(product(*sides), operators):
+            for a, b in ((x, y), (y, x))[: 1 + (op in "-/")]:
+                if (e := _combine(a, op, b)) is not None:
+                    found.setdefault(e.value, {})[e.text] = e
+    return found
+
+
+def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """All partitions of a sorted multiset into two non-empty ones, the smaller one first."""
+    sizes = range(1, len(numbers) // 2 + 1)
+    lefts = {left for size in sizes for left in combinations(numbers, size)}
+    pairs = ((left, tuple((Counter(numbers) - Counter(left)).elements())) for left in lefts)
+    return {tuple(sorted(pair, key=lambda part: (len(part), part))) for pair in pairs}
+
+
+def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
+    if op == "/" and not y.value:
+        return None
+    kind, join, inverse, bracketed = ("+", "+", "-", "") if op in "+-" else ("*", "*", "/", "+")
+    (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
+    if op in "-/":
+        y1, y2 = y2, y1
+
+    def order(part: Expression) -> tuple:  # compound parts first, then numbers from high to low
+        return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
+
+    first, second = (tuple(sorted(parts, key=order)) for parts in (x1 + y1, x2 + y2))
+    a, b = ([f"({p.text})" if p.kind == bracketed else p.text for p in parts] for parts in (first, second))
+    text = join.join(a) + "".join(inverse + part for part in b)
+    return Expression(APPLY[op](x.value, y.value), kind, first, second, text)
+
+
+# ---- cards: the pictures
+
+
 class GeneralPointsVL(GeneralPoints):
     """GeneralPoints with the cards in a picture, which the reply must name (paper, section 3.1).
 
@@ -1069,7 +805,152 @@ class GeneralPointsVL(GeneralPoints):
         return super().wrong_reply()
 
 
-# ---- streets: where things are
+TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
+INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
+# Rows of the marks on a number card, 0 (top) to 6, in the outer columns and in the middle one.
+PIPS = {
+    "2": ((), (0, 6)),
+    "3": ((), (0, 3, 6)),
+    "4": ((0, 6), ()),
+    "5": ((0, 6), (3,)),
+    "6": ((0, 3, 6), ()),
+    "7": ((0, 3, 6), (1.5,)),
+    "8": ((0, 3, 6), (1.5, 4.5)),
+    "9": ((0, 2, 4, 6), (3,)),
+    "10": ((0, 2, 4, 6), (1, 5)),
+}
+
+
+def draw_hand(
+    ranks: Sequence[str],
+    suits: Sequence[str],
+    size: tuple[int, int],
+    jitter: float,
+    font_size: float,
+    rng: random.Random,
+) -> Image.Image:
+    """Cards side by side on a table of `size` = (width, height) pixels. `jitter` from 0 to 1 moves, turns (up
+    to 12 degrees) and scales (up to 10%) each card at random within its slot."""
+    picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
+    tall = min(0.94 * size[1], 0.94 * slot * 7 / 5) * (1 - 0.25 * jitter)
+    for i, (rank, suit) in enumerate(zip(ranks, suits, strict=True)):
+        grow, turn, right, down = (jitter * rng.uniform(-1, 1) for _ in range(4))
+        card = draw_card(rank, suit, max(8, round(tall * (1 + 0.1 * grow))), font_size)
+        if turn:
+            card = card.rotate(12 * turn, Image.BICUBIC, expand=True)
+        x = round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right))
+        picture.paste(card, (x, round((size[1] - card.height) / 2 * (1 + 0.8 * down))), card)
+    return picture
+
+
+@lru_cache(maxsize=512)
+def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
+    """One card as RGBA, `height` pixels high and 5/7 as wide, with rounded corners.
+
+    `font_size` is the rank's share of the height. In the middle: the marks of a number, a framed figure for
+    J, Q, K, one large mark for the ace and where large letters leave no room.
+    """
+    h = 4 * height  # scaled down at the end, for smooth edges
+    w = round(h * 5 / 7)
+    corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
+    corner.paste(_mark(rank, suit, font_size * h), (gap, gap))
+    card = corner.copy()
+    if rank in PIPS and font_size <= 0.22:
+        outer, middle = PIPS[rank]
+        half = Image.new("RGBA", (w, h))
+        for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
+            # Marks below the middle are upside down: drawn mirrored, then turned.
+            sign, picture = (1, card) if row <= 3 else (-1, half)
+            x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
+            _suit(_Pen(picture, x, y, 0.14 * h), suit)
+        card.alpha_composite(half.rotate(180))
+    elif rank in "JQK":
+        frame = [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h]
+        ImageDraw.Draw(card).rectangle(frame, outline=ink, width=max(1, h // 120))
+        _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
+    else:
+        _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
+    card.alpha_composite(corner.rotate(180))
+    paper = Image.new("RGBA", (w, h))
+    edge = {"outline": (90, 90, 90), "width": max(1, h // 150)}
+    ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, **edge)
+    paper.alpha_composite(card)
+    return paper.resize((round(w / 4), height), Image.LANCZOS)
+
+
+def _mark(rank: str, suit: str, size: float) -> Image.Image:
+    """A card's corner: the rank in a font of `size` pixels, and the suit below it."""
+    font, weight = ImageFont.load_default(size), size * 0.035
+    left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
+    glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
+    ink = {"fill": INK[suit], "stroke_fill": INK[suit], "stroke_width": weight}
+    ImageDraw.Draw(glyph).text((-left, -top), rank, font=font, **ink)
+    if rank == "10":
+        glyph = glyph.resize((round(0.72 * glyph.width), glyph.height))
+    mark = Image.new("RGBA", (max(glyph.width, round(0.6 * size)), glyph.height + round(0.65 * size)))
+    mark.paste(glyph, (0, 0), glyph)
+    _suit(_Pen(mark, glyph.width / 2, glyph.height + 0.36 * size, 0.55 * size), suit)
+    return mark
+
+
+class _Pen:
+    """Draws shapes given in units of `size` pixels around the point (x, y)."""
+
+    def __init__(self, picture: Image.Image, x: float, y: float, size: float):
+        self.draw, self.x, self.y, self.size = ImageDraw.Draw(picture), x, y, size
+
+    def _at(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
+        return [(self.x + a * self.size, self.y + b * self.size) for a, b in points]
+
+    def disc(self, a: float, b: float, r: float, color: tuple) -> None:
+        self.draw.ellipse(self._at((a - r, b - r), (a + r, b + r)), fill=color)
+
+    def polygon(self, color: tuple, *points: tuple[float, float]) -> None:
+        self.draw.polygon(self._at(*points), fill=color)
+
+    def line(self, color: tuple, width: float, *points: tuple[float, float]) -> None:
+        self.draw.line(self._at(*points), fill=color, width=max(1, round(width * self.size)))
+
+
+def _suit(pen: _Pen, suit: str) -> None:
+    """A suit mark one unit high."""
+    ink = INK[suit]
+    if suit == "diamonds":
+        return pen.polygon(ink, (0, -0.5), (0.36, 0), (0, 0.5), (-0.36, 0))
+    if suit == "hearts":
+        pen.disc(-0.22, -0.2, 0.25, ink), pen.disc(0.22, -0.2, 0.25, ink)
+        return pen.polygon(ink, (-0.44, -0.08), (0, -0.2), (0.44, -0.08), (0, 0.5))
+    if suit == "spades":
+        pen.disc(-0.22, 0.12, 0.24, ink), pen.disc(0.22, 0.12, 0.24, ink)
+        pen.polygon(ink, (0, -0.5), (0.44, 0.04), (0, 0.2), (-0.44, 0.04))
+    else:
+        for a, b, radius in ((0, -0.26, 0.22), (-0.26, 0.08, 0.22), (0.26, 0.08, 0.22), (0, 0, 0.12)):
+            pen.disc(a, b, radius, ink)
+    pen.polygon(ink, (0, -0.1), (0.2, 0.5), (-0.2, 0.5))
+
+
+def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
+    """A head and shoulders with a feathered cap (J), a crown with balls (Q), or a crown with a cross (K)."""
+    pen.polygon(ink, (-0.42, 0.6), (0.42, 0.6), (0.26, 0.24), (-0.26, 0.24))
+    if rank == "Q":
+        pen.disc(0, 0.06, 0.3, ink)
+    pen.disc(0, 0.02, 0.22, SKIN)
+    if rank == "J":
+        pen.polygon(ink, (-0.3, -0.1), (0.3, -0.1), (0.18, -0.3), (-0.24, -0.26))
+        pen.line(GOLD, 0.07, (0.18, -0.2), (0.42, -0.56))
+    elif rank == "Q":
+        left = (-0.26, -0.12), (-0.34, -0.42), (-0.12, -0.26)
+        pen.polygon(GOLD, *left, (0, -0.46), *((-a, b) for a, b in reversed(left)))
+        for a, b in ((-0.34, -0.44), (0, -0.48), (0.34, -0.44)):
+            pen.disc(a, b, 0.06, ink)
+    else:
+        pen.polygon(ink, (-0.2, 0.1), (0.2, 0.1), (0, 0.46))
+        pen.polygon(GOLD, (-0.28, -0.12), (-0.28, -0.36), (0.28, -0.36), (0.28, -0.12))
+        pen.line(GOLD, 0.08, (0, -0.64), (0, -0.36))
+        pen.line(GOLD, 0.08, (-0.12, -0.52), (0.12, -0.52))
+
+
+# ---- streets: angles and distances
 
 Geocode = tuple[float, float]  # latitude, longitude, in degrees
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -1111,8 +992,7 @@ def relative_word(turn: float) -> str:
     return ("slightly " if abs(turn) <= 45.0 else "") + ("right" if turn > 0 else "left")
 
 
-# ---- streets: routes and their files
-
+# ---- streets: routes
 
 PanoramaOf = Callable[[Geocode], tuple[Image.Image, float]]  # at a place: equirectangular, its rotation
 
@@ -1164,45 +1044,347 @@ class World:
         return best
 
 
-# The opcodes of a pickled dict from pairs of numbers to strings or None.
-_NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
-_ALLOWED_CODES = _NUMBERS | set(
-    "PROTO MARK NONE EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
-    "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split()
+class Waypoint(NamedTuple):
+    """One decision of a route: the landmark, the sentence of the instruction, and the expert's action."""
+
+    place: Geocode
+    heading: float  # degrees, before the action
+    landmark: str
+    intersection: bool
+    sentence: str
+    action: str
+
+    @property
+    def observation(self) -> str:
+        return self.landmark + ("; an intersection" if self.intersection else "")
+
+
+# ---- streets: the tasks
+
+STREET_FIELDS = ("current observation", "current instruction", "action")
+STREET_PROMPT = string.Template(
+    "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
+    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}'
+    "$report $observation"
 )
+Cities = tuple[tuple[str, int], ...]  # NEW_YORK.name or MADE_UP, and a seed
+# Seed and final quarters of the built-in routes; test routes are drawn anew after a study.
+SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, sixth draw", (3,))}
+# Degrees right of the heading, top row first.
+VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}
 
 
-def _read_pickle(data: bytes) -> Any:
-    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if there is
-    more in it: a call, a memo larger than the file, nested keys (whose hash could take for ever)."""
-    before = ["", "", ""]
-    for code, argument, _ in pickletools.genops(data):
-        if code.name == "FRAME":  # of protocols 4 and 5, anywhere between opcodes; it builds nothing
-            continue
-        if code.name not in _ALLOWED_CODES:
-            raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
-        if "PUT" in code.name and int(argument) > len(data):
-            raise ValueError("its memo is too large")
-        if "TUPLE" in code.name:  # TUPLE takes all since the mark
-            if not _NUMBERS.issuperset(before[1:]) or code.name == "TUPLE" and before[0] != "MARK":
-                raise ValueError("its keys are no pairs of numbers")
-        before = [*before[1:], code.name]
-    return pickle.loads(data)
+class VIRL(Environment):
+    """Follow a route through streets, in words (paper, section 3.2).
+
+    Decisions are the waypoints of a route. A reply reports the observation, quotes the current sentence of
+    the instruction, and acts. A wrong action is not executed.
+
+    Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
+    `data` may also be a World, and `fields` names the three fields of a reply.
+    """
+
+    variants = {"id": "in distribution", "rule": "under the other rule"}
+    rules = {"id": COMPASS, "rule": RELATIVE}
+    # Paper, appendix; a wrong observation: also a false report of an intersection.
+    rewards = dict(correct=1.0, wrong_action=-1.0, wrong_observation=-1.5, unparsed=-1.0, budget=-1.0)
+    headline = "step_accuracy"
+    start_options = {"route": (int, "walk the route of this number, from 0")}
+    report = ""  # for pictures: the wording of a report
+    panorama_width = 1024
+
+    verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
+    data: Annotated[
+        str | Path | World | None,
+        Option("folder in the released format; None: the built-in city", metavar="DIR"),
+    ] = None
+    split: Annotated[str, Option("of the built-in routes", choices=tuple(SPLITS))] = "train"
+    turns: Annotated[int, Option("most turning points of a built-in route", least=1, most=7)] = 7
+    points_per_leg: Annotated[int, Option("points between two turning points", least=0, most=100)] = 4
+    drop: Annotated[float, Option("probability that such a point is left out", least=0, most=1)] = 0.5
+    fields: Sequence[str] = STREET_FIELDS
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.waypoints: list[Waypoint] = []
+        if isinstance(self.data, World):
+            self.world = self.data
+        elif self.data is None:
+            self.world = built_in_world(self.split, self.turns, self.cities, width=self.panorama_width)
+        else:
+            for name in ("split", "turns", "panorama_width"):
+                if name in options:
+                    raise ValueError(f"{name} is for built-in streets; those of data are what they are")
+            self.world = load_world(self.data, self.pictures)
+
+    @property
+    def cities(self) -> Cities:
+        return TEST_CITIES if self.variant == "visual" else TRAINING_CITIES
+
+    @property
+    def decisions(self) -> int:
+        return len(self.waypoints)
+
+    def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict]]:
+        """Every route once, or `n` times one route."""
+        routes = len(self.world.routes)
+        return [(f"{series}/{i}", {"route": i % routes}) for i in range(n or routes)]
+
+    def begin(self, options: dict) -> str:
+        number, routes = options.get("route"), self.world.routes
+        if number is None:
+            number = self.random.randrange(len(routes))
+        elif not _fits(int, number) or not 0 <= number < len(routes):
+            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
+        self.sentences, self.waypoints = self._plan(number)
+        self.number = number
+        return STREET_PROMPT.substitute(
+            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
+            words=", ".join(self.rules[self.variant]),
+            report=self.report,
+            observation=self._seen(),
+            **self._field_names(),
+        )
+
+    def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
+        """Sentences and waypoints of a route, by the released data's rules: the expert turns at the start and
+        at every turning point, however little, and goes forward between them."""
+        route = self.world.routes[number]
+        heading = self.random.randrange(360) if route.heading is None else route.heading
+        at, seen, intersection = self.world.nearest(route.start), NOTHING, False
+        sentences, waypoints = [], []
+        for leg in route.legs:
+            last, relative = leg is route.legs[-1], relative_word(leg.heading - heading)
+            sentences.append(f"Turn {relative} to face {leg.compass}.")
+            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
+            waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
+            end, goal = self.world.nearest(leg.end), "the destination" if last else "an intersection"
+            if leg.landmark != NOTHING:
+                goal += ": " + (leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark)
+            sentences.append(f"Move forward to {goal}.")
+            for between in self._between(at, end):
+                waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
+            at, heading, seen, intersection = end, leg.heading, leg.landmark, not last
+        waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
+        return sentences, waypoints
+
+    def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
+        """Points of a leg, moved to the nearest panorama, on a short leg several to one."""
+        found = []
+        for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
+            share = k / (self.points_per_leg + 1)
+            if self.random.random() < 1 - self.drop:
+                point = (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
+                with suppress(ValueError):  # no panorama is near
+                    near = self.world.nearest(point)
+                    if min(distance(near, a), distance(near, b)) > 8:
+                        found.append(near)
+        return found
+
+    @property
+    def here(self) -> Waypoint:
+        """The current waypoint, at the end of a route the last one."""
+        return self.waypoints[min(self.decision, len(self.waypoints) - 1)]
+
+    def _seen(self) -> str:
+        return f"You see: {self.here.observation}."
+
+    def judge(self, reply: str) -> Verdict:
+        return judge_step(reply, self.here, self.fields, self.world.names)
+
+    def next_message(self, right: bool, moved: bool) -> str:
+        if right:
+            return self._seen()
+        return f"{self.verdict.feedback} {f'You are led on. {self._seen()}' if moved else 'Try again.'}"
+
+    def describe(self) -> dict:
+        k, actions = self.last_decision, [waypoint.action for waypoint in self.waypoints]
+        landmark = self.waypoints[k].landmark != NOTHING
+        return {"route": self.number, "waypoint": k, "landmark": landmark, "actions": actions}
+
+    def _act(self, action: str) -> str:
+        here = self.here
+        return self._reply(here.observation, here.sentence, action)
+
+    def expert_reply(self) -> str:
+        return self._act(self.here.action)
+
+    def wrong_reply(self) -> str:
+        right = self.here.action
+        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
+        return self._act(self.random.choice([action for action in actions if action != right]))
+
+    def write(
+        self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
+    ) -> str:
+        """Writes the built-in world of these options (with a seed: of other cities) in the released format:
+        `n` routes (None: all) and the panoramas, in pictures if the task has them. Returns what was written.
+        `watch` gets the finished share.
+        """
+        cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
+        what = (self.split, self.turns, cities, n or 2048)
+        routes, world = built_in_routes(*what), built_in_world(*what, self.panorama_width)
+        picture = world.picture if self.pictures else None
+        write_world(folder, [routes, len(routes)], world.panoramas, picture, watch)
+        return f"{len(routes)} routes and {len(world.panoramas)} panoramas in {folder}"
+
+    @staticmethod
+    def measures(episodes: Sequence[Episode]) -> dict:
+        """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, with the expert's
+        action within the budget; the same at the first reply, by kind of action, for each route (`steps`) and
+        its turns (`at_turns`). The standard error counts routes, whose waypoints fail together.
+        """
+        tries = [
+            [[t.verdict for t in e.turns if t.decision == k] for k in range(len(e.expected))]
+            for e in episodes
+        ]
+        right = [["correct" in verdicts for verdicts in route] for route in tries]
+        kinds = [[a.partition("(")[0].removesuffix("_direction") for a in e.expected] for e in episodes]
+
+        def of_kind(kind: str) -> list[list[bool]]:
+            return [[r for r, k in zip(*pair) if k == kind] for pair in zip(right, kinds)]
+
+        n = sum(map(len, right))
+        accuracy = sum(map(sum, right)) / n
+        spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in right)
+        by_kind = {kind: sum(of_kind(kind), []) for kind in ("turn", "forward", "stop")}
+        return {
+            "step_accuracy": accuracy,
+            "step_accuracy_se": math.sqrt(spread * len(right) / max(1, len(right) - 1)) / n,
+            "first_step_accuracy": sum(t[:1] == ["correct"] for route in tries for t in route) / n,
+            "step_accuracy_by_action": {kind: mean(values) for kind, values in by_kind.items() if values},
+            "waypoints": n,
+            "steps": [round(mean(route), 4) for route in right],
+            "at_turns": [round(mean(turns), 4) if turns else None for turns in of_kind("turn")],
+        }
 
 
-def _read_mapping(path: Path) -> dict[Geocode, str]:
-    try:
-        content = _read_pickle(path.read_bytes())
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    ids = {
-        place: name
-        for place, name in (content.items() if isinstance(content, dict) else ())
-        if _is_geocode(place) and isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
-    }
-    if not ids:
-        raise ValueError(f"{path}: no panorama id: not a dict from (latitude, longitude) to names")
-    return ids
+class VIRLVL(VIRL):
+    """The same with one picture of four street views per waypoint, and no words for it (paper, section 3.2).
+
+    Variants: also "visual", the training rule in nine other cities.
+    """
+
+    variants = VIRL.variants | {"visual": "in other cities"}
+    rules = VIRL.rules | {"visual": COMPASS}
+    pictures = True
+    report = (
+        ' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), '
+        f'none as "{NOTHING}".'
+    )
+
+    view_layout: Annotated[
+        str, Option("front, right, back, left, or as in the released code", choices=tuple(VIEW_LAYOUTS))
+    ] = "compass"
+    view_size: Annotated[int, Option("pixels of each of the four views", least=16, most=2048)] = 300
+    panorama_width: Annotated[int, Option("width of built-in panoramas, pixels", least=64, most=8192)] = 1024
+    tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if self.world.picture is None:
+            raise ValueError("the routes have no panoramas")
+
+    def _seen(self) -> str:
+        intersection = self.tell_intersections and self.here.intersection
+        return "You are at an intersection." if intersection else "You see the picture."
+
+    def draw(self) -> Callable[[], Image.Image]:
+        here = self.here
+
+        @cache
+        def picture() -> Image.Image:
+            panorama, rotation = self.world.picture(here.place)
+            return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
+
+        return picture
+
+
+# ---- streets: the verifier
+
+
+def judge_step(
+    reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: Set[str] = frozenset()
+) -> Verdict:
+    """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
+    if the report claims an intersection that is not there or leaves out one that is. Whether it recognizes
+    the landmark is measured alone; `names` as in World."""
+    parsed = parse_reply(reply, fields)
+    report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
+    if not isinstance(action, str):
+        return Verdict("unparsed", "The answer is not in the form asked for.", False)
+    report = report[:1000] if isinstance(report, str) else ""
+    claims, recognized = _read_report(_words(report), waypoint.landmark, names)
+    words = " ".join(re.sub("['\"]", "", action.lower()).split())
+    if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
+        return Verdict("correct", "Correct.", recognized)
+    if claims == waypoint.intersection:
+        return Verdict("wrong_action", "That action is wrong here.", recognized)
+    truth = f"there is {'an' if waypoint.intersection else 'no'} intersection here"
+    return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
+
+
+# Patterns for the output of `_words`.
+_JOIN = re.compile(r" ?(?:;|\b(?:and|but|with|where)\b) ?")  # between two clauses
+_NO = r"\b(?:no|not|any|never|without|or|nor|neither|cannot)\b"
+_NO_INTERSECTION = re.compile(rf"{_NO}(?!.*\blandmark)")
+# With its usual context: "Intersection Cafe is on your left" is a name.
+_INTERSECTION = re.compile(
+    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?: \w{1,20}(?: way)?){0,2}"
+    r"|^(?:\w{1,20} way|t)?)"
+    r" ?\bintersections?\b(?: (?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b"
+    r"(?!.*\bon (?:your|my)\b).*)?$"
+)
+_NO_LANDMARK = re.compile(
+    rf"{_NO} (?:(?!other)\w+ ){{0,4}}landmarks?\b(?: nearby)?|\b(?:nothing|none)\b(?! else)"
+)
+_DENIAL = re.compile(rf"{_NO}(?![^X]*\bintersection)")
+
+
+def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, bool]:
+    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
+    appendix), and whether it recognizes the landmark: its name and side in any words, or that there is none,
+    no denial, and no other of `names` or side."""
+    words, (letters, name, sides) = re.findall("[^ ;]+", report), _landmark(landmark)
+    named = {"".join(words[i : i + n]) for n in range(1, 9) for i in range(len(words))} & names
+    mark = _NO_LANDMARK if landmark == NOTHING else rf"(?<!\S){'[ ;]*+'.join(name)}(?!\S)"
+    report = re.sub(mark, "X", report)  # all other letters are small
+    clauses = _JOIN.split(report)
+    found = filter(None, map(_INTERSECTION.search, clauses))
+    claims = any(not _NO_INTERSECTION.search(m.string[: m.end()]) for m in found)
+    says_so = "X" in report or claims and landmark == NOTHING
+    alone = all(other in letters for other in named) and _sides(report) == sides
+    denials = (clause for clause in clauses if _DENIAL.search(clause))
+    denied = _NO_LANDMARK.search(report) or any(re.search("X|left|right", clause) for clause in denials)
+    return claims, says_so and alone and not denied
+
+
+@cache
+def _landmark(text: str) -> tuple[str, str, list[str]]:
+    """The letters of a landmark's text, those of its name, and its sides: of "Joe's is on your left"
+    joesisonyourleft, joes and left."""
+    words = _words(text)
+    name, *side = words.rsplit(" is on your ", 1)
+    letters, name = (re.sub("[ ;]", "", part) for part in (words, name.removeprefix("the destination ")))
+    return letters, name or letters, _sides(" ".join(side))
+
+
+def _sides(words: str) -> list[str]:
+    named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
+    return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
+
+
+def _words(text: str) -> str:
+    """A text's words in lower case, with blanks between them and semicolons between clauses."""
+    text = re.sub("n['’]t\\b", " not", unicodedata.normalize("NFC", text.lower()))
+    kept = (
+        c if c.isalnum() or unicodedata.category(c)[0] == "M" else " ; " if c in ";.,:!?\n" else " "
+        for c in text
+    )
+    return " ".join("".join(kept).split())
+
+
+# ---- streets: the released files
 
 
 def load_world(folder: str | Path, pictures: bool = False) -> World:
@@ -1231,6 +1413,47 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     return World(routes, panoramas, partial(_read_picture, views, panoramas) if pictures else None)
 
 
+# The opcodes of a pickled dict from pairs of numbers to strings or None.
+_NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
+_ALLOWED_CODES = _NUMBERS | set(
+    "PROTO MARK NONE EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
+    "BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET STOP".split()
+)
+
+
+def _read_mapping(path: Path) -> dict[Geocode, str]:
+    try:
+        content = _read_pickle(path.read_bytes())
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
+    ids = {
+        place: name
+        for place, name in (content.items() if isinstance(content, dict) else ())
+        if _is_geocode(place) and isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
+    }
+    if not ids:
+        raise ValueError(f"{path}: no panorama id: not a dict from (latitude, longitude) to names")
+    return ids
+
+
+def _read_pickle(data: bytes) -> Any:
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if there is
+    more in it: a call, a memo larger than the file, nested keys (whose hash could take for ever)."""
+    before = ["", "", ""]
+    for code, argument, _ in pickletools.genops(data):
+        if code.name == "FRAME":  # of protocols 4 and 5, anywhere between opcodes; it builds nothing
+            continue
+        if code.name not in _ALLOWED_CODES:
+            raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
+        if "PUT" in code.name and int(argument) > len(data):
+            raise ValueError("its memo is too large")
+        if "TUPLE" in code.name:  # TUPLE takes all since the mark
+            if not _NUMBERS.issuperset(before[1:]) or code.name == "TUPLE" and before[0] != "MARK":
+                raise ValueError("its keys are no pairs of numbers")
+        before = [*before[1:], code.name]
+    return pickle.loads(data)
+
+
 def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
     return views / f"{name}.jpg", views / f"{name}.metadata.json"
 
@@ -1244,20 +1467,30 @@ def _read_picture(views: Path, names: dict[Geocode, str], place: Geocode) -> tup
         raise ValueError(f"{metadata}: rotation: {_line(error)}") from None
 
 
-def _is_geocode(value: Any) -> bool:
-    return _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180
+def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
+    """A picture file in RGB, as an image viewer shows it: the first frame, turned by its EXIF data, 16 bits
+    scaled to 8, transparency on white. `formats` are Pillow's names, None: all.
 
-
-def _geocode(value: Any) -> Geocode:
-    if not _is_geocode(value):
-        raise ValueError(f"no [latitude, longitude]: {_line(value)}")
-    return float(value[0]), float(value[1])
-
-
-def _degrees(value: Any) -> float:
-    if not (_fits(float, value) and -360 <= value <= 360):
-        raise ValueError(f"no number of degrees: {_line(value)}")
-    return float(value)
+    Raises ValueError in one line that names the file if it is damaged, too large or deeper than 16 bits.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
+            with open(path, "rb") as file:  # given a path, Pillow 13.0 misreads a turned TIFF
+                picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
+        if picture.mode.startswith(("I", "F")):  # Pillow would clip at 255
+            pixels = np.array(picture)
+            if picture.mode == "F" or not 0 <= pixels.min() <= pixels.max() < 2**16:
+                raise ValueError("its pixels are deeper than 16 bits")
+            pixels[pixels == picture.info.get("transparency")] = 2**16 - 1
+            picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return picture.convert("RGB")
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = _line(error) or type(error).__name__
+        raise ValueError(f"picture {path} cannot be read: {reason}") from None
 
 
 def read_routes(
@@ -1320,6 +1553,22 @@ def _field(record: Any, read: Callable, *path: str | int) -> Any:
     except ValueError as error:
         reason = str(error)
     raise ValueError(f"{'.'.join(map(str, path))}: {reason}")
+
+
+def _is_geocode(value: Any) -> bool:
+    return _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180
+
+
+def _geocode(value: Any) -> Geocode:
+    if not _is_geocode(value):
+        raise ValueError(f"no [latitude, longitude]: {_line(value)}")
+    return float(value[0]), float(value[1])
+
+
+def _degrees(value: Any) -> float:
+    if not (_fits(float, value) and -360 <= value <= 360):
+        raise ValueError(f"no number of degrees: {_line(value)}")
+    return float(value)
 
 
 def _heading(text: str) -> tuple[float, str]:
@@ -1436,16 +1685,8 @@ NEW_YORK = CityPlan(
     "Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split(),
 )
 MADE_UP = "anywhere"  # random cities
-Cities = tuple[tuple[str, int], ...]  # NEW_YORK.name or MADE_UP, and a seed
 TRAINING_CITIES = ((NEW_YORK.name, 0),)
 TEST_CITIES = tuple((MADE_UP, seed) for seed in range(101, 110))  # of variant "visual" alone
-
-
-def _made_up_name(rng: random.Random) -> str:
-    starts = ("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")
-    ends = ("", "", *"dlmnrst")
-    parts = (starts, "aeiou", ends)
-    return "".join(rng.choice(part) for _ in range(rng.randint(2, 3)) for part in parts).capitalize()
 
 
 def made_up_plan(seed: int) -> CityPlan:
@@ -1483,17 +1724,11 @@ def made_up_plan(seed: int) -> CityPlan:
     )
 
 
-def nearest_street(points: Array, streets: Array) -> tuple[Array, Array, Array]:
-    """For Points [...] the nearest of the streets [n, 2] (from, to): distance, metres along it, and index."""
-    start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
-    length, parts = abs(way), []
-    for part in np.split(points.ravel(), range(256, points.size, 256)):  # to bound memory
-        turned = (part[:, None] - start) * (way / length).conj()  # as if each street led to the east
-        walked = turned.real.clip(0, length)
-        apart = abs(turned - walked)
-        best, rows = apart.argmin(1), np.arange(len(part))
-        parts.append((apart[rows, best], walked[rows, best], best))
-    return tuple(np.concatenate(a).reshape(points.shape) for a in zip(*parts))
+def _made_up_name(rng: random.Random) -> str:
+    starts = ("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")
+    ends = ("", "", *"dlmnrst")
+    parts = (starts, "aeiou", ends)
+    return "".join(rng.choice(part) for _ in range(rng.randint(2, 3)) for part in parts).capitalize()
 
 
 class City:
@@ -1770,10 +2005,27 @@ def _side(turn: float) -> str:
     return ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
 
 
-# ---- streets: the built-in world
+def nearest_street(points: Array, streets: Array) -> tuple[Array, Array, Array]:
+    """For Points [...] the nearest of the streets [n, 2] (from, to): distance, metres along it, and index."""
+    start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
+    length, parts = abs(way), []
+    for part in np.split(points.ravel(), range(256, points.size, 256)):  # to bound memory
+        turned = (part[:, None] - start) * (way / length).conj()  # as if each street led to the east
+        walked = turned.real.clip(0, length)
+        apart = abs(turned - walked)
+        best, rows = apart.argmin(1), np.arange(len(part))
+        parts.append((apart[rows, best], walked[rows, best], best))
+    return tuple(np.concatenate(a).reshape(points.shape) for a in zip(*parts))
 
-# Seed and final quarters of the built-in routes; test routes are drawn anew after a study.
-SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, sixth draw", (3,))}
+
+def _meet(eye: Point, ray: Array, lines: Array) -> tuple[Array, Array]:
+    """Intersections of rays [width] with segments [n, 2]: distance (infinite: none) and share of the segment,
+    both [width, n]."""
+    start, way = (lines[:, 0] - eye).conj(), lines[:, 1] - lines[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cross = (ray[:, None].conj() * way).imag
+        far, share = (start * way).imag / cross, (start * ray[:, None]).imag / cross
+    return np.where((share >= 0) & (share <= 1) & (far > 0.1), far, np.inf), share
 
 
 @cache
@@ -1822,22 +2074,18 @@ def _album(width: int) -> Callable:
     return draw
 
 
-def _meet(eye: Point, ray: Array, lines: Array) -> tuple[Array, Array]:
-    """Intersections of rays [width] with segments [n, 2]: distance (infinite: none) and share of the segment,
-    both [width, n]."""
-    start, way = (lines[:, 0] - eye).conj(), lines[:, 1] - lines[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cross = (ray[:, None].conj() * way).imag
-        far, share = (start * way).imag / cross, (start * ray[:, None]).imag / cross
-    return np.where((share >= 0) & (share <= 1) & (far > 0.1), far, np.inf), share
+# ---- streets: views
 
 
-@cache
-def _sight(size: int) -> tuple[Array, Array]:
-    """Angles of a view's pixels in degrees: to the right [size], up [size, size]."""
-    line = (np.arange(size) + 0.5) / size * 2 - 1
-    right, up = np.meshgrid(line, -line)
-    return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
+def look_around(
+    panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
+) -> Image.Image:
+    """Four views in a 2 x 2 grid with a black gap of 5 pixels, in the order of VIEW_LAYOUTS."""
+    pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
+    for k, turn in enumerate(VIEW_LAYOUTS[layout]):
+        corner = (k % 2 * (size + 5), k // 2 * (size + 5))
+        grid.paste(view(pixels, (heading + turn) % 360.0, rotation, size), corner)
+    return grid
 
 
 def view(panorama: Array, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
@@ -1855,358 +2103,116 @@ def view(panorama: Array, heading: float, rotation: float = 0.0, size: int = 300
     return Image.fromarray((upper * (1 - fy) + lower * fy).round().astype(np.uint8))
 
 
-# Degrees right of the heading, top row first.
-VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}
-
-
-def look_around(
-    panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
-) -> Image.Image:
-    """Four views in a 2 x 2 grid with a black gap of 5 pixels, in the order of VIEW_LAYOUTS."""
-    pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
-    for k, turn in enumerate(VIEW_LAYOUTS[layout]):
-        corner = (k % 2 * (size + 5), k // 2 * (size + 5))
-        grid.paste(view(pixels, (heading + turn) % 360.0, rotation, size), corner)
-    return grid
-
-
-# ---- streets: the verifier
-
-STREET_FIELDS = ("current observation", "current instruction", "action")
-
-
-class Waypoint(NamedTuple):
-    """One decision of a route: the landmark, the sentence of the instruction, and the expert's action."""
-
-    place: Geocode
-    heading: float  # degrees, before the action
-    landmark: str
-    intersection: bool
-    sentence: str
-    action: str
-
-    @property
-    def observation(self) -> str:
-        return self.landmark + ("; an intersection" if self.intersection else "")
-
-
-def judge_step(
-    reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: Set[str] = frozenset()
-) -> Verdict:
-    """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
-    if the report claims an intersection that is not there or leaves out one that is. Whether it recognizes
-    the landmark is measured alone; `names` as in World."""
-    parsed = parse_reply(reply, fields)
-    report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
-    if not isinstance(action, str):
-        return Verdict("unparsed", "The answer is not in the form asked for.", False)
-    report = report[:1000] if isinstance(report, str) else ""
-    claims, recognized = _read_report(_words(report), waypoint.landmark, names)
-    words = " ".join(re.sub("['\"]", "", action.lower()).split())
-    if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
-        return Verdict("correct", "Correct.", recognized)
-    if claims == waypoint.intersection:
-        return Verdict("wrong_action", "That action is wrong here.", recognized)
-    truth = f"there is {'an' if waypoint.intersection else 'no'} intersection here"
-    return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
-
-
-# Patterns for the output of `_words`.
-_JOIN = re.compile(r" ?(?:;|\b(?:and|but|with|where)\b) ?")  # between two clauses
-_NO = r"\b(?:no|not|any|never|without|or|nor|neither|cannot)\b"
-_NO_INTERSECTION = re.compile(rf"{_NO}(?!.*\blandmark)")
-# With its usual context: "Intersection Cafe is on your left" is a name.
-_INTERSECTION = re.compile(
-    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?: \w{1,20}(?: way)?){0,2}"
-    r"|^(?:\w{1,20} way|t)?)"
-    r" ?\bintersections?\b(?: (?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b"
-    r"(?!.*\bon (?:your|my)\b).*)?$"
-)
-_NO_LANDMARK = re.compile(
-    rf"{_NO} (?:(?!other)\w+ ){{0,4}}landmarks?\b(?: nearby)?|\b(?:nothing|none)\b(?! else)"
-)
-_DENIAL = re.compile(rf"{_NO}(?![^X]*\bintersection)")
-
-
-def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, bool]:
-    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
-    appendix), and whether it recognizes the landmark: its name and side in any words, or that there is none,
-    no denial, and no other of `names` or side."""
-    words, (letters, name, sides) = re.findall("[^ ;]+", report), _landmark(landmark)
-    named = {"".join(words[i : i + n]) for n in range(1, 9) for i in range(len(words))} & names
-    mark = _NO_LANDMARK if landmark == NOTHING else rf"(?<!\S){'[ ;]*+'.join(name)}(?!\S)"
-    report = re.sub(mark, "X", report)  # all other letters are small
-    clauses = _JOIN.split(report)
-    found = filter(None, map(_INTERSECTION.search, clauses))
-    claims = any(not _NO_INTERSECTION.search(m.string[: m.end()]) for m in found)
-    says_so = "X" in report or claims and landmark == NOTHING
-    alone = all(other in letters for other in named) and _sides(report) == sides
-    denials = (clause for clause in clauses if _DENIAL.search(clause))
-    denied = _NO_LANDMARK.search(report) or any(re.search("X|left|right", clause) for clause in denials)
-    return claims, says_so and alone and not denied
-
-
 @cache
-def _landmark(text: str) -> tuple[str, str, list[str]]:
-    """The letters of a landmark's text, those of its name, and its sides: of "Joe's is on your left"
-    joesisonyourleft, joes and left."""
-    words = _words(text)
-    name, *side = words.rsplit(" is on your ", 1)
-    letters, name = (re.sub("[ ;]", "", part) for part in (words, name.removeprefix("the destination ")))
-    return letters, name or letters, _sides(" ".join(side))
+def _sight(size: int) -> tuple[Array, Array]:
+    """Angles of a view's pixels in degrees: to the right [size], up [size, size]."""
+    line = (np.arange(size) + 0.5) / size * 2 - 1
+    right, up = np.meshgrid(line, -line)
+    return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
 
 
-def _sides(words: str) -> list[str]:
-    named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
-    return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
+# ---- reading a reply
 
-
-def _words(text: str) -> str:
-    """A text's words in lower case, with blanks between them and semicolons between clauses."""
-    text = re.sub("n['’]t\\b", " not", unicodedata.normalize("NFC", text.lower()))
-    kept = (
-        c if c.isalnum() or unicodedata.category(c)[0] == "M" else " ; " if c in ";.,:!?\n" else " "
-        for c in text
-    )
-    return " ".join("".join(kept).split())
-
-
-# ---- streets: the environment
-
-STREET_PROMPT = string.Template(
-    "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
-    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}'
-    "$report $observation"
+# A string may hold quotes of its own kind: it ends at the first before comma, colon, closing bracket or end.
+_STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
+_KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_WORD = r"""[^\s{}\[\]:,"']++"""
+_REPLY_TOKEN = re.compile(
+    rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
 )
+_OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
+_LITERAL = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
 
 
-class VIRL(Environment):
-    """Follow a route through streets, in words (paper, section 3.2).
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if abs(value) < 1e6 and value.is_integer() else value
 
-    Decisions are the waypoints of a route. A reply reports the observation, quotes the current sentence of
-    the instruction, and acts. A wrong action is not executed.
 
-    Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
-    `data` may also be a World, and `fields` names the three fields of a reply.
+_decoder = json.JSONDecoder(strict=False, parse_float=_number)
+
+
+def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
+    """The object in `reply` that has all `required` keys and ends last, alone or inside others, or None.
+
+    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
+    commas, quotes inside strings. 1.0 is the integer 1.
+
+    Objects are read from the first one on, without those inside others, for the strings of the answer may
+    hold anything; and from the last one on, for what precedes the answer must not hide it. Time is linear for
+    any text: each round has a budget in proportion to its length.
     """
+    stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
+    starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
+    found, last = None, -1
+    for read, order in product((_read_json, _read_json_like), (starts, starts[::-1])):
+        end, budget = 0, 150_000 + len(reply) / 2  # characters; what is read costs 200 more
+        for start in order:
+            if order is starts and start < end:
+                continue
+            value, end, budget = read(reply, start, budget)
+            if value is not None and end > last and all(key in value for key in required):
+                found, last = value, end
+            if budget < 0:
+                break
+    return found
 
-    variants = {"id": "in distribution", "rule": "under the other rule"}
-    rules = {"id": COMPASS, "rule": RELATIVE}
-    # Paper, appendix; a wrong observation: also a false report of an intersection.
-    rewards = dict(correct=1.0, wrong_action=-1.0, wrong_observation=-1.5, unparsed=-1.0, budget=-1.0)
-    headline = "step_accuracy"
-    start_options = {"route": (int, "walk the route of this number, from 0")}
-    report = ""  # for pictures: the wording of a report
-    panorama_width = 1024
 
-    verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
-    data: Annotated[
-        str | Path | World | None,
-        Option("folder in the released format; None: the built-in city", metavar="DIR"),
-    ] = None
-    split: Annotated[str, Option("of the built-in routes", choices=tuple(SPLITS))] = "train"
-    turns: Annotated[int, Option("most turning points of a built-in route", least=1, most=7)] = 7
-    points_per_leg: Annotated[int, Option("points between two turning points", least=0, most=100)] = 4
-    drop: Annotated[float, Option("probability that such a point is left out", least=0, most=1)] = 0.5
-    fields: Sequence[str] = STREET_FIELDS
+def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
+    """The object that starts at `start` (None: no JSON), its end, and the remaining budget."""
+    try:
+        value, end = _decoder.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:  # its message counts the lines before the fault
+        pos = getattr(error, "pos", len(text))
+        return None, start, budget - 200 - (pos - start) - start / 10
+    return value, end, budget - 200 - (end - start)
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.waypoints: list[Waypoint] = []
-        if isinstance(self.data, World):
-            self.world = self.data
-        elif self.data is None:
-            self.world = built_in_world(self.split, self.turns, self.cities, width=self.panorama_width)
+
+def _read_json_like(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
+    """The same for the JSON-like form, rewritten token by token as strict JSON."""
+    pieces, depth, before, at = [], 0, "[", start
+    while (depth or not pieces) and budget >= 0 and (match := _REPLY_TOKEN.match(text, at)):
+        budget -= 200 * (1 + ("\\" in match[0])) + len(match[0])
+        at, (quoted, mark, word) = match.end(), match.groups()
+        if before not in "[{,:" and (not mark or mark in "[{"):
+            break  # a comma is missing
+        before = mark or "value"
+        if mark and mark in "]}" and pieces[-1] == ",":
+            pieces.pop()
+        depth += (before in "[{") - (before in "]}")
+        if quoted:
+            pieces.append(json.dumps(_unescape(quoted[1:-1])))
+        elif word:
+            word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
+            pieces.append(word if _LITERAL.fullmatch(word) else json.dumps(word))
         else:
-            for name in ("split", "turns", "panorama_width"):
-                if name in options:
-                    raise ValueError(f"{name} is for built-in streets; those of data are what they are")
-            self.world = load_world(self.data, self.pictures)
-
-    @property
-    def cities(self) -> Cities:
-        return TEST_CITIES if self.variant == "visual" else TRAINING_CITIES
-
-    @property
-    def decisions(self) -> int:
-        return len(self.waypoints)
-
-    def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict]]:
-        """Every route once, or `n` times one route."""
-        routes = len(self.world.routes)
-        return [(f"{series}/{i}", {"route": i % routes}) for i in range(n or routes)]
-
-    def begin(self, options: dict) -> str:
-        number, routes = options.get("route"), self.world.routes
-        if number is None:
-            number = self.random.randrange(len(routes))
-        elif not _fits(int, number) or not 0 <= number < len(routes):
-            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
-        self.sentences, self.waypoints = self._plan(number)
-        self.number = number
-        return STREET_PROMPT.substitute(
-            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
-            words=", ".join(self.rules[self.variant]),
-            report=self.report,
-            observation=self._seen(),
-            **self._field_names(),
-        )
-
-    def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """Sentences and waypoints of a route, by the released data's rules: the expert turns at the start and
-        at every turning point, however little, and goes forward between them."""
-        route = self.world.routes[number]
-        heading = self.random.randrange(360) if route.heading is None else route.heading
-        at, seen, intersection = self.world.nearest(route.start), NOTHING, False
-        sentences, waypoints = [], []
-        for leg in route.legs:
-            last, relative = leg is route.legs[-1], relative_word(leg.heading - heading)
-            sentences.append(f"Turn {relative} to face {leg.compass}.")
-            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
-            waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
-            end, goal = self.world.nearest(leg.end), "the destination" if last else "an intersection"
-            if leg.landmark != NOTHING:
-                goal += ": " + (leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark)
-            sentences.append(f"Move forward to {goal}.")
-            for between in self._between(at, end):
-                waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
-            at, heading, seen, intersection = end, leg.heading, leg.landmark, not last
-        waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
-        return sentences, waypoints
-
-    def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
-        """Points of a leg, moved to the nearest panorama, on a short leg several to one."""
-        found = []
-        for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
-            share = k / (self.points_per_leg + 1)
-            if self.random.random() < 1 - self.drop:
-                point = (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
-                with suppress(ValueError):  # no panorama is near
-                    near = self.world.nearest(point)
-                    if min(distance(near, a), distance(near, b)) > 8:
-                        found.append(near)
-        return found
-
-    @property
-    def here(self) -> Waypoint:
-        """The current waypoint, at the end of a route the last one."""
-        return self.waypoints[min(self.decision, len(self.waypoints) - 1)]
-
-    def _seen(self) -> str:
-        return f"You see: {self.here.observation}."
-
-    def judge(self, reply: str) -> Verdict:
-        return judge_step(reply, self.here, self.fields, self.world.names)
-
-    def next_message(self, right: bool, moved: bool) -> str:
-        if right:
-            return self._seen()
-        return f"{self.verdict.feedback} {f'You are led on. {self._seen()}' if moved else 'Try again.'}"
-
-    def describe(self) -> dict:
-        k, actions = self.last_decision, [waypoint.action for waypoint in self.waypoints]
-        landmark = self.waypoints[k].landmark != NOTHING
-        return {"route": self.number, "waypoint": k, "landmark": landmark, "actions": actions}
-
-    def _act(self, action: str) -> str:
-        here = self.here
-        return self._reply(here.observation, here.sentence, action)
-
-    def expert_reply(self) -> str:
-        return self._act(self.here.action)
-
-    def wrong_reply(self) -> str:
-        right = self.here.action
-        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
-        return self._act(self.random.choice([action for action in actions if action != right]))
-
-    def write(
-        self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
-    ) -> str:
-        """Writes the built-in world of these options (with a seed: of other cities) in the released format:
-        `n` routes (None: all) and the panoramas, in pictures if the task has them. Returns what was written.
-        `watch` gets the finished share.
-        """
-        cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
-        what = (self.split, self.turns, cities, n or 2048)
-        routes, world = built_in_routes(*what), built_in_world(*what, self.panorama_width)
-        picture = world.picture if self.pictures else None
-        write_world(folder, [routes, len(routes)], world.panoramas, picture, watch)
-        return f"{len(routes)} routes and {len(world.panoramas)} panoramas in {folder}"
-
-    @staticmethod
-    def measures(episodes: Sequence[Episode]) -> dict:
-        """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, with the expert's
-        action within the budget; the same at the first reply, by kind of action, for each route (`steps`) and
-        its turns (`at_turns`). The standard error counts routes, whose waypoints fail together.
-        """
-        tries = [
-            [[t.verdict for t in e.turns if t.decision == k] for k in range(len(e.expected))]
-            for e in episodes
-        ]
-        right = [["correct" in verdicts for verdicts in route] for route in tries]
-        kinds = [[a.partition("(")[0].removesuffix("_direction") for a in e.expected] for e in episodes]
-
-        def of_kind(kind: str) -> list[list[bool]]:
-            return [[r for r, k in zip(*pair) if k == kind] for pair in zip(right, kinds)]
-
-        n = sum(map(len, right))
-        accuracy = sum(map(sum, right)) / n
-        spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in right)
-        by_kind = {kind: sum(of_kind(kind), []) for kind in ("turn", "forward", "stop")}
-        return {
-            "step_accuracy": accuracy,
-            "step_accuracy_se": math.sqrt(spread * len(right) / max(1, len(right) - 1)) / n,
-            "first_step_accuracy": sum(t[:1] == ["correct"] for route in tries for t in route) / n,
-            "step_accuracy_by_action": {kind: mean(values) for kind, values in by_kind.items() if values},
-            "waypoints": n,
-            "steps": [round(mean(route), 4) for route in right],
-            "at_turns": [round(mean(turns), 4) if turns else None for turns in of_kind("turn")],
-        }
+            pieces.append(mark)
+    try:
+        return _decoder.decode("".join(pieces)), at, budget
+    except (ValueError, RecursionError):
+        return None, start, budget
 
 
-class VIRLVL(VIRL):
-    """The same with one picture of four street views per waypoint, and no words for it (paper, section 3.2).
-
-    Variants: also "visual", the training rule in nine other cities.
-    """
-
-    variants = VIRL.variants | {"visual": "in other cities"}
-    rules = VIRL.rules | {"visual": COMPASS}
-    pictures = True
-    report = (
-        ' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), '
-        f'none as "{NOTHING}".'
-    )
-
-    view_layout: Annotated[
-        str, Option("front, right, back, left, or as in the released code", choices=tuple(VIEW_LAYOUTS))
-    ] = "compass"
-    view_size: Annotated[int, Option("pixels of each of the four views", least=16, most=2048)] = 300
-    panorama_width: Annotated[int, Option("width of built-in panoramas, pixels", least=64, most=8192)] = 1024
-    tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        if self.world.picture is None:
-            raise ValueError("the routes have no panoramas")
-
-    def _seen(self) -> str:
-        intersection = self.tell_intersections and self.here.intersection
-        return "You are at an intersection." if intersection else "You see the picture."
-
-    def draw(self) -> Callable[[], Image.Image]:
-        here = self.here
-
-        @cache
-        def picture() -> Image.Image:
-            panorama, rotation = self.world.picture(here.place)
-            return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
-
-        return picture
+def _unescape(text: str) -> str:
+    """A string without its escapes; as it stands if JSON does not know one of them."""
+    if "\\" in text:
+        with suppress(ValueError):
+            return _decoder.decode('"' + re.sub(r'\\?"', r'\\"', text.replace(r"\'", "'")) + '"')
+    return text
 
 
 # ---- option checks
+
+
+@cache
+def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
+    """Type, default (... if none) and Option of a class's options, by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is Annotated
+    }
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -2228,26 +2234,19 @@ def _line(value: Any) -> str:
     return " ".join(str(value).split())[:120]
 
 
-@cache
-def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
-    """Type, default (... if none) and Option of a class's options, by name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {
-        name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
-        for name, hint in hints.items()
-        if typing.get_origin(hint) is Annotated
-    }
-
-
 # ---- tasks by name
 
 TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-vl": VIRLVL}
 
 
-def task_name(task: str) -> str:
-    """A task's name, for FILE.py:CLASS with the absolute path."""
-    path, colon, name = task.rpartition(":")
-    return f"{Path(path).resolve()}:{name}" if colon else task
+def make(
+    task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
+) -> Environment:
+    """An environment of one of TASKS or of FILE.py:CLASS with options of its class.
+
+    Raises ValueError for an unknown task, a wrong option or a wrong value.
+    """
+    return task_class(task)(variant, seed, verify_iter, **options)
 
 
 def task_class(task: str) -> type[Environment]:
@@ -2263,6 +2262,12 @@ def task_class(task: str) -> type[Environment]:
     return found
 
 
+def task_name(task: str) -> str:
+    """A task's name, for FILE.py:CLASS with the absolute path."""
+    path, colon, name = task.rpartition(":")
+    return f"{Path(path).resolve()}:{name}" if colon else task
+
+
 @cache
 def _module(path: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(path, path)
@@ -2272,13 +2277,3 @@ def _module(path: str) -> types.ModuleType:
     except Exception as error:  # it can raise anything
         raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {_line(error)}") from None
     return module
-
-
-def make(
-    task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
-) -> Environment:
-    """An environment of one of TASKS or of FILE.py:CLASS with options of its class.
-
-    Raises ValueError for an unknown task, a wrong option or a wrong value.
-    """
-    return task_class(task)(variant, seed, verify_iter, **options)
