@@ -24,13 +24,12 @@ import random
 import re
 import string
 import sys
-import types
 import typing
 import unicodedata
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -48,11 +47,10 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 @dataclass(frozen=True)
 class Option:
-    """Help text and limits of one option. A class lists its options as annotated attributes:
+    """Help text and limits of one option. A class lists its options as annotated attributes, which its
+    constructor checks and the command line makes flags:
 
         target: Annotated[int, Option("the number to make", least=1)] = 24
-
-    The constructor of an environment checks them, and the command line makes a flag of each.
     """
 
     help: str
@@ -109,9 +107,9 @@ class Verdict(NamedTuple):
 class Environment:
     """One task. A subclass defines `begin`, `judge`, `expert_reply`, `wrong_reply`, `variants` and `rewards`.
 
-    An episode has one decision (a hand of cards) or several in sequence (the waypoints of a route). A correct
-    reply leads to the next one; a wrong one gets the verifier's feedback, until `verify_iter` replies to this
-    decision have been judged. The annotated attributes are options of the constructor and the command line.
+    An episode has one decision (a hand of cards) or several (the waypoints of a route). A correct reply leads
+    to the next one; a wrong one gets feedback, until `verify_iter` replies to this decision were judged. The
+    annotated attributes are options of the constructor and the command line.
 
     Args:
         variant: a key of `variants`; training takes "id".
@@ -324,9 +322,9 @@ def play(
 ) -> list[Episode]:
     """Plays one episode in every environment, in lockstep, `at_once` of them at a time (None: all).
 
-    `respond(indices, observations)` gets the indices and observations of the running environments and returns
-    one reply each; None breaks an episode off without success. `seeds` and `options` go to `reset`; `watch`
-    gets the number of finished episodes.
+    `respond` gets the indices and observations of the running environments and returns one reply each; None
+    breaks an episode off without success. `seeds` and `options` go to `reset`; `watch` gets the number of
+    finished episodes.
     """
     observations, episodes = [], []
     for i, env in enumerate(environments):
@@ -365,12 +363,9 @@ def demonstration(
     author: Callable[[Any], str] | None = None,
     start: tuple[Any, dict | None] = (None, None),
 ) -> dict:
-    """One SFT record in the released format: for each decision `wrong_turns` wrong replies with the
-    verifier's feedback, then the expert's, the last one by `author`. `start` goes to `reset`.
-
-    A visual task adds the picture as "image"; a record has only one, so it ends at a random decision.
-    Raises ValueError if the budget ends before the last reply.
-    """
+    """One SFT record in the released format: for each decision `wrong_turns` wrong replies, then the
+    expert's, the last one by `author`. `start` goes to `reset`. A visual task adds one picture, so its
+    record ends at a random decision. Raises ValueError if the budget ends before."""
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
     env.reset(*start)
@@ -443,10 +438,8 @@ class GeneralPoints(Environment):
 
     Variants: "id" (J, Q, K count 10) and "rule" (11, 12, 13, and every hand holds a face card).
 
-    Options in Python alone:
-        faces: values of J, Q, K; None takes the variant's.
-        fields: the names of the three fields of a reply.
-        feedback: templates of feedback by verdict, in place of some of FEEDBACK.
+    In Python also: `faces`, the values of J, Q, K; `fields`, the names of a reply's fields; `feedback`,
+    templates in place of some of FEEDBACK.
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
@@ -464,7 +457,7 @@ class GeneralPoints(Environment):
     operators: Annotated[str, Option("operators allowed")] = OPERATORS
     replacement: Annotated[bool, Option("deal each rank by itself, as the released code does")] = False
     diverse: Annotated[bool, Option("J, Q, K count anything from 1 to 10, anew in each hand")] = False
-    prompt: Annotated[str, Option("a prompt of your own, a template as PROMPT", metavar="FILE")] = PROMPT
+    prompt: Annotated[str, Option("a template in place of PROMPT", metavar="FILE")] = PROMPT
     faces: dict[str, int] | None = None
     fields: Sequence[str] = FIELDS
     feedback: dict[str, str] | None = None
@@ -556,7 +549,7 @@ class GeneralPoints(Environment):
         return self.reply(f"{self._solution(self.cards)}={self.target}")
 
     def wrong_reply(self) -> str:
-        """A near miss: a solution with its numbers shuffled and an operator changed, of another value."""
+        """A near miss: a solution with its numbers shuffled and an operator changed."""
         solution = re.findall("[0-9]+|.", self._solution(self.cards))
         numbers = [i for i, token in enumerate(solution) if token.isdigit()]
         operators = [i for i, token in enumerate(solution) if token in OPERATORS]
@@ -643,7 +636,7 @@ def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
         raise Illegal("it is too long")
     if "=" in side:
         raise Illegal("it holds more than one equals sign")
-    text = side.replace("×", "*").replace("÷", "/").replace("−", "-")
+    text = side.translate(str.maketrans("×÷−", "*/-"))
     if not re.fullmatch(r"[-+*/()\s0-9]*", text):
         raise Illegal("it holds something else than numbers, operators and brackets")
     tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # an operand is expected
@@ -697,11 +690,8 @@ class Expression(NamedTuple):
 
 @cache
 def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
-    """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once, or None.
-
-    Canonical is the one with the fewest divisions, then subtractions, then brackets: demonstrations follow
-    one simple rule.
-    """
+    """The canonical formula with value `target` that uses each of `numbers` (sorted) once, or None: that with
+    the fewest divisions, then subtractions, then brackets, so that demonstrations follow one rule."""
     if len(numbers) == 1:
         return str(target) if numbers[0] == target else None
     found, t = set(), Fraction(target)
@@ -764,10 +754,8 @@ def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
 
 
 class GeneralPointsVL(GeneralPoints):
-    """GeneralPoints with the cards in a picture, which the reply must name (paper, section 3.1).
-
-    Variants: also "visual", the training rule on red suits.
-    """
+    """GeneralPoints with the cards in a picture, which the reply must name. Variants: also "visual", the
+    training rule on red suits."""
 
     variants = GeneralPoints.variants | {"visual": "on the other colour"}
     rules = FACE_RULES | {"visual": FACE_RULES["id"]}
@@ -845,11 +833,8 @@ def draw_hand(
 
 @lru_cache(maxsize=512)
 def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
-    """One card as RGBA, `height` pixels high and 5/7 as wide, with rounded corners.
-
-    `font_size` is the rank's share of the height. In the middle: the marks of a number, a framed figure for
-    J, Q, K, one large mark for the ace and where large letters leave no room.
-    """
+    """One card as RGBA, `height` pixels high and 5/7 as wide; `font_size` is the rank's share of the height.
+    Where large letters leave no room a number has one large mark, as the ace."""
     h = 4 * height  # scaled down at the end, for smooth edges
     w = round(h * 5 / 7)
     corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
@@ -930,7 +915,7 @@ def _suit(pen: _Pen, suit: str) -> None:
 
 
 def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
-    """A head and shoulders with a feathered cap (J), a crown with balls (Q), or a crown with a cross (K)."""
+    """A head with a feathered cap (J), a crown with balls (Q), or a crown with a cross (K)."""
     pen.polygon(ink, (-0.42, 0.6), (0.42, 0.6), (0.26, 0.24), (-0.26, 0.24))
     if rank == "Q":
         pen.disc(0, 0.06, 0.3, ink)
@@ -1081,7 +1066,7 @@ class VIRL(Environment):
     the instruction, and acts. A wrong action is not executed.
 
     Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
-    `data` may also be a World, and `fields` names the three fields of a reply.
+    `data` may also be a World.
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
@@ -1136,10 +1121,9 @@ class VIRL(Environment):
             number = self.random.randrange(len(routes))
         elif not _fits(int, number) or not 0 <= number < len(routes):
             raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
-        self.sentences, self.waypoints = self._plan(number)
-        self.number = number
+        self.number, (sentences, self.waypoints) = number, self._plan(number)
         return STREET_PROMPT.substitute(
-            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
+            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, 1)),
             words=", ".join(self.rules[self.variant]),
             report=self.report,
             observation=self._seen(),
@@ -1147,8 +1131,8 @@ class VIRL(Environment):
         )
 
     def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """Sentences and waypoints of a route, by the released data's rules: the expert turns at the start and
-        at every turning point, however little, and goes forward between them."""
+        """Sentences and waypoints of a route: the expert turns at the start and at every turning point, and
+        goes forward between them."""
         route = self.world.routes[number]
         heading = self.random.randrange(360) if route.heading is None else route.heading
         at, seen, intersection = self.world.nearest(route.start), NOTHING, False
@@ -1169,7 +1153,7 @@ class VIRL(Environment):
         return sentences, waypoints
 
     def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
-        """Points of a leg, moved to the nearest panorama, on a short leg several to one."""
+        """Points of a leg, moved to the nearest panorama."""
         found = []
         for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
             share = k / (self.points_per_leg + 1)
@@ -1217,10 +1201,8 @@ class VIRL(Environment):
     def write(
         self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
     ) -> str:
-        """Writes the built-in world of these options (with a seed: of other cities) in the released format:
-        `n` routes (None: all) and the panoramas, in pictures if the task has them. Returns what was written.
-        `watch` gets the finished share.
-        """
+        """Writes `n` built-in routes (None: all; with a seed: of other cities) and their panoramas in the
+        released format. `watch` gets the finished share. Returns a summary."""
         cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
         what = (self.split, self.turns, cities, n or 2048)
         routes, world = built_in_routes(*what), built_in_world(*what, self.panorama_width)
@@ -1231,9 +1213,8 @@ class VIRL(Environment):
     @staticmethod
     def measures(episodes: Sequence[Episode]) -> dict:
         """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, with the expert's
-        action within the budget; the same at the first reply, by kind of action, for each route (`steps`) and
-        its turns (`at_turns`). The standard error counts routes, whose waypoints fail together.
-        """
+        action within the budget; also at the first reply, by kind of action, for each route (`steps`) and its
+        turns. The standard error counts routes, whose waypoints fail together."""
         tries = [
             [[t.verdict for t in e.turns if t.decision == k] for k in range(len(e.expected))]
             for e in episodes
@@ -1260,10 +1241,8 @@ class VIRL(Environment):
 
 
 class VIRLVL(VIRL):
-    """The same with one picture of four street views per waypoint, and no words for it (paper, section 3.2).
-
-    Variants: also "visual", the training rule in nine other cities.
-    """
+    """VIRL with a picture of four street views per waypoint in place of words. Variants: also "visual", the
+    training rule in nine other cities."""
 
     variants = VIRL.variants | {"visual": "in other cities"}
     rules = VIRL.rules | {"visual": COMPASS}
@@ -1304,11 +1283,11 @@ class VIRLVL(VIRL):
 
 
 def judge_step(
-    reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: Set[str] = frozenset()
+    reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: frozenset[str] = frozenset()
 ) -> Verdict:
     """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
-    if the report claims an intersection that is not there or leaves out one that is. Whether it recognizes
-    the landmark is measured alone; `names` as in World."""
+    if the report is false about an intersection. Recognition of the landmark is only measured; `names` as in
+    World."""
     parsed = parse_reply(reply, fields)
     report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
     if not isinstance(action, str):
@@ -1341,10 +1320,9 @@ _NO_LANDMARK = re.compile(
 _DENIAL = re.compile(rf"{_NO}(?![^X]*\bintersection)")
 
 
-def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, bool]:
-    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
-    appendix), and whether it recognizes the landmark: its name and side in any words, or that there is none,
-    no denial, and no other of `names` or side."""
+def _read_report(report: str, landmark: str, names: frozenset[str]) -> tuple[bool, bool]:
+    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does, and
+    recognizes the landmark: its name and side, or that there is none, and no other name, side or denial."""
     words, (letters, name, sides) = re.findall("[^ ;]+", report), _landmark(landmark)
     named = {"".join(words[i : i + n]) for n in range(1, 9) for i in range(len(words))} & names
     mark = _NO_LANDMARK if landmark == NOTHING else rf"(?<!\S){'[ ;]*+'.join(name)}(?!\S)"
@@ -1375,7 +1353,7 @@ def _sides(words: str) -> list[str]:
 
 
 def _words(text: str) -> str:
-    """A text's words in lower case, with blanks between them and semicolons between clauses."""
+    """A text's words in lower case, semicolons between clauses."""
     text = re.sub("n['’]t\\b", " not", unicodedata.normalize("NFC", text.lower()))
     kept = (
         c if c.isalnum() or unicodedata.category(c)[0] == "M" else " ; " if c in ";.,:!?\n" else " "
@@ -1389,11 +1367,9 @@ def _words(text: str) -> str:
 
 def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
-    street_views/, whose files are read when they are drawn.
-
-    Panoramas without a picture and routes that cannot be walked are left out, with one warning for each kind.
-    Raises ValueError in one line that names file, route and field if nothing is left.
-    """
+    street_views/, whose files are read when they are drawn. Panoramas without a picture and routes that
+    cannot be walked are left out, with one warning for each kind. Raises ValueError in one line that names
+    file, route and field if nothing is left."""
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
     try:
@@ -1426,19 +1402,19 @@ def _read_mapping(path: Path) -> dict[Geocode, str]:
         content = _read_pickle(path.read_bytes())
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    ids = {
-        place: name
-        for place, name in (content.items() if isinstance(content, dict) else ())
-        if _is_geocode(place) and isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
-    }
+    ids = {}
+    for place, name in content.items() if isinstance(content, dict) else ():
+        if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):  # part of a file name
+            with suppress(ValueError):
+                ids[_geocode(place)] = name
     if not ids:
         raise ValueError(f"{path}: no panorama id: not a dict from (latitude, longitude) to names")
     return ids
 
 
 def _read_pickle(data: bytes) -> Any:
-    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if there is
-    more in it: a call, a memo larger than the file, nested keys (whose hash could take for ever)."""
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built for a call,
+    a memo larger than the file, or nested keys (whose hash could take for ever)."""
     before = ["", "", ""]
     for code, argument, _ in pickletools.genops(data):
         if code.name == "FRAME":  # of protocols 4 and 5, anywhere between opcodes; it builds nothing
@@ -1468,11 +1444,9 @@ def _read_picture(views: Path, names: dict[Geocode, str], place: Geocode) -> tup
 
 
 def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
-    """A picture file in RGB, as an image viewer shows it: the first frame, turned by its EXIF data, 16 bits
-    scaled to 8, transparency on white. `formats` are Pillow's names, None: all.
-
-    Raises ValueError in one line that names the file if it is damaged, too large or deeper than 16 bits.
-    """
+    """A picture file in RGB, as an image viewer shows it: first frame, turned by its EXIF data, 16 bits cut
+    to 8, transparency on white. `formats` are Pillow's names. Raises ValueError in one line that names the
+    file if it is damaged, too large or deeper than 16 bits."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
@@ -1496,11 +1470,9 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
 def read_routes(
     content: Any, name: str = "routes", check: Callable[[Geocode], Any] = lambda place: None
 ) -> tuple[Route, ...]:
-    """The routes of route_infos.json, parsed: [[route, ...], number], or one route. `name` is the file's.
-
-    Routes that cannot be read, or with a place for which `check` raises ValueError, are left out with one
-    warning. Raises ValueError if no route is left.
-    """
+    """The routes of route_infos.json, parsed: [[route, ...], number], or one route. Those that cannot be
+    read, or with a place for which `check` raises ValueError, are left out with one warning that names the
+    file. Raises ValueError if no route is left."""
     records = content if isinstance(content, list) else [content]
     if records and isinstance(records[0], list):
         records = records[0]
@@ -1555,14 +1527,10 @@ def _field(record: Any, read: Callable, *path: str | int) -> Any:
     raise ValueError(f"{'.'.join(map(str, path))}: {reason}")
 
 
-def _is_geocode(value: Any) -> bool:
-    return _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180
-
-
 def _geocode(value: Any) -> Geocode:
-    if not _is_geocode(value):
-        raise ValueError(f"no [latitude, longitude]: {_line(value)}")
-    return float(value[0]), float(value[1])
+    if _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180:
+        return float(value[0]), float(value[1])
+    raise ValueError(f"no [latitude, longitude]: {_line(value)}")
 
 
 def _degrees(value: Any) -> float:
@@ -1620,10 +1588,7 @@ def write_world(
     picture: PanoramaOf | None = None,
     watch: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Writes a folder that `load_world` reads; `picture` as in World. `watch` gets the finished share.
-
-    The routes come last: an unfinished folder does not load.
-    """
+    """Writes a folder that `load_world` reads, the routes last. `watch` gets the finished share."""
     folder.mkdir(parents=True, exist_ok=True)
     routes = folder / "route_infos.json"
     routes.unlink(missing_ok=True)
@@ -1769,7 +1734,7 @@ class City:
         }
 
     def _name_places(self, rng: random.Random) -> None:
-        """At most one place per crossing, on a facade near it, with a sign perpendicular to the facade."""
+        """At most one place per crossing, on a facade near it, with a sign across the pavement."""
         names = [f"{word} {trade}" for word in self.plan.words for trade in self.plan.trades]
         rng.shuffle(names)
         self.places: dict[Crossing, dict] = {}
@@ -1793,7 +1758,7 @@ class City:
         return lat, self.plan.centre[1] + at.real / width
 
     def _facade_near(self, crossing: Crossing, rng: random.Random) -> tuple[Point, Point] | None:
-        """A random point of a facade near a crossing and the direction out into the street, or None."""
+        """A random point of a facade near a crossing and its outward direction, or None."""
         corner, half = self.crossings[crossing], self.plan.street / 2
         for _ in range(20):
             way = self.crossings[rng.choice(self.ways[crossing])] - corner
@@ -1865,7 +1830,8 @@ class City:
         whole, landmark = round(self._heading(a, b)) % 360, NOTHING
         if place := self.places.get(b):
             middle = self.geocode(sum(self.boards[b]) / 2)
-            side = _side(bearing(self.geocode(self.crossings[b]), middle) - whole)
+            turn = wrap(bearing(self.geocode(self.crossings[b]), middle) - whole)
+            side = ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
             landmark = f"{'The destination ' if last else ''}{place['name']} is on your {side}"
         lines = {
             "intersection_idx": number,
@@ -1999,12 +1965,6 @@ class City:
             picture[:, columns] = np.where(on_board, pixels * self.plan.light, picture[:, columns])
 
 
-def _side(turn: float) -> str:
-    """The side of a place so many degrees to the right of the heading."""
-    turn = wrap(turn)
-    return ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
-
-
 def nearest_street(points: Array, streets: Array) -> tuple[Array, Array, Array]:
     """For Points [...] the nearest of the streets [n, 2] (from, to): distance, metres along it, and index."""
     start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
@@ -2037,7 +1997,7 @@ def built_in_city(name: str, seed: int) -> City:
 @cache
 def built_in_routes(split: str, turns: int, cities: Cities = TRAINING_CITIES, n: int = 2048) -> list[dict]:
     """Up to `n` different routes of one to `turns` turning points, in the released format, cities in turn.
-    Routes of different splits end at different places, so none, nor its instruction, is in two."""
+    Routes of different splits end at different places."""
     of_city = []
     for name, seed in cities:
         (draw, ends), city, fruitless = SPLITS[split], built_in_city(name, seed), 0
@@ -2138,9 +2098,8 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
     Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
     commas, quotes inside strings. 1.0 is the integer 1.
 
-    Objects are read from the first one on, without those inside others, for the strings of the answer may
-    hold anything; and from the last one on, for what precedes the answer must not hide it. Time is linear for
-    any text: each round has a budget in proportion to its length.
+    Objects are read from the first one on, for the strings of the answer may hold anything, and from the last
+    one on, for what precedes the answer must not hide it, each time within a budget: time is linear.
     """
     stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
     starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
@@ -2242,10 +2201,8 @@ TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-
 def make(
     task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
 ) -> Environment:
-    """An environment of one of TASKS or of FILE.py:CLASS with options of its class.
-
-    Raises ValueError for an unknown task, a wrong option or a wrong value.
-    """
+    """An environment of one of TASKS or of FILE.py:CLASS. Raises ValueError for an unknown task or a wrong
+    option or value."""
     return task_class(task)(variant, seed, verify_iter, **options)
 
 
@@ -2269,7 +2226,7 @@ def task_name(task: str) -> str:
 
 
 @cache
-def _module(path: str) -> types.ModuleType:
+def _module(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(path, path)
     sys.modules[path] = module = importlib.util.module_from_spec(spec)
     try:
