@@ -56,9 +56,9 @@ class Option:
     help: str
     least: float = -math.inf
     most: float = math.inf
-    above: float = -math.inf  # like `least`, but the limit itself is too small
+    above: float = -math.inf  # an exclusive `least`
     choices: tuple = ()
-    metavar: str | None = None  # with FILE the command line takes the text of a file
+    metavar: str | None = None  # FILE: the flag takes a file's text
 
     def check(self, name: str, kind: Any, value: Any) -> None:
         """Raises ValueError in one line for a value of another type or outside the limits."""
@@ -287,10 +287,10 @@ class Turn:
     reply: str
     reward: float
     verdict: str
-    feedback: str  # the next user message, at the end the verifier's feedback
+    feedback: str  # the next user message, at the end the feedback
     recognized: bool
     decision: int = 0  # on a route the waypoint
-    landmark: bool = True  # there was something to recognize: cards, or a landmark
+    landmark: bool = True  # there was something to recognize
 
 
 @dataclass
@@ -450,7 +450,7 @@ class GeneralPoints(Environment):
     )
     start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
     default_feedback = FEEDBACK
-    suits = SUITS  # in the deck
+    suits = SUITS
 
     n_cards: Annotated[int, Option("cards per hand", least=1, most=6)] = 4
     target: Annotated[int, Option("the number to make", least=1)] = 24
@@ -1099,7 +1099,7 @@ class VIRL(Environment):
         else:
             for name in ("split", "turns", "panorama_width"):
                 if name in options:
-                    raise ValueError(f"{name} is for built-in streets; those of data are what they are")
+                    raise ValueError(f"{name} is for built-in streets alone")
             self.world = load_world(self.data, self.pictures)
 
     @property
@@ -1379,7 +1379,7 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     panoramas = names = _read_mapping(mapping)
     if pictures:
         if not views.is_dir():
-            raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
+            raise ValueError(f"{folder} has no street_views/")
         files = set(os.listdir(views))
         whole = {n for n in names.values() if {file.name for file in _picture_files(views, n)} <= files}
         panoramas = {place: name for place, name in names.items() if name in whole}
@@ -1400,7 +1400,7 @@ _ALLOWED_CODES = _NUMBERS | set(
 def _read_mapping(path: Path) -> dict[Geocode, str]:
     try:
         content = _read_pickle(path.read_bytes())
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # of nearly any kind
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
     ids = {}
     for place, name in content.items() if isinstance(content, dict) else ():
@@ -1417,7 +1417,7 @@ def _read_pickle(data: bytes) -> Any:
     a memo larger than the file, or nested keys (whose hash could take for ever)."""
     before = ["", "", ""]
     for code, argument, _ in pickletools.genops(data):
-        if code.name == "FRAME":  # of protocols 4 and 5, anywhere between opcodes; it builds nothing
+        if code.name == "FRAME":  # anywhere in protocols 4 and 5; it builds nothing
             continue
         if code.name not in _ALLOWED_CODES:
             raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
@@ -1462,7 +1462,7 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return picture.convert("RGB")
-    except Exception as error:  # a damaged file can raise nearly anything
+    except Exception as error:  # of nearly any kind
         reason = _line(error) or type(error).__name__
         raise ValueError(f"picture {path} cannot be read: {reason}") from None
 
@@ -1564,7 +1564,7 @@ def _landmark_of(otherwise: str, text: str) -> str:
     return landmark
 
 
-# The beginning of a block, or a key and its value, which ends before the next key or the end of the block.
+# The beginning of a block, or a key and its value, up to the next key or the end of the block.
 _MILESTONE = re.compile(
     r'(?:\A|\}|\n)[\s,]*\{|"(\w+)"[^\S\n]*:\s*"(.*?)"(?=\s*,?\s*(?:"\w+"\s*:|\}\s*,?\s*(?:\{|\Z)|\Z))'
 )
@@ -1615,7 +1615,7 @@ Color = tuple[int, int, int]  # RGB
 Point = complex  # metres to the east + 1j * metres to the north
 Crossing = tuple[int, int]  # column and row
 EYE, SIGHT = 2.5, 150.0  # metres: camera height, and the range of signs and ground
-BOARD, BOARD_FOOT = (6, 4), 3.2  # metres: width and height of signs, and the clearance below
+BOARD, BOARD_FOOT = (6, 4), 3.2  # metres: size of signs, and the clearance below
 
 
 class CityPlan(NamedTuple):
@@ -1634,7 +1634,7 @@ class CityPlan(NamedTuple):
     heights: tuple[float, float] = (12.0, 42.0)  # of the buildings
     walls: Sequence[Color] = (150, 92, 74), (176, 160, 140), (120, 126, 136), (196, 180, 150), (142, 110, 88)
     glass: Color = (60, 80, 104)
-    window: tuple[float, float] = (0.44, 0.5)  # a window's share of its bay, across and up
+    window: tuple[float, float] = (0.44, 0.5)  # share of its bay, across and up
     awnings: Sequence[Color] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
     sign: tuple[Color, Color] = ((24, 30, 60), (250, 246, 230))  # board and letters
     sky: tuple[Color, Color] = ((96, 150, 210), (200, 220, 238))  # overhead and at the horizon
@@ -1734,7 +1734,7 @@ class City:
         }
 
     def _name_places(self, rng: random.Random) -> None:
-        """At most one place per crossing, on a facade near it, with a sign across the pavement."""
+        """At most one place per crossing, on a facade near it, and its sign."""
         names = [f"{word} {trade}" for word in self.plan.words for trade in self.plan.trades]
         rng.shuffle(names)
         self.places: dict[Crossing, dict] = {}
@@ -1769,7 +1769,7 @@ class City:
         return None
 
     def _to_one_side(self, crossing: Crossing, board: tuple[Point, Point]) -> bool:
-        """Whether a sign is clearly to the left or to the right on arrival from any street."""
+        """Whether a sign is clearly left or right on arrival from any street."""
         away = sum(board) / 2 - self.crossings[crossing]
         headings = (math.radians(self._heading(end, crossing)) for end in self.ways[crossing])
         return all(abs((away * cmath.rect(1, heading)).real) > 2 for heading in headings)
@@ -1782,7 +1782,7 @@ class City:
                 return self._record(rng, path)
 
     def _path(self, rng: random.Random, turns: int) -> list[Crossing] | None:
-        """The crossings where a route starts, turns and ends; None if it cannot turn or crosses itself."""
+        """Crossings where a route starts, turns and ends; None if it cannot turn or crosses itself."""
         at = rng.choice(sorted(self.crossings))
         path, seen = [at], {at}
         for _ in range(turns + 1):
@@ -1804,7 +1804,7 @@ class City:
 
     @cache
     def _onward(self, a: Crossing, b: Crossing, least: float, most: float) -> list[Crossing]:
-        """The crossings next to b, at a turn between `least` and `most` degrees on the way from a."""
+        """The crossings after b at a turn between `least` and `most` degrees, coming from a."""
         came = self._heading(a, b)
         return [c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - came)) <= most]
 
@@ -1904,7 +1904,7 @@ class City:
         return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
 
     def _ground(self, points: Array, streets: Array) -> Array:
-        """Colours of Points on the ground [...]: road with lanes and zebra crossings, kerb, pavement."""
+        """Colours of Points on the ground [...]."""
         plan = self.plan
         apart, along, street = nearest_street(points, streets)
         to_end = np.minimum(along, abs(streets[:, 1] - streets[:, 0])[street] - along)
@@ -2073,7 +2073,7 @@ def _sight(size: int) -> tuple[Array, Array]:
 
 # ---- reading a reply
 
-# A string may hold quotes of its own kind: it ends at the first before comma, colon, closing bracket or end.
+# A string may hold its quotes: it ends at the first before comma, colon, closing bracket or end.
 _STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
 _KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _WORD = r"""[^\s{}\[\]:,"']++"""
@@ -2118,7 +2118,7 @@ def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
-    """The object that starts at `start` (None: no JSON), its end, and the remaining budget."""
+    """The object at `start` (None: no JSON), its end, and the remaining budget."""
     try:
         value, end = _decoder.raw_decode(text, start)
     except (ValueError, RecursionError) as error:  # its message counts the lines before the fault
