@@ -2131,7 +2131,7 @@ def _read_json_like(text: str, start: int, budget: float) -> tuple[dict | None, 
     """The same for the JSON-like form, rewritten token by token as strict JSON."""
     pieces, depth, before, at = [], 0, "[", start
     while (depth or not pieces) and budget >= 0 and (match := _REPLY_TOKEN.match(text, at)):
-        budget -= 200 * (1 + ("\\" in match[0])) + len(match[0])
+        budget -= (200 + len(match[0])) * (3 if "\\" in match[0] else 1)
         at, (quoted, mark, word) = match.end(), match.groups()
         if before not in "[{,:" and (not mark or mark in "[{"):
             break  # a comma is missing
