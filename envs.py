@@ -1,17 +1,13 @@
-"""Environments: what all tasks share, GeneralPoints with its cards, V-IRL with its streets, and how an
-episode is played.
-
-This is the ground floor. It knows chat messages and strings, and no model:
+"""Environments: tasks, verifiers, episodes and demonstrations. The lowest module: it knows no model.
 
     env = make("gp-l", variant="id", seed=0, verify_iter=5)
     observation, info = env.reset()
     observation, reward, terminated, truncated, info = env.step(env.expert_reply())
 
 An episode is a conversation (sequential revision, section 3 of arXiv 2501.17161): the model replies, the
-verifier judges the whole reply and answers in words, and both join the prompt of the next turn, until a reply
-is correct or `verify_iter` replies have been judged. Numbers are exact integers and fractions throughout, and
-model text is never evaluated as code. A world of your own is a subclass of `Environment`; `FILE.py:CLASS`
-names it.
+verifier judges the whole reply and answers, and both join the prompt of the next turn, until a reply is
+correct or `verify_iter` replies have been judged. Arithmetic is exact, and model text is never evaluated as
+code. A third task is a subclass of `Environment`, named as `FILE.py:CLASS`.
 """
 
 import ast
@@ -20,6 +16,7 @@ import copy
 import importlib.util
 import json
 import math
+import operator
 import os
 import pickle
 import pickletools
@@ -27,13 +24,12 @@ import random
 import re
 import string
 import sys
-import types
 import typing
 import unicodedata
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -46,24 +42,23 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-# ---------------------------------------------------------------------------------------------------- options
+# ---- options
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is said of an option beside its name, type and default. A class lists its options as attributes:
+    """Help text and limits of one option. A class lists its options as annotated attributes, which its
+    constructor checks and the command line makes flags:
 
         target: Annotated[int, Option("the number to make", least=1)] = 24
-
-    The constructor of an environment checks the limits, and the command line makes a flag of each.
     """
 
     help: str
     least: float = -math.inf
     most: float = math.inf
-    above: float = -math.inf  # like `least`, but the limit itself is too small
+    above: float = -math.inf  # an exclusive `least`
     choices: tuple = ()
-    metavar: str | None = None  # with FILE the command line takes the text of a file
+    metavar: str | None = None  # FILE: the flag takes a file's text
 
     def check(self, name: str, kind: Any, value: Any) -> None:
         """Raises ValueError in one line for a value of another type or outside the limits."""
@@ -77,100 +72,28 @@ class Option:
 
     def limits(self) -> str:
         """The limits in words, "" if there are none."""
-        said = (("at least", self.least), ("above", self.above), ("at most", self.most))
-        return " and ".join(f"{word} {x}" for word, x in said if math.isfinite(x))
+        limits = (("at least", self.least), ("above", self.above), ("at most", self.most))
+        return " and ".join(f"{words} {x}" for words, x in limits if math.isfinite(x))
 
 
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type. Integers are floats too; True and False are bool alone."""
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(_fits, inner, value))
-    if inner:
-        return any(_fits(one, value) for one in inner)
-    accepted = (int, float) if kind is float else kind
-    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+# ---- episodes
 
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "").replace("envs.", "")
-
-
-def _line(value: Any) -> str:
-    """Something foreign as one short line of an error."""
-    return " ".join(str(value).split())[:120]
-
-
-@cache
-def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
-    """Type, default (... if there is none) and Option of all options of a class, by name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {
-        name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
-        for name, hint in hints.items()
-        if typing.get_origin(hint) is Annotated
-    }
-
-
-# --------------------------------------------------------------------------------------- what all tasks share
+Picture = Image.Image | Callable[[], Image.Image] | None  # a function draws it on first use
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model is given: the whole episode so far as chat messages, and the picture (None in words
-    alone).
-
-    With a picture one message's content is a list of parts, and the part of type "image" marks its place.
-    `picture` may be a function that draws it when someone looks: judging a reply need not wait for it.
+    """The input of the model: all chat messages of the episode and the picture, if the task has one. Then one
+    message's content is a list of parts, and the part of type "image" marks the position of the picture.
     """
 
     messages: list[dict[str, Any]]
-    picture: Image.Image | Callable[[], Image.Image] | None = None
+    picture: Picture = None
 
     @property
     def image(self) -> Image.Image | None:
-        """The picture; the same object whenever one looks."""
+        """The picture, the same object at every access."""
         return self.picture() if callable(self.picture) else self.picture
-
-
-def text_of(content: str | list[dict]) -> str:
-    """A message's content as text, `<image>` and a newline for a picture, as the released data writes it."""
-    if isinstance(content, str):
-        return content
-    return "".join("<image>\n" if part["type"] == "image" else part["text"] for part in content)
-
-
-def parts_of(text: str) -> list[dict]:
-    """The inverse of `text_of` for a message with a picture; without `<image>` that comes first."""
-    *before, after = re.split("<image>\n?", text, maxsplit=1)
-    texts = [{"type": "text", "text": text} for text in (*before, after)]
-    return [part for part in (*texts[:-1], {"type": "image"}, texts[-1]) if part.get("text") != ""]
-
-
-def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
-    """A user's picture file in RGB, as an image viewer shows it: of several frames the first, turned as its
-    EXIF data say, 16 bits scaled to 8, transparency on white. `formats` are Pillow's names, None: all.
-
-    Raises ValueError in one line that names the file if it is damaged, too large or deeper than 16 bits.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
-            with open(path, "rb") as file:  # given the path, Pillow 13.0 maps a turned TIFF in a wrong shape
-                picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
-        if picture.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
-            pixels = np.array(picture)
-            if picture.mode == "F" or not 0 <= pixels.min() <= pixels.max() < 2**16:
-                raise ValueError("its pixels are deeper than 16 bits")
-            pixels[pixels == picture.info.get("transparency")] = 2**16 - 1
-            picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        return picture.convert("RGB")
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = _line(error) or type(error).__name__
-        raise ValueError(f"picture {path} cannot be read: {reason}") from None
 
 
 class Verdict(NamedTuple):
@@ -178,47 +101,36 @@ class Verdict(NamedTuple):
 
     verdict: str  # a key of the task's rewards
     feedback: str
-    recognized: bool = False  # the reply names what is shown: the cards, the landmark, or that there is none
+    recognized: bool = False  # the reply names the cards or the landmark, or that there is none
 
 
 class Environment:
-    """One task. A subclass says how an episode begins, how a reply is judged, and what an expert replies.
+    """One task. A subclass defines `begin`, `judge`, `expert_reply`, `wrong_reply`, `variants` and `rewards`.
 
-    An episode has one decision (a hand of cards) or several, one after another (the waypoints of a route).
-    A right reply leads to the next one. A wrong one gets the verifier's feedback, until `verify_iter` replies
-    to this decision were judged. The annotated attributes are the options, of the constructor and of the
-    command line. A task of one's own needs `begin`, `judge`, `expert_reply` and `wrong_reply`, its `variants`
-    and its `rewards`.
+    An episode has one decision (a hand of cards) or several (the waypoints of a route). A correct reply leads
+    to the next one; a wrong one gets feedback, until `verify_iter` replies to this decision were judged. The
+    annotated attributes are options of the constructor and the command line.
 
     Args:
         variant: a key of `variants`; training takes "id".
-        seed: of the one random generator of this environment.
-        verify_iter: None takes the task's own.
-        rewards: by verdict, in place of some of the task's own.
-        options: the task's other options.
+        seed: of the environment's only random generator.
+        verify_iter: None takes the task's default.
+        rewards: by verdict, in place of some of the task's defaults.
 
     Raises ValueError for a wrong argument.
     """
 
-    variants = {"id": "in distribution"}  # and what the report calls them
+    variants = {"id": "in distribution"}  # and their names in the report
     rewards = {"correct": 1.0, "wrong": -1.0, "budget": 0.0}  # "budget" is added where it is used up
-    decisions = 1  # right replies that finish an episode
-    pictures = False  # whether a decision comes with a picture
-    answer_field = ""  # the field of a reply that holds the answer, after the thought; "" if there is none
+    decisions = 1  # per episode
+    pictures = False  # whether every decision comes with a picture
+    answer_field = ""  # of a reply, after the thought; "": none
     start_options = {}  # of `reset`, by name: type and help for `sftrl play`
-    series_length = 234  # episodes of an evaluation (paper, section 4)
-    headline = "success"  # or "step_accuracy": the measure of the report
-    words = {  # of the report; "columns" and "last" are measures that it knows
-        "hands": "episodes",
-        "measure": "success",
-        "columns": ("success", "first reply"),
-        "last": "first reply",
-        "cells": "First reply is the share of episodes solved by the first reply",
-        "reads": "name what is shown",
-    }
+    headline = "success"  # or "step_accuracy": the main measure of a study
 
     verify_iter: Annotated[int, Option("replies judged per decision, the verification budget", least=1)] = 5
-    go_on: bool = False  # for evaluation: where the budget of a decision is used up, go on with the next one
+    fields: Sequence[str] = ()  # names of a reply's fields, the answer's last
+    continue_after_failure: bool = False  # with the next decision, for evaluation
 
     def __init__(
         self,
@@ -230,38 +142,40 @@ class Environment:
     ):
         if variant not in self.variants:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.variants)}")
-        if not isinstance(rewards, (dict, type(None))):
+        if not _fits(dict | None, rewards):
             raise ValueError(f"rewards must be a dict by verdict, not {_line(repr(rewards))}")
-        usual = {"budget": 0.0} | self.rewards
+        defaults = {"budget": 0.0} | self.rewards
         for name, value in (rewards or {}).items():
-            if name not in usual:
-                raise ValueError(f"unknown reward {name!r}: choose from {', '.join(usual)}")
+            if name not in defaults:
+                raise ValueError(f"unknown reward {name!r}: choose from {', '.join(defaults)}")
             if not _fits(float, value) or not math.isfinite(value):
                 raise ValueError(f"the reward {name!r} must be a finite number, not {_line(repr(value))}")
         if verify_iter is not None:
             options["verify_iter"] = verify_iter
-        known, listed = typing.get_type_hints(type(self)), options_of(type(self))
+        cls = type(self)
+        known, listed = typing.get_type_hints(cls), options_of(cls)
         for name, value in options.items():
             if name not in known:
-                said = f"{type(self).__name__} has no option {name!r}"
-                raise ValueError(f"{said}: choose from {', '.join(listed)}")
+                raise ValueError(f"{cls.__name__} has no option {name!r}: choose from {', '.join(listed)}")
             if name in listed:
                 kind, _, option = listed[name]
                 option.check(name, kind, value)
             setattr(self, name, value)
-        self.variant, self.random, self.rewards = variant, random.Random(seed), usual | (rewards or {})
+        if len(set(self.fields)) != len(cls.fields):
+            raise ValueError(f"fields must be {len(cls.fields)} different names, not {self.fields!r}")
+        self.answer_field = self.fields[-1] if self.fields else self.answer_field
+        self.variant, self.random, self.rewards = variant, random.Random(seed), defaults | (rewards or {})
         self.messages: list[dict[str, Any]] = []
-        self.picture: Image.Image | Callable[[], Image.Image] | None = None
+        self.picture: Picture = None
 
-    # What a task says:
+    # What a subclass defines:
 
     def begin(self, options: dict) -> str:
-        """Starts an episode, drawn from `self.random` or as the options of `reset` say, and returns the
-        prompt."""
+        """Draws an episode from `self.random`, or as `options` of `reset` fix it, and returns its prompt."""
         raise NotImplementedError
 
     def judge(self, reply: str) -> Verdict:
-        """Judges any string as the reply to the present decision."""
+        """Judges any string as the reply to the current decision."""
         raise NotImplementedError
 
     def expert_reply(self) -> str:
@@ -272,76 +186,69 @@ class Environment:
         """A reply that it does not accept."""
         raise NotImplementedError
 
-    def careless_reply(self) -> str:
-        """An expert's reply with a bad habit, for the corpus of the tiny base."""
-        return self.expert_reply()
-
     def next_message(self, right: bool, moved: bool) -> str:
-        """What the model reads after a reply, if the episode goes on; `moved`: with the next decision."""
+        """The user message after a reply; `moved`: it also presents the next decision."""
         return self.verdict.feedback
 
-    def draw(self) -> Image.Image | Callable[[], Image.Image] | None:
-        """The picture of the present decision, or a function that draws it and keeps it."""
+    def draw(self) -> Picture:
+        """The picture of the current decision, or a cached function that draws it."""
         return None
 
     def describe(self) -> dict:
-        """What `info` holds beside the verdict."""
+        """More entries of `info`."""
         return {}
 
-    def start_of(self, series: str, i: int) -> tuple[str, dict | None]:
-        """Seed and options of `reset` for episode i of a series of evaluation."""
-        return f"{series}/{i}", None
+    def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict | None]]:
+        """Seed and options of `reset` for each of `n` evaluation episodes (None: as many as the paper's)."""
+        return [(f"{series}/{i}", None) for i in range(n or 234)]
 
     @staticmethod
     def measures(episodes: Sequence["Episode"]) -> dict:
-        """What an evaluation reports of this task beside success."""
+        """Measures of an evaluation beside success."""
         return {}
 
-    # What all tasks do alike:
+    # What all tasks share:
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
-        """Starts an episode. A seed restarts the random generator, None goes on with it."""
+        """Starts an episode. A seed restarts the random generator."""
         if seed is not None:
             self.random.seed(seed)
-        self.at = self.judged_at = 0  # the present decision, and that of the last reply
-        self.judged = 0  # replies to the present decision
+        self.decision = self.last_decision = 0  # now, and of the last reply
+        self.attempts = 0  # replies to the current decision
         self.failed, self.done = False, (False, False)
         self.verdict: Verdict | None = None
         prompt, self.messages = self.begin(options or {}), []
-        self._tell(prompt, new=True)
-        observation = self._observation()
+        self._append_user_message(prompt, new_picture=True)
+        observation = self.observe()
         if self.pictures:
-            observation.image  # one that cannot be read ends here
+            observation.image  # raises here if it cannot be read
         return observation, self._info()
 
     def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judges one reply: observation, reward, terminated (solved), truncated (ended otherwise), info.
-
-        Takes any string. After the end of an episode nothing is judged any more: the reward is 0, nothing
-        changes.
-        """
-        self._check_started()
+        """Judges one reply, any string: observation, reward, terminated (solved), truncated (failed), info.
+        After the end of an episode the reward is 0 and nothing changes."""
         if any(self.done):
-            return self._observation(), 0.0, *self.done, self._info()
+            return self.observe(), 0.0, *self.done, self._info()
         self.verdict = self.judge(reply)
-        self.judged_at, self.judged = self.at, self.judged + 1
+        self.last_decision, self.attempts = self.decision, self.attempts + 1
         right = self.verdict.verdict == "correct"
-        used_up = not right and self.judged >= self.verify_iter
+        used_up = not right and self.attempts >= self.verify_iter
         self.failed |= used_up
-        if right or used_up:
-            self.at, self.judged = self.at + 1, 0
-        ended = self.at == self.decisions or used_up and not self.go_on
+        moved = right or used_up
+        if moved:
+            self.decision, self.attempts = self.decision + 1, 0
+        ended = self.decision == self.decisions or used_up and not self.continue_after_failure
         self.done = (ended and not self.failed, ended and self.failed)
         self.messages.append({"role": "assistant", "content": reply})
         if not ended:
-            self._tell(self.next_message(right, right or used_up), new=right or used_up)
+            self._append_user_message(self.next_message(right, moved), new_picture=moved)
         reward = self.rewards[self.verdict.verdict] + (self.rewards["budget"] if used_up else 0.0)
-        return self._observation(), reward, *self.done, self._info()
+        return self.observe(), reward, *self.done, self._info()
 
-    def _tell(self, text: str, new: bool) -> None:
-        """A message to the model. A `new` decision has a picture of its own; earlier messages lose theirs."""
+    def _append_user_message(self, text: str, new_picture: bool) -> None:
+        """Only the newest picture stays in the conversation."""
         content: str | list[dict] = text
-        if new and self.pictures:
+        if new_picture and self.pictures:
             for message in self.messages:
                 if not isinstance(message["content"], str):
                     message["content"] = message["content"][-1]["text"]
@@ -349,71 +256,59 @@ class Environment:
             content = [{"type": "image"}, {"type": "text", "text": text}]
         self.messages.append({"role": "user", "content": content})
 
-    def _check_started(self) -> None:
-        if not self.messages:
-            raise RuntimeError("call reset() first")
-
-    def _observation(self) -> Observation:
-        return Observation(copy.deepcopy(self.messages), self.picture)
+    def observe(self) -> Observation:
+        return Observation([dict(message) for message in self.messages], self.picture)
 
     def _info(self) -> dict:
-        verdict, feedback, recognized = self.verdict or (None, None, None)
-        said = {"verdict": verdict, "feedback": feedback, "recognized": recognized}
-        return {"decision": self.judged_at} | said | self.describe()
+        verdict = self.verdict._asdict() if self.verdict else dict.fromkeys(Verdict._fields)
+        return {"decision": self.last_decision} | verdict | self.describe()
 
-    @property
-    def image(self) -> Image.Image | None:
-        """The picture of the present decision, None in words alone."""
-        return Observation([], self.picture).image
+    def _reply(self, *values: Any) -> str:
+        return json.dumps(dict(zip(self.fields, values)), ensure_ascii=False)
+
+    def _field_names(self) -> dict[str, str]:
+        return {f"field_{name.split()[-1]}": given for name, given in zip(type(self).fields, self.fields)}
 
     @property
     def verdicts(self) -> list[str]:
-        """All that `info["verdict"]` may be."""
         return [name for name in self.rewards if name != "budget"]
 
-    def twin(self) -> "Environment":
-        """Another environment of the same task, options and world, with a random generator of its own."""
-        twin = copy.copy(self)
-        twin.random = random.Random(0)
-        return twin
-
-
-# ----------------------------------------------------------------------------------------- playing an episode
+    def fresh_copy(self) -> "Environment":
+        """Another environment of the same task, options and world, with its own random generator."""
+        fresh = copy.copy(self)
+        fresh.random = random.Random(0)
+        return fresh
 
 
 @dataclass
 class Turn:
-    """One reply and what the verifier made of it."""
+    """One reply and its judgement."""
 
     reply: str
     reward: float
     verdict: str
-    feedback: str  # what the model read next; after the last reply the verifier's words alone
+    feedback: str  # the next user message, at the end the feedback
     recognized: bool
-    decision: int = 0  # to which it was the reply: on a route the waypoint
-    landmark: bool = True  # there was something to recognize: cards, or a landmark
+    decision: int = 0  # on a route the waypoint
+    landmark: bool = True  # there was something to recognize
 
 
 @dataclass
 class Episode:
-    """One conversation. `prompt` is the first user message, `asked` the dealt ranks or a route's expert
+    """One conversation. `prompt` is the first user message, `expected` the dealt ranks or a route's expert
     actions."""
 
     prompt: str
-    asked: list[str]
+    expected: list[str]
     turns: list[Turn] = field(default_factory=list)
     success: bool = False
 
     def most_tries(self) -> int:
-        """Replies to the decision that took most."""
         return max(Counter(turn.decision for turn in self.turns).values())
 
     def transcript(self) -> dict:
-        """The episode to read, as samples.jsonl keeps it."""
-        turns = [
-            {"reply": t.reply, "verdict": t.verdict, "reward": t.reward, "feedback": t.feedback}
-            for t in self.turns
-        ]
+        names = "reply", "verdict", "reward", "feedback"
+        turns = [{name: getattr(turn, name) for name in names} for turn in self.turns]
         return {"prompt": self.prompt, "success": self.success, "turns": turns}
 
 
@@ -425,39 +320,40 @@ def play(
     at_once: int | None = None,
     watch: Callable[[int], None] = lambda done: None,
 ) -> list[Episode]:
-    """Plays one episode in every environment, `at_once` of them in lockstep (None: all), to their end before
-    the next begin.
+    """Plays one episode in every environment, in lockstep, `at_once` of them at a time (None: all).
 
-    `respond(indices, observations)` is given the environments that still run, by index, and what each one
-    shows, and returns one reply each: a model that samples a batch, or a script; None breaks the episode off,
-    without success. `seeds` restart the environments' generators, `options` go to `reset`, `watch` learns how
-    many episodes have ended.
+    `respond` gets the indices and observations of the running environments and returns one reply each; None
+    breaks an episode off without success. `seeds` and `options` go to `reset`; `watch` gets the number of
+    finished episodes.
     """
     observations, episodes = [], []
     for i, env in enumerate(environments):
         observation, info = env.reset(seeds[i] if seeds else None, options[i] if options else None)
         observations.append(observation)
-        asked = info.get("actions", info.get("cards", []))
-        episodes.append(Episode(text_of(observation.messages[0]["content"]), asked))
-    waiting, running = list(range(len(environments))), []
-    while waiting or running:
-        if not running:
-            running, waiting = waiting[:at_once], waiting[at_once:] if at_once else []
-        replies = respond(running, [observations[i] for i in running])
-        still = []
-        for i, reply in zip(running, replies, strict=True):
-            if reply is None:
-                continue
-            observations[i], reward, terminated, truncated, info = environments[i].step(reply)
-            goes_on = not (terminated or truncated)
-            read = text_of(observations[i].messages[-1]["content"]) if goes_on else info["feedback"]
-            where = info.get("decision", 0), info.get("landmark", True)
-            episodes[i].turns.append(Turn(reply, reward, info["verdict"], read, info["recognized"], *where))
-            episodes[i].success = terminated
-            if goes_on:
-                still.append(i)
-        running = still
-        watch(len(environments) - len(waiting) - len(running))
+        expected = info.get("actions", info.get("cards", []))
+        episodes.append(Episode(text_of(observation.messages[0]["content"]), expected))
+    n = len(environments)
+    size = at_once or max(n, 1)
+    for first in range(0, n, size):
+        last = min(first + size, n)
+        running = list(range(first, last))
+        while running:
+            replies = respond(running, [observations[i] for i in running])
+            unfinished = []
+            for i, reply in zip(running, replies, strict=True):
+                if reply is None:
+                    continue
+                observations[i], reward, terminated, truncated, info = environments[i].step(reply)
+                ended = terminated or truncated
+                read = info["feedback"] if ended else text_of(observations[i].messages[-1]["content"])
+                where = info.get("decision", 0), info.get("landmark", True)
+                turn = Turn(reply, reward, info["verdict"], read, info["recognized"], *where)
+                episodes[i].turns.append(turn)
+                episodes[i].success = terminated
+                if not ended:
+                    unfinished.append(i)
+            running = unfinished
+            watch(last - len(running))
     return episodes
 
 
@@ -467,28 +363,24 @@ def demonstration(
     author: Callable[[Any], str] | None = None,
     start: tuple[Any, dict | None] = (None, None),
 ) -> dict:
-    """One SFT record in the released format: for each decision `wrong_turns` wrong replies with the
-    verifier's feedback, then the expert's.
-
-    The episode begins with `start`, seed and options of `reset`. An `author` writes the last reply in the
-    expert's place. A visual task adds the picture as "image"; a record has one, so that of several decisions
-    it ends with one drawn at random. Raises ValueError if the budget ends before the last reply.
-    """
+    """One SFT record in the released format: for each decision `wrong_turns` wrong replies, then the
+    expert's, the last one by `author`. `start` goes to `reset`. A visual task adds one picture, so its
+    record ends at a random decision. Raises ValueError if the budget ends before."""
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
     env.reset(*start)
-    last = last_decision(env)
-    for k in range(last + 1):
+    final = final_decision(env)
+    for k in range(final + 1):
         for _ in range(wrong_turns):
             env.step(env.wrong_reply())
         reply = author(env) if author else env.expert_reply()
-        if k < last:
+        if k < final:
             env.step(reply)
     return record(env, reply)
 
 
-def last_decision(env: Environment) -> int:
-    """The decision with which a record ends: the episode's last, or in pictures any one."""
+def final_decision(env: Environment) -> int:
+    """Where a record of this episode ends: at the last decision, with pictures at a random one."""
     if env.pictures and env.decisions > 1:
         return env.random.randrange(env.decisions)
     return env.decisions - 1
@@ -496,241 +388,41 @@ def last_decision(env: Environment) -> int:
 
 def record(env: Environment, reply: str) -> dict:
     """The conversation so far and one more reply, in the released format."""
-    speaker = {"user": "human", "assistant": "gpt"}
-    messages = [*env.messages, {"role": "assistant", "content": reply}]
+    speaker, observation = {"user": "human", "assistant": "gpt"}, env.observe()
+    messages = [*observation.messages, {"role": "assistant", "content": reply}]
     turns = [{"from": speaker[m["role"]], "value": text_of(m["content"])} for m in messages]
-    return ({"image": env.image} if env.image else {}) | {"conversations": turns}
+    return ({"image": observation.image} if observation.image else {}) | {"conversations": turns}
 
 
-# -------------------------------------------------------------------------------------------- reading a reply
-
-# A string may hold quotes of its own kind: it ends at the first before comma, colon, closing bracket or end.
-_STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
-_KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_WORD = r"""[^\s{}\[\]:,"']++"""
-_REPLY_TOKEN = re.compile(
-    rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
-)
-_OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
-_NAMES = {"true": "true", "True": "true", "false": "false", "False": "false", "null": "null", "None": "null"}
-_decoder = json.JSONDecoder(strict=False)
+def text_of(content: str | list[dict]) -> str:
+    """A message's content as text, `<image>` and a newline for a picture, as in the released data."""
+    if isinstance(content, str):
+        return content
+    return "".join("<image>\n" if part["type"] == "image" else part["text"] for part in content)
 
 
-def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
-    """The object in `reply` that has all `required` keys and ends last, alone or inside others, or None.
-
-    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
-    commas, quotes inside strings. 1.0 is the integer 1.
-
-    Strict JSON is read first, then the JSON-like form: first the first object, for if the reply is one object
-    its strings may hold anything, and then all objects, from the last to the first, for what stands before
-    the answer, however long, must not hide it. Time is linear for any text: the effort of each round is
-    bounded by the reply's length; once it is spent, what was found by then decides.
-    """
-    stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
-    starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
-    found, last = _last_strict(reply, starts, required)
-    for order in (starts[:1], reversed(starts)):
-        effort = _Effort(1_500 + len(reply) / 100)  # one a token and 50 characters; a reply takes 40
-        for start in order:
-            try:
-                text, end = _as_json(reply, start, effort)
-                value = _decoder.decode(text)
-            except OverflowError:
-                break
-            except (ValueError, RecursionError):
-                continue
-            if end > last and all(key in value for key in required):
-                found, last = {key: _plain_numbers(x) for key, x in value.items()}, end
-    return found
+def parts_of(text: str) -> list[dict]:
+    """The inverse of `text_of` for a message with a picture; without `<image>` the picture comes first."""
+    *before, after = re.split("<image>\n?", text, maxsplit=1)
+    texts = [{"type": "text", "text": text} for text in (*before, after)]
+    return [part for part in (*texts[:-1], {"type": "image"}, texts[-1]) if part.get("text") != ""]
 
 
-def _last_strict(reply: str, starts: Sequence[int], required: Sequence[str]) -> tuple[dict | None, int]:
-    """Of the objects in strict JSON that begin at `starts`, the one that ends last and has all keys, and its
-    end. They are read from the first one on, without those inside others, and once more from the last one
-    on: neither what stands before the answer nor what stands in it uses up the effort of both rounds."""
-    found, last = None, -1
-    for order in (starts, reversed(starts)):
-        end, effort = 0, len(reply) + 60_000  # characters
-        for start in order:
-            if effort < 0:
-                break
-            if order is starts and start < end:
-                continue
-            try:
-                value, end = _decoder.raw_decode(reply, start)
-            except (ValueError, RecursionError) as error:  # a fault costs time up to its place in the text
-                effort -= 50 + getattr(error, "pos", len(reply)) - start + start // 10
-                continue
-            effort -= 50 + end - start
-            if end > last and all(key in value for key in required):
-                found, last = {key: _plain_numbers(x) for key, x in value.items()}, end
-    return found, last
-
-
-def _plain_numbers(value: Any) -> Any:
-    """1.0 as 1, also in a list."""
-    if isinstance(value, list):
-        return [_plain_numbers(item) if isinstance(item, float) else item for item in value]
-    return int(value) if isinstance(value, float) and abs(value) < 1e6 and value.is_integer() else value
-
-
-class _Effort:
-    """What may still be spent on reading a text."""
-
-    def __init__(self, left: float):
-        self.left = left
-
-    def spend(self, effort: float) -> None:
-        self.left -= effort
-        if self.left < 0:
-            raise OverflowError("too much to read")
-
-
-def _as_json(text: str, at: int, effort: _Effort) -> tuple[str, int]:
-    """The JSON-like object that starts at `at`, token by token as strict JSON, and where it ends."""
-    pieces, depth, before = [], 0, "["
-    while depth or not pieces:
-        match = _REPLY_TOKEN.match(text, at)
-        if not match:
-            raise ValueError("end of text")
-        effort.spend(1 + (match.end() - at) / 50)
-        at, (quoted, mark, word) = match.end(), match.groups()
-        if before not in "[{,:" and (not mark or mark in "[{"):
-            raise ValueError("a comma is missing")
-        before = mark or "value"
-        if mark and mark in "]}" and pieces[-1] == ",":
-            pieces.pop()
-        depth += (before in "[{") - (before in "]}")
-        if quoted:
-            pieces.append(json.dumps(_unquoted(quoted[1:-1], effort)))
-        elif word:
-            word = _NAMES.get(word, word)
-            pieces.append(word if word in _NAMES.values() or _NUMBER.fullmatch(word) else json.dumps(word))
-        else:
-            pieces.append(mark)
-    return "".join(pieces), at
-
-
-def _unquoted(text: str, effort: _Effort) -> str:
-    """A string without its escapes; as it stands if JSON does not know one of them."""
-    if "\\" not in text:
-        return text
-    effort.spend(2)
-    with suppress(ValueError):
-        return _decoder.decode(f'"{text}"')
-    if len(text) < 2_000:  # a longer one is no answer
-        effort.spend(len(text) / 10)
-        with suppress(ValueError):  # between single quotes, or with quotes of its own
-            as_json = {'"': r"\"", r"\'": "'"}
-            text = _decoder.decode('"' + re.sub(r'\\.|"', lambda m: as_json.get(m[0], m[0]), text) + '"')
-    return text
-
-
-# ------------------------------------------------------------------------------------------ cards: the solver
+# ---- cards: rules and prompt
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = ("spades", "clubs", "hearts", "diamonds")
 COLORS = {"black": SUITS[:2], "red": SUITS[2:], "mixed": SUITS}
 OPERATORS = "+-*/"
-
-
-class Expression(NamedTuple):
-    """A formula in normal form: a chain is a sum, first - second, or a product, first / second, its parts
-    sorted.
-
-    So a+(b+c), (c+a)+b and a-(0-b-c) written by other brackets are one and the same text.
-    """
-
-    value: Fraction
-    kind: str  # "n" a number, "+" a sum, "*" a product
-    first: tuple["Expression", ...]
-    second: tuple["Expression", ...]
-    text: str
-
-
-def _order(part: Expression) -> tuple:
-    """Compound parts first, then numbers from high to low: the one order in which a chain is written."""
-    return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
-
-
-def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
-    """x op y in normal form; None for a division by zero."""
-    if op == "/" and not y.value:
-        return None
-    kind, join, inverse, bracketed = ("+", "+", "-", "") if op in "+-" else ("*", "*", "/", "+")
-    (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
-    if op in "-/":
-        y1, y2 = y2, y1
-    first, second = (tuple(sorted(parts, key=_order)) for parts in (x1 + y1, x2 + y2))
-    a, b = ([f"({p.text})" if p.kind == bracketed else p.text for p in parts] for parts in (first, second))
-    return Expression(
-        _apply(op, x.value, y.value), kind, first, second, join.join(a) + "".join(inverse + t for t in b)
-    )
-
-
-def _apply(op: str, a: Fraction, b: Fraction) -> Fraction:
-    return {"+": a.__add__, "-": a.__sub__, "*": a.__mul__, "/": a.__truediv__}[op](b)
-
-
-def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Every way to part a sorted multiset in two non-empty ones, once each, the smaller one first."""
-    places = range(len(numbers))
-    chosen = [set(c) for size in range(1, len(numbers) // 2 + 1) for c in combinations(places, size)]
-    parts = ([[numbers[i] for i in places if (i in c) == side] for side in (True, False)] for c in chosen)
-    return {tuple(sorted(map(tuple, pair), key=lambda part: (len(part), part))) for pair in parts}
-
-
-@lru_cache(maxsize=None)
-def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
-    """All formulas over a sorted multiset that use every number once: value -> text -> expression."""
-    if len(numbers) == 1:
-        value, text = Fraction(numbers[0]), str(numbers[0])
-        return {value: {text: Expression(value, "n", (), (), text)}}
-    found: dict[Fraction, dict[str, Expression]] = {}
-    for pair in _splits(numbers):
-        sides = [[e for same in _expressions(p, operators).values() for e in same.values()] for p in pair]
-        for (x, y), op in product(product(*sides), operators):
-            for a, b in ((x, y), (y, x))[: 1 + (op in "-/")]:
-                if (e := _combine(a, op, b)) is not None:
-                    found.setdefault(e.value, {})[e.text] = e
-    return found
-
-
-@lru_cache(maxsize=None)
-def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
-    """The canonical formula with value `target` that uses each of `numbers` (sorted) exactly once; None:
-    there is none.
-
-    Canonical is the one with the fewest divisions, then subtractions, then brackets: a fixed choice with few
-    patterns, so that demonstrations follow one rule.
-    """
-    if len(numbers) == 1:
-        return str(target) if numbers[0] == target else None
-    found: set[str] = set()
-    t = Fraction(target)
-    for left, right in _splits(numbers):
-        partners = _expressions(right, operators)
-        for value, same in _expressions(left, operators).items():
-            # Solve x op y = t for y instead of trying all pairs: so all hands take a second.
-            wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
-            if value:
-                wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
-            for op, need, swap in wanted:
-                if op in operators and need in partners:
-                    for x, y in product(same.values(), partners[need].values()):
-                        found.add(_combine(*((y, op, x) if swap else (x, op, y))).text)
-    return min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f), default=None)
-
-
-# ---------------------------------------------------------------------------------------- cards: the verifier
-
+# What J, Q and K count, by variant (paper, section 3.1).
+FACE_RULES = {"id": {"J": 10, "Q": 10, "K": 10}, "rule": {"J": 11, "Q": 12, "K": 13}}
 FIELDS = ("cards", "number", "formula")
-# Of one side, characters and brackets within brackets: more is no answer, and judging stays fast.
-MAX_FORMULA, MAX_BRACKETS = 200, 20
-
-# What the verifier says, by verdict: templates that may hold $target and the placeholders of PLACEHOLDERS.
+PROMPT = (  # $cards_list would be the cards as a Python list
+    "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. "
+    "Cards: $cards. The ace counts one, $rule. Answer in this form: "
+    '{"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
+)
+# Feedback by verdict: templates with $target, and $value, $reason or $number (the missing or extra one).
 FEEDBACK = {
     "correct": "Correct.",
     "wrong_value": "The formula gives $value, not $target. Try again.",
@@ -739,55 +431,141 @@ FEEDBACK = {
     "unparsed": "The answer is not in the form asked for. Try again.",
 }
 PICTURE_FEEDBACK = FEEDBACK | {"misread": "These are not the cards on the table. Try again."}
-# $number is there once too often or left out; $reason says which of the two, or why a formula is illegal.
-PLACEHOLDERS = {"wrong_value": {"value"}, "wrong_numbers": {"reason", "number"}, "illegal": {"reason"}}
 
 
-class Illegal(ValueError):
-    """A formula that is not a legal equation; the message is the reason, in words for the model."""
+class GeneralPoints(Environment):
+    """Make `target` from the numbers of `n_cards` cards (paper, section 3.1).
+
+    Variants: "id" (J, Q, K count 10) and "rule" (11, 12, 13, and every hand holds a face card).
+
+    In Python also: `faces`, the values of J, Q, K; `fields`, the names of a reply's fields; `feedback`,
+    templates in place of some of FEEDBACK.
+    """
+
+    variants = {"id": "in distribution", "rule": "under the other rule"}
+    rules = FACE_RULES
+    # Paper, appendix; an unparsed reply counts as an illegal equation.
+    rewards = dict(
+        correct=5.0, wrong_value=-1.0, wrong_numbers=-2.0, illegal=-3.0, unparsed=-3.0, budget=-1.0
+    )
+    start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
+    default_feedback = FEEDBACK
+    suits = SUITS
+
+    n_cards: Annotated[int, Option("cards per hand", least=1, most=6)] = 4
+    target: Annotated[int, Option("the number to make", least=1)] = 24
+    operators: Annotated[str, Option("operators allowed")] = OPERATORS
+    replacement: Annotated[bool, Option("deal each rank by itself, as the released code does")] = False
+    diverse: Annotated[bool, Option("J, Q, K count anything from 1 to 10, anew in each hand")] = False
+    prompt: Annotated[str, Option("a template in place of PROMPT", metavar="FILE")] = PROMPT
+    faces: dict[str, int] | None = None
+    fields: Sequence[str] = FIELDS
+    feedback: dict[str, str] | None = None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if not self.operators or set(self.operators) - set(OPERATORS):
+            raise ValueError(f"operators must be some of {OPERATORS}, not {self.operators!r}")
+        self.operators = "".join(op for op in OPERATORS if op in self.operators)
+        self.faces = dict(self.faces or self.rules[self.variant])
+        if not all(_fits(int, n) and n >= 1 for n in self.faces.values()):
+            raise ValueError("what faces count must be integers from 1")
+        texts = {} if self.feedback is None else self.feedback
+        known = isinstance(texts, dict) and texts.keys() <= self.default_feedback.keys()
+        if not known or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError(f"feedback must be a dict of texts by {', '.join(self.default_feedback)}")
+        self.feedback = self.default_feedback | texts
+        try:
+            self._prompt(["A"] * self.n_cards)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the prompt template has a wrong placeholder: {error}") from None
+        placeholders = set(string.Template(self.prompt).get_identifiers())
+        if not self.pictures and not placeholders & {"cards", "cards_list"}:
+            raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
+
+    def value_of(self, card: str) -> int:
+        """A rank's number under the rule in force."""
+        return self.faces.get(card) or (1 if card == "A" else int(card))
+
+    def _prompt(self, cards: Sequence[str]) -> str:
+        return string.Template(self.prompt).substitute(
+            self._placeholders(cards),
+            target=self.target,
+            operators=self.operators,
+            rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
+            **self._field_names(),
+        )
+
+    def _placeholders(self, cards: Sequence[str]) -> dict[str, str]:
+        return {"cards": ", ".join(cards), "cards_list": str(list(cards))}
+
+    def begin(self, options: dict) -> str:
+        if self.diverse:
+            self.faces = {face: self.random.randint(1, 10) for face in "JQK"}
+        given = options.get("cards")
+        self.cards = self._deal() if given is None else self._checked(given)
+        self.numbers = [self.value_of(card) for card in self.cards]
+        return self._prompt(self.cards)
+
+    def _checked(self, given: Any) -> list[str]:
+        given = given.replace(",", " ").split() if isinstance(given, str) else given
+        cards = [str(card).strip().upper() for card in given] if isinstance(given, (list, tuple)) else []
+        if len(cards) != self.n_cards or any(card not in RANKS for card in cards):
+            raise ValueError(f"cards must be a list of {self.n_cards} of {' '.join(RANKS)}")
+        if max(Counter(cards).values()) > len(SUITS) and not self.replacement:
+            raise ValueError(f"a deck has no more than {len(SUITS)} cards of a rank")
+        if not self._solution(cards):
+            raise ValueError(f"the hand {' '.join(cards)} cannot make {self.target}")
+        return cards
+
+    def _solution(self, cards: Sequence[str]) -> str | None:
+        return solve(tuple(sorted(self.value_of(card) for card in cards)), self.target, self.operators)
+
+    def _deal(self) -> list[str]:
+        deck = [rank for rank in RANKS for _ in self.suits]
+        n, least = self.n_cards, int(self.variant == "rule")  # J, Q, K in the hand
+        for _ in range(100_000):
+            if self.replacement:
+                cards = self.random.choices(RANKS, k=n - least) + self.random.choices("JQK", k=least)
+                self.random.shuffle(cards)
+            else:
+                cards = self.random.sample(deck, n)
+            if sum(card in "JQK" for card in cards) >= least and self._solution(cards):
+                return cards
+        raise ValueError(f"no hand of {self.n_cards} cards makes {self.target} with {self.operators}")
+
+    def judge(self, reply: str) -> Verdict:
+        return judge(reply, self.cards, self.numbers, self.target, self.fields, self.feedback)
+
+    def describe(self) -> dict:
+        return {"cards": list(self.cards), "numbers": list(self.numbers)}
+
+    def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
+        """A reply in the required form; `cards` are the dealt ones if None."""
+        cards = self.cards if cards is None else cards
+        return self._reply(cards, [self.value_of(card) for card in cards], formula)
+
+    def expert_reply(self) -> str:
+        return self.reply(f"{self._solution(self.cards)}={self.target}")
+
+    def wrong_reply(self) -> str:
+        """A near miss: a solution with its numbers shuffled and an operator changed."""
+        solution = re.findall("[0-9]+|.", self._solution(self.cards))
+        numbers = [i for i, token in enumerate(solution) if token.isdigit()]
+        operators = [i for i, token in enumerate(solution) if token in OPERATORS]
+        for _ in range(1000):
+            tokens = list(solution)
+            for i, k in zip(numbers, self.random.sample(numbers, len(numbers))):
+                tokens[i] = solution[k]
+            if operators:
+                tokens[self.random.choice(operators)] = self.random.choice(self.operators)
+            with suppress(Illegal):
+                if evaluate_formula("".join(tokens))[0] != self.target:
+                    return self.reply("".join(tokens) + f"={self.target}")
+        raise ValueError(f"no wrong formula was found for the hand {' '.join(self.cards)}")
 
 
-def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
-    """Exact value and numbers of one side of an equation: integers and brackets with + - * /; no sign, no
-    power, no function. Raises `Illegal`."""
-    if len(side) > MAX_FORMULA:
-        raise Illegal("it is too long")
-    if "=" in side:
-        raise Illegal("it holds more than one equals sign")
-    text = side.replace("×", "*").replace("÷", "/").replace("−", "-")
-    if not re.fullmatch(r"[-+*/()\s0-9]*", text):
-        raise Illegal("it holds something else than numbers, operators and brackets")
-    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # whether an operand is to come
-    for token in tokens:  # what is no plain formula ends here, before Python parses it
-        if operand:
-            depth += token == "("
-            if depth > MAX_BRACKETS:
-                raise Illegal("it has too many brackets")
-            if token != "(" and not token.isdigit():
-                raise Illegal("a number is missing")
-            if token[0] == "0" and token != "0":
-                raise Illegal("a number begins with a zero")
-            operand = token == "("
-        elif token in OPERATORS:
-            operand = True
-        elif token == ")" and depth:
-            depth -= 1
-        else:
-            raise Illegal("its brackets do not match" if depth or token == ")" else "an operator is missing")
-    if operand or depth:
-        raise Illegal("a number is missing" if operand else "its brackets do not match")
-
-    def value(node: ast.expr) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        op = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}[type(node.op)]
-        a, b = value(node.left), value(node.right)
-        if op == "/" and not b:
-            raise Illegal("it divides by zero")
-        return _apply(op, a, b)
-
-    tree = ast.parse("".join(tokens), mode="eval").body
-    return value(tree), [int(token) for token in tokens if token.isdigit()]
+# ---- cards: the verifier
 
 
 def judge(
@@ -798,16 +576,17 @@ def judge(
     fields: Sequence[str] = FIELDS,
     feedback: dict[str, str] = FEEDBACK,
 ) -> Verdict:
-    """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value.
+    """One verdict per reply, by the first test that fails: form, cards, equation, numbers, value, from the
+    gravest fault to the mildest, so penalties never add up.
 
-    `cards` are the dealt rank names, `numbers` what they count under the rule in force, `feedback` the
-    templates of what the verifier says. If these have no word for misread cards, what the reply says of the
-    cards is not judged. The order goes from the fault that makes all later tests meaningless to the mildest,
-    so penalties never add up. The right side counts only where the left one hits the target.
+    `cards` are the dealt ranks, `numbers` their values under the rule in force, `feedback` the templates; the
+    cards field is judged only if these have a text for "misread". The right side counts only if the left one
+    hits the target.
     """
 
     def verdict(name: str, **values: str) -> Verdict:
-        return Verdict(name, string.Template(feedback[name]).substitute(values, target=target), recognized)
+        text = string.Template(feedback[name]).safe_substitute(values, target=target)
+        return Verdict(name, text, recognized)
 
     parsed, recognized = parse_reply(reply, fields), False
     named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
@@ -839,15 +618,184 @@ def judge(
 
 
 def _short(text: str) -> str:
-    """A number that a model wrote, if it is one and short; the verifier repeats nothing else of a reply."""
+    """A number of a reply, if it is short; feedback repeats nothing else of a reply."""
     return text if re.fullmatch("-?[0-9]{1,10}(/[0-9]{1,10})?", text) else "such number"
 
 
-# ---------------------------------------------------------------------------------------- cards: the pictures
+# Limits of one side, in characters and nested brackets, so that judging stays fast.
+MAX_FORMULA, MAX_BRACKETS = 200, 20
+
+
+class Illegal(ValueError):
+    """Not a legal equation; the message is the reason, as the model reads it."""
+
+
+def evaluate_formula(side: str) -> tuple[Fraction, list[int]]:
+    """Exact value and numbers of one side: integers, brackets and + - * /. Raises `Illegal`."""
+    if len(side) > MAX_FORMULA:
+        raise Illegal("it is too long")
+    if "=" in side:
+        raise Illegal("it holds more than one equals sign")
+    text = side.translate(str.maketrans("×÷−", "*/-"))
+    if not re.fullmatch(r"[-+*/()\s0-9]*", text):
+        raise Illegal("it holds something else than numbers, operators and brackets")
+    tokens, depth, operand = re.findall(r"[0-9]+|[-+*/()]", text), 0, True  # an operand is expected
+    for token in tokens:  # only a plain formula reaches Python's parser
+        if operand:
+            depth += token == "("
+            if depth > MAX_BRACKETS:
+                raise Illegal("it has too many brackets")
+            if token != "(" and not token.isdigit():
+                raise Illegal("a number is missing")
+            if token[0] == "0" and token != "0":
+                raise Illegal("a number begins with a zero")
+            operand = token == "("
+        elif token in OPERATORS:
+            operand = True
+        elif token == ")" and depth:
+            depth -= 1
+        else:
+            raise Illegal("its brackets do not match" if depth or token == ")" else "an operator is missing")
+    if operand or depth:
+        raise Illegal("a number is missing" if operand else "its brackets do not match")
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        op = OPERATORS[(ast.Add, ast.Sub, ast.Mult, ast.Div).index(type(node.op))]
+        a, b = value(node.left), value(node.right)
+        if op == "/" and not b:
+            raise Illegal("it divides by zero")
+        return APPLY[op](a, b)
+
+    tree = ast.parse("".join(tokens), mode="eval").body
+    return value(tree), [int(token) for token in tokens if token.isdigit()]
+
+
+# ---- cards: the solver
+
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+class Expression(NamedTuple):
+    """A formula in normal form: a sum, first - second, or a product, first / second, of sorted parts. So
+    a+(b+c), (c+a)+b and a-(0-b-c) have one text."""
+
+    value: Fraction
+    kind: str  # "n" a number, "+" a sum, "*" a product
+    first: tuple["Expression", ...]
+    second: tuple["Expression", ...]
+    text: str
+
+
+@cache
+def solve(numbers: tuple[int, ...], target: int = 24, operators: str = OPERATORS) -> str | None:
+    """The canonical formula with value `target` that uses each of `numbers` (sorted) once, or None: that with
+    the fewest divisions, then subtractions, then brackets, so that demonstrations follow one rule."""
+    if len(numbers) == 1:
+        return str(target) if numbers[0] == target else None
+    found, t = set(), Fraction(target)
+    for left, right in _splits(numbers):
+        partners = _expressions(right, operators)
+        for value, same in _expressions(left, operators).items():
+            # Solve x op y = t for y instead of trying all pairs.
+            wanted = [("+", t - value, False), ("-", value - t, False), ("-", t + value, True)]
+            if value:
+                wanted += [("*", t / value, False), ("/", value / t, False), ("/", t * value, True)]
+            for op, need, swap in wanted:
+                if op in operators and need in partners:
+                    for x, y in product(same.values(), partners[need].values()):
+                        found.add(_combine(*((y, op, x) if swap else (x, op, y))).text)
+    return min(found, key=lambda f: (f.count("/"), f.count("-"), f.count("("), len(f), f), default=None)
+
+
+@cache
+def _expressions(numbers: tuple[int, ...], operators: str) -> dict[Fraction, dict[str, Expression]]:
+    """All formulas that use each of the sorted numbers once: value -> text -> expression."""
+    if len(numbers) == 1:
+        value, text = Fraction(numbers[0]), str(numbers[0])
+        return {value: {text: Expression(value, "n", (), (), text)}}
+    found = {}
+    for pair in _splits(numbers):
+        sides = [[e for same in _expressions(p, operators).values() for e in same.values()] for p in pair]
+        for (x, y), op in product(product(*sides), operators):
+            for a, b in ((x, y), (y, x))[: 1 + (op in "-/")]:
+                if (e := _combine(a, op, b)) is not None:
+                    found.setdefault(e.value, {})[e.text] = e
+    return found
+
+
+def _splits(numbers: tuple[int, ...]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """All partitions of a sorted multiset into two non-empty ones, the smaller one first."""
+    sizes = range(1, len(numbers) // 2 + 1)
+    lefts = {left for size in sizes for left in combinations(numbers, size)}
+    pairs = ((left, tuple((Counter(numbers) - Counter(left)).elements())) for left in lefts)
+    return {tuple(sorted(pair, key=lambda part: (len(part), part))) for pair in pairs}
+
+
+def _combine(x: Expression, op: str, y: Expression) -> Expression | None:
+    if op == "/" and not y.value:
+        return None
+    kind, join, inverse, bracketed = ("+", "+", "-", "") if op in "+-" else ("*", "*", "/", "+")
+    (x1, x2), (y1, y2) = ((e.first, e.second) if e.kind == kind else ((e,), ()) for e in (x, y))
+    if op in "-/":
+        y1, y2 = y2, y1
+
+    def order(part: Expression) -> tuple:  # compound parts first, then numbers from high to low
+        return (1, -part.value, "") if part.kind == "n" else (0, 0, part.text)
+
+    first, second = (tuple(sorted(parts, key=order)) for parts in (x1 + y1, x2 + y2))
+    a, b = ([f"({p.text})" if p.kind == bracketed else p.text for p in parts] for parts in (first, second))
+    text = join.join(a) + "".join(inverse + part for part in b)
+    return Expression(APPLY[op](x.value, y.value), kind, first, second, text)
+
+
+# ---- cards: the pictures
+
+
+class GeneralPointsVL(GeneralPoints):
+    """GeneralPoints with the cards in a picture, which the reply must name. Variants: also "visual", the
+    training rule on red suits."""
+
+    variants = GeneralPoints.variants | {"visual": "on the other colour"}
+    rules = FACE_RULES | {"visual": FACE_RULES["id"]}
+    rewards = GeneralPoints.rewards | {"misread": -1.5}
+    default_feedback = PICTURE_FEEDBACK
+    pictures = True
+
+    color: Annotated[str | None, Option("of the suits; None: the variant's", choices=tuple(COLORS))] = None
+    size: Annotated[tuple[int, int], Option("pixels of the picture", least=32, most=4096)] = (1200, 480)
+    jitter: Annotated[float, Option("disorder of the cards", least=0, most=1)] = 0.3
+    font_size: Annotated[float, Option("the ranks' share of a card's height", least=0.05, most=0.5)] = 0.17
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.suits = COLORS[self.color or ("red" if self.variant == "visual" else "black")]
+
+    def _placeholders(self, cards: Sequence[str]) -> dict[str, str]:
+        return dict.fromkeys(("cards", "cards_list"), "in the picture, from left to right")
+
+    def draw(self) -> Image.Image:
+        """The hand. Cards of one rank get different suits as long as there are some."""
+        left, suits = {}, []
+        for card in self.cards:
+            left[card] = left.get(card) or self.random.sample(self.suits, len(self.suits))
+            suits.append(left[card].pop())
+        return draw_hand(self.cards, suits, tuple(self.size), self.jitter, self.font_size, self.random)
+
+    def wrong_reply(self) -> str:
+        """A solution of the hand with one card misread, or (half the time) a wrong formula."""
+        for _ in range(1000 if self.random.random() < 0.5 else 0):
+            cards, place = list(self.cards), self.random.randrange(self.n_cards)
+            cards[place] = self.random.choice([rank for rank in RANKS if rank != cards[place]])
+            if solution := self._solution(cards):
+                return self.reply(f"{solution}={self.target}", cards)
+        return super().wrong_reply()
+
 
 TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
 INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
-# Rows of the marks on a number card, from 0 (top) to 6, in the two outer columns and in the middle one.
+# Rows of the marks on a number card, 0 (top) to 6, in the outer columns and in the middle one.
 PIPS = {
     "2": ((), (0, 6)),
     "3": ((), (0, 3, 6)),
@@ -859,6 +807,75 @@ PIPS = {
     "9": ((0, 2, 4, 6), (3,)),
     "10": ((0, 2, 4, 6), (1, 5)),
 }
+
+
+def draw_hand(
+    ranks: Sequence[str],
+    suits: Sequence[str],
+    size: tuple[int, int],
+    jitter: float,
+    font_size: float,
+    rng: random.Random,
+) -> Image.Image:
+    """Cards side by side on a table of `size` = (width, height) pixels. `jitter` from 0 to 1 moves, turns (up
+    to 12 degrees) and scales (up to 10%) each card at random within its slot."""
+    picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
+    tall = min(0.94 * size[1], 0.94 * slot * 7 / 5) * (1 - 0.25 * jitter)
+    for i, (rank, suit) in enumerate(zip(ranks, suits, strict=True)):
+        grow, turn, right, down = (jitter * rng.uniform(-1, 1) for _ in range(4))
+        card = draw_card(rank, suit, max(8, round(tall * (1 + 0.1 * grow))), font_size)
+        if turn:
+            card = card.rotate(12 * turn, Image.BICUBIC, expand=True)
+        x = round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right))
+        picture.paste(card, (x, round((size[1] - card.height) / 2 * (1 + 0.8 * down))), card)
+    return picture
+
+
+@lru_cache(maxsize=512)
+def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
+    """One card as RGBA, `height` pixels high and 5/7 as wide; `font_size` is the rank's share of the height.
+    Where large letters leave no room a number has one large mark, as the ace."""
+    h = 4 * height  # scaled down at the end, for smooth edges
+    w = round(h * 5 / 7)
+    corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
+    corner.paste(_mark(rank, suit, font_size * h), (gap, gap))
+    card = corner.copy()
+    if rank in PIPS and font_size <= 0.22:
+        outer, middle = PIPS[rank]
+        half = Image.new("RGBA", (w, h))
+        for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
+            # Marks below the middle are upside down: drawn mirrored, then turned.
+            sign, picture = (1, card) if row <= 3 else (-1, half)
+            x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
+            _suit(_Pen(picture, x, y, 0.14 * h), suit)
+        card.alpha_composite(half.rotate(180))
+    elif rank in "JQK":
+        frame = [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h]
+        ImageDraw.Draw(card).rectangle(frame, outline=ink, width=max(1, h // 120))
+        _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
+    else:
+        _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
+    card.alpha_composite(corner.rotate(180))
+    paper = Image.new("RGBA", (w, h))
+    edge = {"outline": (90, 90, 90), "width": max(1, h // 150)}
+    ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, **edge)
+    paper.alpha_composite(card)
+    return paper.resize((round(w / 4), height), Image.LANCZOS)
+
+
+def _mark(rank: str, suit: str, size: float) -> Image.Image:
+    """A card's corner: the rank in a font of `size` pixels, and the suit below it."""
+    font, weight = ImageFont.load_default(size), size * 0.035
+    left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
+    glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
+    ink = {"fill": INK[suit], "stroke_fill": INK[suit], "stroke_width": weight}
+    ImageDraw.Draw(glyph).text((-left, -top), rank, font=font, **ink)
+    if rank == "10":
+        glyph = glyph.resize((round(0.72 * glyph.width), glyph.height))
+    mark = Image.new("RGBA", (max(glyph.width, round(0.6 * size)), glyph.height + round(0.65 * size)))
+    mark.paste(glyph, (0, 0), glyph)
+    _suit(_Pen(mark, glyph.width / 2, glyph.height + 0.36 * size, 0.55 * size), suit)
+    return mark
 
 
 class _Pen:
@@ -898,8 +915,7 @@ def _suit(pen: _Pen, suit: str) -> None:
 
 
 def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
-    """A head and shoulders. The hat tells the ranks apart: a feathered cap, a crown with balls, a crown with
-    a cross over a beard."""
+    """A head with a feathered cap (J), a crown with balls (Q), or a crown with a cross (K)."""
     pen.polygon(ink, (-0.42, 0.6), (0.42, 0.6), (0.26, 0.24), (-0.26, 0.24))
     if rank == "Q":
         pen.disc(0, 0.06, 0.3, ink)
@@ -919,321 +935,13 @@ def _figure(pen: _Pen, rank: str, ink: tuple) -> None:
         pen.line(GOLD, 0.08, (-0.12, -0.52), (0.12, -0.52))
 
 
-def _mark(rank: str, suit: str, size: float) -> Image.Image:
-    """What stands in a card's corner: the rank, of a font of `size` pixels, and the suit below it."""
-    font, weight = ImageFont.load_default(size), size * 0.035
-    left, top, right, bottom = font.getbbox(rank, stroke_width=weight)
-    glyph = Image.new("RGBA", (round(right - left), round(bottom - top)))
-    ink = {"fill": INK[suit], "stroke_fill": INK[suit], "stroke_width": weight}
-    ImageDraw.Draw(glyph).text((-left, -top), rank, font=font, **ink)
-    if rank == "10":
-        glyph = glyph.resize((round(0.72 * glyph.width), glyph.height))
-    mark = Image.new("RGBA", (max(glyph.width, round(0.6 * size)), glyph.height + round(0.65 * size)))
-    mark.paste(glyph, (0, 0), glyph)
-    _suit(_Pen(mark, glyph.width / 2, glyph.height + 0.36 * size, 0.55 * size), suit)
-    return mark
-
-
-@lru_cache(maxsize=512)
-def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Image:
-    """One card as RGBA, `height` pixels high and 5/7 as wide, transparent outside its rounded corners.
-
-    Rank and suit stand in two corners, the second pair upside down; `font_size` is the rank's share of the
-    height. In the middle: the marks that the rank counts, a framed figure for J, Q, K, and one large mark for
-    the ace and where large letters leave no room.
-    """
-    h = 4 * height  # drawn four times as large and scaled down: smooth edges
-    w = round(h * 5 / 7)
-    corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
-    corner.paste(_mark(rank, suit, font_size * h), (gap, gap))
-    card = corner.copy()
-    if rank in PIPS and font_size <= 0.22:
-        outer, middle = PIPS[rank]
-        half = Image.new("RGBA", (w, h))
-        for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
-            # Marks below the middle stand on their heads: they are drawn mirrored, and then turned.
-            sign, picture = (1, card) if row <= 3 else (-1, half)
-            x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
-            _suit(_Pen(picture, x, y, 0.14 * h), suit)
-        card.alpha_composite(half.rotate(180))
-    elif rank in "JQK":
-        frame = [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h]
-        ImageDraw.Draw(card).rectangle(frame, outline=ink, width=max(1, h // 120))
-        _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
-    else:
-        _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
-    card.alpha_composite(corner.rotate(180))
-    paper = Image.new("RGBA", (w, h))
-    edge = {"outline": (90, 90, 90), "width": max(1, h // 150)}
-    ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, **edge)
-    paper.alpha_composite(card)
-    return paper.resize((round(w / 4), height), Image.LANCZOS)
-
-
-def draw_hand(
-    ranks: Sequence[str],
-    suits: Sequence[str],
-    size: tuple[int, int],
-    jitter: float,
-    font_size: float,
-    rng: random.Random,
-) -> Image.Image:
-    """Cards side by side on a green table, `size` = (width, height) in pixels. `jitter` from 0 to 1 moves,
-    turns (at most 12 degrees) and scales (at most 10%) each card at random; every card stays in its own
-    part of the table."""
-    picture, slot = Image.new("RGB", size, TABLE), size[0] / len(ranks)
-    tall = min(0.94 * size[1], 0.94 * slot * 7 / 5) * (1 - 0.25 * jitter)
-    for i, (rank, suit) in enumerate(zip(ranks, suits, strict=True)):
-        grow, turn, right, down = (jitter * rng.uniform(-1, 1) for _ in range(4))
-        card = draw_card(rank, suit, max(8, round(tall * (1 + 0.1 * grow))), font_size)
-        if turn:
-            card = card.rotate(12 * turn, Image.BICUBIC, expand=True)
-        x = round(slot * i + (slot - card.width) / 2 * (1 + 0.8 * right))
-        picture.paste(card, (x, round((size[1] - card.height) / 2 * (1 + 0.8 * down))), card)
-    return picture
-
-
-# ------------------------------------------------------------------------------------- cards: the environment
-
-FACE_RULES = {  # what J, Q and K count, by variant (paper, section 3.1)
-    "id": {"J": 10, "Q": 10, "K": 10},
-    "rule": {"J": 11, "Q": 12, "K": 13},
-}
-PROMPT = (  # $cards is A, 3, K, 10; $cards_list in its place is the same as a Python list
-    "Make $target from the numbers of the cards, each used once, with the operators $operators and brackets. "
-    "Cards: $cards. The ace counts one, $rule. Answer in this form: "
-    '{"$field_cards": [...], "$field_number": [...], "$field_formula": "an equation"}'
-)
-
-
-class GeneralPoints(Environment):
-    """Make `target` from the numbers of `n_cards` cards (paper, section 3.1).
-
-    Variants: "id" (J, Q, K count 10) and "rule" (11, 12, 13, and every hand holds a face card).
-
-    Options that are not flags of the command line:
-        faces: what J, Q, K count; None takes the variant's rule.
-        fields: the names of the three fields of a reply.
-        feedback: other words for the verifier: templates by verdict, see FEEDBACK and PLACEHOLDERS.
-    """
-
-    variants = {"id": "in distribution", "rule": "under the other rule"}
-    rules = FACE_RULES
-    # Paper, appendix. A reply that cannot be read counts like any other illegal equation.
-    rewards = {
-        "correct": 5.0,
-        "wrong_value": -1.0,
-        "wrong_numbers": -2.0,
-        "illegal": -3.0,
-        "unparsed": -3.0,
-        "budget": -1.0,
-    }
-    start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
-    default_feedback = FEEDBACK
-    suits = SUITS  # in the deck
-    words = Environment.words | {
-        "id": "In distribution: J, Q, K count 10, as in training.",
-        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
-        "visual": "Other colour: red suits, the training rule.",
-        "hands": "hands",
-        "columns": ("success", "first reply", "illegal"),
-        "last": "wrong numbers",
-        "cells": "Illegal are the replies in form, in percent, with no legal equation, such as those with an "
-        "x for a product (the tiny corpus's bad habit); wrong numbers are replies with a number which the "
-        "rule in force does not give",
-        "reads": "name the cards",
-    }
-
-    n_cards: Annotated[int, Option("cards per hand", least=1, most=6)] = 4
-    target: Annotated[int, Option("the number to make", least=1)] = 24
-    operators: Annotated[str, Option("operators allowed")] = OPERATORS
-    replacement: Annotated[bool, Option("deal each rank by itself, as the released code does")] = False
-    diverse: Annotated[bool, Option("J, Q, K count anything from 1 to 10, anew in each hand")] = False
-    prompt: Annotated[str, Option("a prompt of your own, a template as PROMPT", metavar="FILE")] = PROMPT
-    faces: dict[str, int] | None = None
-    fields: Sequence[str] = FIELDS
-    feedback: dict[str, str] | None = None
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        if len(set(self.fields)) != len(FIELDS):
-            raise ValueError(f"fields must be {len(FIELDS)} different names, not {self.fields!r}")
-        if not self.operators or set(self.operators) - set(OPERATORS):
-            raise ValueError(f"operators must be some of {OPERATORS}, not {self.operators!r}")
-        self.operators = "".join(op for op in OPERATORS if op in self.operators)
-        self.faces = dict(self.faces or self.rules[self.variant])
-        if not all(_fits(int, n) and n >= 1 for n in self.faces.values()):
-            raise ValueError("what faces count must be integers from 1")
-        self.answer_field, self.cards = self.fields[-1], []
-        if not isinstance(self.feedback, (dict, type(None))):
-            raise ValueError("feedback must be a dict of texts by verdict")
-        self.feedback = self.default_feedback | (self.feedback or {})
-        self._check_prompt()
-        self._check_feedback()
-
-    def _check_prompt(self) -> None:
-        try:
-            self._prompt(["A"] * self.n_cards)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"the prompt template has a wrong placeholder: {error}") from None
-        stated = set(string.Template(self.prompt).get_identifiers())
-        if not self.pictures and not stated & {"cards", "cards_list"}:
-            raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
-
-    def _check_feedback(self) -> None:
-        for verdict, text in self.feedback.items():
-            if verdict not in self.default_feedback:
-                known = ", ".join(self.default_feedback)
-                raise ValueError(f"unknown verdict {verdict!r}: choose from {known}")
-            template = string.Template(text if isinstance(text, str) else "$")  # a lone $ is no template
-            allowed = {"target"} | PLACEHOLDERS.get(verdict, set())
-            if not template.is_valid() or set(template.get_identifiers()) - allowed:
-                names = ", ".join(f"${name}" for name in sorted(allowed))
-                raise ValueError(f"the feedback of {verdict!r} must be text with no placeholders but {names}")
-
-    def value_of(self, card: str) -> int:
-        """What a rank counts under the rule in force."""
-        return self.faces.get(card) or (1 if card == "A" else int(card))
-
-    def _prompt(self, cards: Sequence[str]) -> str:
-        return string.Template(self.prompt).substitute(
-            self._stated(cards),
-            target=self.target,
-            operators=self.operators,
-            rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
-            **{f"field_{name}": own for name, own in zip(FIELDS, self.fields)},
-        )
-
-    def _stated(self, cards: Sequence[str]) -> dict[str, str]:
-        """What the prompt says of the cards, by placeholder."""
-        return {"cards": ", ".join(cards), "cards_list": str(list(cards))}
-
-    def begin(self, options: dict) -> str:
-        """Deals a new solvable hand, or `options["cards"]`, whatever the variant."""
-        if self.diverse:
-            self.faces = {face: self.random.randint(1, 10) for face in "JQK"}
-        given = options.get("cards")
-        self.cards = self._deal() if given is None else self._checked(given)
-        self.numbers = [self.value_of(card) for card in self.cards]
-        return self._prompt(self.cards)
-
-    def _checked(self, given: Any) -> list[str]:
-        given = given.replace(",", " ").split() if isinstance(given, str) else given
-        cards = [str(card).strip().upper() for card in given] if isinstance(given, (list, tuple)) else []
-        if len(cards) != self.n_cards or any(card not in RANKS for card in cards):
-            raise ValueError(f"cards must be a list of {self.n_cards} of {' '.join(RANKS)}")
-        if max(Counter(cards).values()) > len(SUITS) and not self.replacement:
-            raise ValueError(f"a deck has no more than {len(SUITS)} cards of a rank")
-        if not self._solution(cards):
-            raise ValueError(f"the hand {' '.join(cards)} cannot make {self.target}")
-        return cards
-
-    def _solution(self, cards: Sequence[str]) -> str | None:
-        return solve(tuple(sorted(self.value_of(card) for card in cards)), self.target, self.operators)
-
-    def _deal(self) -> list[str]:
-        deck = [rank for rank in RANKS for _ in self.suits]
-        n, least = self.n_cards, int(self.variant == "rule")  # at least so many of J, Q, K
-        for _ in range(100_000):
-            if self.replacement:
-                cards = self.random.choices(RANKS, k=n - least) + self.random.choices("JQK", k=least)
-                self.random.shuffle(cards)
-            else:
-                cards = self.random.sample(deck, n)
-            if sum(card in "JQK" for card in cards) >= least and self._solution(cards):
-                return cards
-        raise ValueError(f"no hand of {self.n_cards} cards makes {self.target} with {self.operators}")
-
-    def judge(self, reply: str) -> Verdict:
-        return judge(reply, self.cards, self.numbers, self.target, self.fields, self.feedback)
-
-    def describe(self) -> dict:
-        return {"cards": list(self.cards), "numbers": list(self.numbers)}
-
-    def reply(self, formula: str, cards: Sequence[str] | None = None) -> str:
-        """A reply in the required form that names `cards`, the dealt ones if None, and gives `formula`."""
-        self._check_started()
-        cards = self.cards if cards is None else cards
-        parts = cards, [self.value_of(card) for card in cards], formula
-        return json.dumps(dict(zip(self.fields, parts)), ensure_ascii=False)
-
-    def expert_reply(self) -> str:
-        return self.reply(f"{self._solution(self.cards)}={self.target}")
-
-    def careless_reply(self) -> str:
-        """The canonical solution with "x" for every product, as people write it: then no legal equation."""
-        return self.reply(self._solution(self.cards).replace("*", "x") + f"={self.target}")
-
-    def wrong_reply(self) -> str:
-        """A reply with the right cards and numbers whose formula, a near miss of a solution, has another
-        value."""
-        solution = re.findall("[0-9]+|.", self._solution(self.cards))
-        for _ in range(1000):
-            tokens = list(solution)
-            numbers = [i for i, token in enumerate(tokens) if token.isdigit()]
-            for i, value in zip(numbers, self.random.sample([tokens[i] for i in numbers], len(numbers))):
-                tokens[i] = value
-            operators = [i for i, token in enumerate(tokens) if token in OPERATORS]
-            if operators:
-                tokens[self.random.choice(operators)] = self.random.choice(self.operators)
-            with suppress(Illegal):
-                if evaluate_formula("".join(tokens))[0] != self.target:
-                    return self.reply("".join(tokens) + f"={self.target}")
-        raise ValueError(f"no wrong formula was found for the hand {' '.join(self.cards)}")
-
-
-class GeneralPointsVL(GeneralPoints):
-    """GeneralPoints with the cards in a picture (paper, section 3.1): the reply must name what is seen.
-
-    Variants: also "visual", the training rule and the other colour, red.
-    """
-
-    variants = GeneralPoints.variants | {"visual": "on the other colour"}
-    rules = FACE_RULES | {"visual": FACE_RULES["id"]}
-    rewards = GeneralPoints.rewards | {"misread": -1.5}
-    default_feedback = PICTURE_FEEDBACK
-    pictures = True
-
-    color: Annotated[str | None, Option("of the suits; None: the variant's", choices=tuple(COLORS))] = None
-    size: Annotated[tuple[int, int], Option("pixels of the picture", least=32, most=4096)] = (1200, 480)
-    jitter: Annotated[float, Option("disorder of the cards", least=0, most=1)] = 0.3
-    font_size: Annotated[float, Option("the ranks' share of a card's height", least=0.05, most=0.5)] = 0.17
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.suits = COLORS[self.color or ("red" if self.variant == "visual" else "black")]
-
-    def _stated(self, cards: Sequence[str]) -> dict[str, str]:
-        return dict.fromkeys(("cards", "cards_list"), "in the picture, from left to right")
-
-    def draw(self) -> Image.Image:
-        """The hand. Cards of one rank get different suits as long as the deck has them."""
-        left: dict[str, list[str]] = {}
-        suits = []
-        for card in self.cards:
-            if not left.get(card):
-                left[card] = self.random.sample(self.suits, len(self.suits))
-            suits.append(left[card].pop())
-        return draw_hand(self.cards, suits, tuple(self.size), self.jitter, self.font_size, self.random)
-
-    def wrong_reply(self) -> str:
-        """Half the time the wrong formula of the text task, else a solution of the hand with one card
-        misread."""
-        for _ in range(1000 if self.random.random() < 0.5 else 0):
-            cards, place = list(self.cards), self.random.randrange(self.n_cards)
-            cards[place] = self.random.choice([rank for rank in RANKS if rank != cards[place]])
-            if solution := self._solution(cards):
-                return self.reply(f"{solution}={self.target}", cards)
-        return super().wrong_reply()
-
-
-# ---------------------------------------------------------------------------------- streets: where things are
+# ---- streets: angles and distances
 
 Geocode = tuple[float, float]  # latitude, longitude, in degrees
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 RELATIVE = ("left", "right", "slightly left", "slightly right")
 METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6,371 km
-NEAR = 20.0  # metres: a panorama farther from a point does not show it (released code)
+NEAR = 20.0  # metres from a point to its panorama, at most (released code)
 NOTHING = "No landmarks nearby"
 
 
@@ -1243,7 +951,7 @@ def wrap(degrees: float) -> float:
 
 
 def offset(a: Geocode, b: Geocode) -> tuple[float, float]:
-    """Metres to the east and to the north from a to b, two points of one city."""
+    """Metres to the east and to the north from a to b in one city."""
     shrink = math.cos(math.radians((a[0] + b[0]) / 2))
     return wrap(b[1] - a[1]) * METRES_PER_DEGREE * shrink, (b[0] - a[0]) * METRES_PER_DEGREE
 
@@ -1264,41 +972,27 @@ def compass_word(heading: float) -> str:
 
 
 def relative_word(turn: float) -> str:
-    """What one says of a turn of so many degrees, right positive."""
+    """The relative word of a turn in degrees, right positive."""
     turn = wrap(turn)
     return ("slightly " if abs(turn) <= 45.0 else "") + ("right" if turn > 0 else "left")
 
 
-class Panoramas:
-    """Panorama ids by place, and the nearest one within NEAR metres."""
+# ---- streets: routes
 
-    def __init__(self, ids: dict[Geocode, str]):
-        self.ids, self.places = ids, sorted(ids)
-
-    def nearest(self, place: Geocode) -> Geocode | None:
-        """The place of the nearest panorama, None if none is within NEAR metres."""
-        if place in self.ids:
-            return place
-        reach = NEAR / METRES_PER_DEGREE + 1e-9  # in degrees of latitude, by which the places are sorted
-        first, last = (bisect_left(self.places, (place[0] + side,)) for side in (-reach, reach))
-        best = min(self.places[first:last], key=lambda p: distance(p, place), default=None)
-        return best if best is not None and distance(best, place) <= NEAR else None
-
-
-# ---------------------------------------------------------------------------- streets: routes and their files
+PanoramaOf = Callable[[Geocode], tuple[Image.Image, float]]  # at a place: equirectangular, its rotation
 
 
 class Leg(NamedTuple):
-    """A straight stretch of a route, by where it ends: a turning point or, last, the destination."""
+    """A straight part of a route, to a turning point or the destination."""
 
     end: Geocode
     heading: float  # of the leg, compass degrees
-    compass: str  # and the word of COMPASS that the file has for it
-    landmark: str  # what is seen at its end, as "Starbucks is on your left behind", or NOTHING
+    compass: str  # its word in the file, one of COMPASS
+    landmark: str  # at its end: "Starbucks is on your left behind", or NOTHING
 
 
 class Route(NamedTuple):
-    """One route. `heading` is where the agent looks at the start, None: anywhere."""
+    """`heading` is the agent's at the start, None: random."""
 
     start: Geocode
     heading: float | None
@@ -1307,23 +1001,395 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """What `VIRL` walks through: routes and panoramas. `picture(place)` is the equirectangular picture of a
-    panorama and its rotation in degrees, None where there are no pictures; of the panoramas at `lost` it is
-    missing, and between turning points no walk comes by."""
+    """Routes, and the ids of panoramas by place. `picture(place)` is a panorama's equirectangular picture and
+    its rotation in degrees; None: there are no pictures."""
 
     routes: tuple[Route, ...]
-    panoramas: Panoramas
-    picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None
-    lost: frozenset[Geocode] = frozenset()
+    panoramas: dict[Geocode, str]
+    picture: PanoramaOf | None = None
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The letters of all landmarks' names."""
         landmarks = {leg.landmark for route in self.routes for leg in route.legs} - {NOTHING}
         return frozenset(_landmark(landmark)[1] for landmark in landmarks)
 
+    @cached_property
+    def _sorted(self) -> list[Geocode]:
+        return sorted(self.panoramas)
 
-# What a pickled dict from pairs of numbers to strings or None is made of, and nothing else.
+    def nearest(self, place: Geocode) -> Geocode:
+        """The nearest panorama. Raises ValueError if none is within NEAR metres."""
+        if place in self.panoramas:
+            return place
+        reach = NEAR / METRES_PER_DEGREE + 1e-9  # degrees of latitude
+        first, last = (bisect_left(self._sorted, (place[0] + side,)) for side in (-reach, reach))
+        best = min(self._sorted[first:last], key=lambda p: distance(p, place), default=None)
+        if best is None or distance(best, place) > NEAR:
+            raise ValueError(f"no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+        return best
+
+
+class Waypoint(NamedTuple):
+    """One decision of a route: the landmark, the sentence of the instruction, and the expert's action."""
+
+    place: Geocode
+    heading: float  # degrees, before the action
+    landmark: str
+    intersection: bool
+    sentence: str
+    action: str
+
+    @property
+    def observation(self) -> str:
+        return self.landmark + ("; an intersection" if self.intersection else "")
+
+
+# ---- streets: the tasks
+
+STREET_FIELDS = ("current observation", "current instruction", "action")
+STREET_PROMPT = string.Template(
+    "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
+    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}'
+    "$report $observation"
+)
+Cities = tuple[tuple[str, int], ...]  # NEW_YORK.name or MADE_UP, and a seed
+# Seed and final quarters of the built-in routes; test routes are drawn anew after a study.
+SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, sixth draw", (3,))}
+# Degrees right of the heading, top row first.
+VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}
+
+
+class VIRL(Environment):
+    """Follow a route through streets, in words (paper, section 3.2).
+
+    Decisions are the waypoints of a route. A reply reports the observation, quotes the current sentence of
+    the instruction, and acts. A wrong action is not executed.
+
+    Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
+    `data` may also be a World.
+    """
+
+    variants = {"id": "in distribution", "rule": "under the other rule"}
+    rules = {"id": COMPASS, "rule": RELATIVE}
+    # Paper, appendix; a wrong observation: also a false report of an intersection.
+    rewards = dict(correct=1.0, wrong_action=-1.0, wrong_observation=-1.5, unparsed=-1.0, budget=-1.0)
+    headline = "step_accuracy"
+    start_options = {"route": (int, "walk the route of this number, from 0")}
+    report = ""  # for pictures: the wording of a report
+    panorama_width = 1024
+
+    verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
+    data: Annotated[
+        str | Path | World | None,
+        Option("folder in the released format; None: the built-in city", metavar="DIR"),
+    ] = None
+    split: Annotated[str, Option("of the built-in routes", choices=tuple(SPLITS))] = "train"
+    turns: Annotated[int, Option("most turning points of a built-in route", least=1, most=7)] = 7
+    points_per_leg: Annotated[int, Option("points between two turning points", least=0, most=100)] = 4
+    drop: Annotated[float, Option("probability that such a point is left out", least=0, most=1)] = 0.5
+    fields: Sequence[str] = STREET_FIELDS
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.waypoints: list[Waypoint] = []
+        if isinstance(self.data, World):
+            self.world = self.data
+        elif self.data is None:
+            self.world = built_in_world(self.split, self.turns, self.cities, width=self.panorama_width)
+        else:
+            for name in ("split", "turns", "panorama_width"):
+                if name in options:
+                    raise ValueError(f"{name} is for built-in streets alone")
+            self.world = load_world(self.data, self.pictures)
+
+    @property
+    def cities(self) -> Cities:
+        return TEST_CITIES if self.variant == "visual" else TRAINING_CITIES
+
+    @property
+    def decisions(self) -> int:
+        return len(self.waypoints)
+
+    def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict]]:
+        """Every route once, or `n` times one route."""
+        routes = len(self.world.routes)
+        return [(f"{series}/{i}", {"route": i % routes}) for i in range(n or routes)]
+
+    def begin(self, options: dict) -> str:
+        number, routes = options.get("route"), self.world.routes
+        if number is None:
+            number = self.random.randrange(len(routes))
+        elif not _fits(int, number) or not 0 <= number < len(routes):
+            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
+        self.number, (sentences, self.waypoints) = number, self._plan(number)
+        return STREET_PROMPT.substitute(
+            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, 1)),
+            words=", ".join(self.rules[self.variant]),
+            report=self.report,
+            observation=self._seen(),
+            **self._field_names(),
+        )
+
+    def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
+        """Sentences and waypoints of a route: the expert turns at the start and at every turning point, and
+        goes forward between them."""
+        route = self.world.routes[number]
+        heading = self.random.randrange(360) if route.heading is None else route.heading
+        at, seen, intersection = self.world.nearest(route.start), NOTHING, False
+        sentences, waypoints = [], []
+        for leg in route.legs:
+            last, relative = leg is route.legs[-1], relative_word(leg.heading - heading)
+            sentences.append(f"Turn {relative} to face {leg.compass}.")
+            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
+            waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
+            end, goal = self.world.nearest(leg.end), "the destination" if last else "an intersection"
+            if leg.landmark != NOTHING:
+                goal += ": " + (leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark)
+            sentences.append(f"Move forward to {goal}.")
+            for between in self._between(at, end):
+                waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
+            at, heading, seen, intersection = end, leg.heading, leg.landmark, not last
+        waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
+        return sentences, waypoints
+
+    def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
+        """Points of a leg, moved to the nearest panorama."""
+        found = []
+        for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
+            share = k / (self.points_per_leg + 1)
+            if self.random.random() < 1 - self.drop:
+                point = (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
+                with suppress(ValueError):  # no panorama is near
+                    near = self.world.nearest(point)
+                    if min(distance(near, a), distance(near, b)) > 8:
+                        found.append(near)
+        return found
+
+    @property
+    def here(self) -> Waypoint:
+        """The current waypoint, at the end of a route the last one."""
+        return self.waypoints[min(self.decision, len(self.waypoints) - 1)]
+
+    def _seen(self) -> str:
+        return f"You see: {self.here.observation}."
+
+    def judge(self, reply: str) -> Verdict:
+        return judge_step(reply, self.here, self.fields, self.world.names)
+
+    def next_message(self, right: bool, moved: bool) -> str:
+        if right:
+            return self._seen()
+        return f"{self.verdict.feedback} {f'You are led on. {self._seen()}' if moved else 'Try again.'}"
+
+    def describe(self) -> dict:
+        k, actions = self.last_decision, [waypoint.action for waypoint in self.waypoints]
+        landmark = self.waypoints[k].landmark != NOTHING
+        return {"route": self.number, "waypoint": k, "landmark": landmark, "actions": actions}
+
+    def _act(self, action: str) -> str:
+        here = self.here
+        return self._reply(here.observation, here.sentence, action)
+
+    def expert_reply(self) -> str:
+        return self._act(self.here.action)
+
+    def wrong_reply(self) -> str:
+        right = self.here.action
+        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
+        return self._act(self.random.choice([action for action in actions if action != right]))
+
+    def write(
+        self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
+    ) -> str:
+        """Writes `n` built-in routes (None: all; with a seed: of other cities) and their panoramas in the
+        released format. `watch` gets the finished share. Returns a summary."""
+        cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
+        what = (self.split, self.turns, cities, n or 2048)
+        routes, world = built_in_routes(*what), built_in_world(*what, self.panorama_width)
+        picture = world.picture if self.pictures else None
+        write_world(folder, [routes, len(routes)], world.panoramas, picture, watch)
+        return f"{len(routes)} routes and {len(world.panoramas)} panoramas in {folder}"
+
+    @staticmethod
+    def measures(episodes: Sequence[Episode]) -> dict:
+        """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, with the expert's
+        action within the budget; also at the first reply, by kind of action, for each route (`steps`) and its
+        turns. The standard error counts routes, whose waypoints fail together."""
+        tries = [
+            [[t.verdict for t in e.turns if t.decision == k] for k in range(len(e.expected))]
+            for e in episodes
+        ]
+        right = [["correct" in verdicts for verdicts in route] for route in tries]
+        kinds = [[a.partition("(")[0].removesuffix("_direction") for a in e.expected] for e in episodes]
+
+        def of_kind(kind: str) -> list[list[bool]]:
+            return [[r for r, k in zip(*pair) if k == kind] for pair in zip(right, kinds)]
+
+        n = sum(map(len, right))
+        accuracy = sum(map(sum, right)) / n
+        spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in right)
+        by_kind = {kind: sum(of_kind(kind), []) for kind in ("turn", "forward", "stop")}
+        return {
+            "step_accuracy": accuracy,
+            "step_accuracy_se": math.sqrt(spread * len(right) / max(1, len(right) - 1)) / n,
+            "first_step_accuracy": sum(t[:1] == ["correct"] for route in tries for t in route) / n,
+            "step_accuracy_by_action": {kind: mean(values) for kind, values in by_kind.items() if values},
+            "waypoints": n,
+            "steps": [round(mean(route), 4) for route in right],
+            "at_turns": [round(mean(turns), 4) if turns else None for turns in of_kind("turn")],
+        }
+
+
+class VIRLVL(VIRL):
+    """VIRL with a picture of four street views per waypoint in place of words. Variants: also "visual", the
+    training rule in nine other cities."""
+
+    variants = VIRL.variants | {"visual": "in other cities"}
+    rules = VIRL.rules | {"visual": COMPASS}
+    pictures = True
+    report = (
+        ' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), '
+        f'none as "{NOTHING}".'
+    )
+
+    view_layout: Annotated[
+        str, Option("front, right, back, left, or as in the released code", choices=tuple(VIEW_LAYOUTS))
+    ] = "compass"
+    view_size: Annotated[int, Option("pixels of each of the four views", least=16, most=2048)] = 300
+    panorama_width: Annotated[int, Option("width of built-in panoramas, pixels", least=64, most=8192)] = 1024
+    tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if self.world.picture is None:
+            raise ValueError("the routes have no panoramas")
+
+    def _seen(self) -> str:
+        intersection = self.tell_intersections and self.here.intersection
+        return "You are at an intersection." if intersection else "You see the picture."
+
+    def draw(self) -> Callable[[], Image.Image]:
+        here = self.here
+
+        @cache
+        def picture() -> Image.Image:
+            panorama, rotation = self.world.picture(here.place)
+            return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
+
+        return picture
+
+
+# ---- streets: the verifier
+
+
+def judge_step(
+    reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: frozenset[str] = frozenset()
+) -> Verdict:
+    """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
+    if the report is false about an intersection. Recognition of the landmark is only measured; `names` as in
+    World."""
+    parsed = parse_reply(reply, fields)
+    report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
+    if not isinstance(action, str):
+        return Verdict("unparsed", "The answer is not in the form asked for.", False)
+    report = report[:1000] if isinstance(report, str) else ""
+    claims, recognized = _read_report(_words(report), waypoint.landmark, names)
+    words = " ".join(re.sub("['\"]", "", action.lower()).split())
+    if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
+        return Verdict("correct", "Correct.", recognized)
+    if claims == waypoint.intersection:
+        return Verdict("wrong_action", "That action is wrong here.", recognized)
+    truth = f"there is {'an' if waypoint.intersection else 'no'} intersection here"
+    return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
+
+
+# Patterns for the output of `_words`.
+_JOIN = re.compile(r" ?(?:;|\b(?:and|but|with|where)\b) ?")  # between two clauses
+_NO = r"\b(?:no|not|any|never|without|or|nor|neither|cannot)\b"
+_NO_INTERSECTION = re.compile(rf"{_NO}(?!.*\blandmark)")
+# With its usual context: "Intersection Cafe is on your left" is a name.
+_INTERSECTION = re.compile(
+    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?: \w{1,20}(?: way)?){0,2}"
+    r"|^(?:\w{1,20} way|t)?)"
+    r" ?\bintersections?\b(?: (?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b"
+    r"(?!.*\bon (?:your|my)\b).*)?$"
+)
+_NO_LANDMARK = re.compile(
+    rf"{_NO} (?:(?!other)\w+ ){{0,4}}landmarks?\b(?: nearby)?|\b(?:nothing|none)\b(?! else)"
+)
+_DENIAL = re.compile(rf"{_NO}(?![^X]*\bintersection)")
+
+
+def _read_report(report: str, landmark: str, names: frozenset[str]) -> tuple[bool, bool]:
+    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does, and
+    recognizes the landmark: its name and side, or that there is none, and no other name, side or denial."""
+    words, (letters, name, sides) = re.findall("[^ ;]+", report), _landmark(landmark)
+    named = {"".join(words[i : i + n]) for n in range(1, 9) for i in range(len(words))} & names
+    mark = _NO_LANDMARK if landmark == NOTHING else rf"(?<!\S){'[ ;]*+'.join(name)}(?!\S)"
+    report = re.sub(mark, "X", report)  # all other letters are small
+    clauses = _JOIN.split(report)
+    found = filter(None, map(_INTERSECTION.search, clauses))
+    claims = any(not _NO_INTERSECTION.search(m.string[: m.end()]) for m in found)
+    says_so = "X" in report or claims and landmark == NOTHING
+    alone = all(other in letters for other in named) and _sides(report) == sides
+    denials = (clause for clause in clauses if _DENIAL.search(clause))
+    denied = _NO_LANDMARK.search(report) or any(re.search("X|left|right", clause) for clause in denials)
+    return claims, says_so and alone and not denied
+
+
+@cache
+def _landmark(text: str) -> tuple[str, str, list[str]]:
+    """The letters of a landmark's text, those of its name, and its sides: of "Joe's is on your left"
+    joesisonyourleft, joes and left."""
+    words = _words(text)
+    name, *side = words.rsplit(" is on your ", 1)
+    letters, name = (re.sub("[ ;]", "", part) for part in (words, name.removeprefix("the destination ")))
+    return letters, name or letters, _sides(" ".join(side))
+
+
+def _sides(words: str) -> list[str]:
+    named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
+    return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
+
+
+def _words(text: str) -> str:
+    """A text's words in lower case, semicolons between clauses."""
+    text = re.sub("n['’]t\\b", " not", unicodedata.normalize("NFC", text.lower()))
+    kept = (
+        c if c.isalnum() or unicodedata.category(c)[0] == "M" else " ; " if c in ";.,:!?\n" else " "
+        for c in text
+    )
+    return " ".join("".join(kept).split())
+
+
+# ---- streets: the released files
+
+
+def load_world(folder: str | Path, pictures: bool = False) -> World:
+    """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
+    street_views/, whose files are read when they are drawn. Panoramas without a picture and routes that
+    cannot be walked are left out, with one warning for each kind. Raises ValueError in one line that names
+    file, route and field if nothing is left."""
+    folder = Path(folder)
+    path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
+    panoramas = names = _read_mapping(mapping)
+    if pictures:
+        if not views.is_dir():
+            raise ValueError(f"{folder} has no street_views/")
+        files = set(os.listdir(views))
+        whole = {n for n in names.values() if {file.name for file in _picture_files(views, n)} <= files}
+        panoramas = {place: name for place, name in names.items() if name in whole}
+        if lost := len(names) - len(panoramas):
+            warnings.warn(f"{views}: {lost} of {len(names)} panoramas are missing", stacklevel=2)
+    routes = read_routes(content, str(path), World((), panoramas).nearest)
+    return World(routes, panoramas, partial(_read_picture, views, panoramas) if pictures else None)
+
+
+# The opcodes of a pickled dict from pairs of numbers to strings or None.
 _NUMBERS = {"FLOAT", "BINFLOAT", "INT", "BININT", "BININT1", "BININT2", "LONG1"}
 _ALLOWED_CODES = _NUMBERS | set(
     "PROTO MARK NONE EMPTY_DICT DICT SETITEM SETITEMS TUPLE TUPLE2 UNICODE BINUNICODE SHORT_BINUNICODE "
@@ -1331,13 +1397,27 @@ _ALLOWED_CODES = _NUMBERS | set(
 )
 
 
+def _read_mapping(path: Path) -> dict[Geocode, str]:
+    try:
+        content = _read_pickle(path.read_bytes())
+    except Exception as error:  # of nearly any kind
+        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
+    ids = {}
+    for place, name in content.items() if isinstance(content, dict) else ():
+        if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):  # part of a file name
+            with suppress(ValueError):
+                ids[_geocode(place)] = name
+    if not ids:
+        raise ValueError(f"{path}: no panorama id: not a dict from (latitude, longitude) to names")
+    return ids
+
+
 def _read_pickle(data: bytes) -> Any:
-    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built if the
-    pickle asks for something else: a function to call, a memo larger than the file, keys of keys (whose hash
-    could take for ever)."""
+    """A pickled dict from pairs of numbers to strings. Raises ValueError before anything is built for a call,
+    a memo larger than the file, or nested keys (whose hash could take for ever)."""
     before = ["", "", ""]
     for code, argument, _ in pickletools.genops(data):
-        if code.name == "FRAME":  # protocols 4 and 5 cut the codes into frames, anywhere; it builds nothing
+        if code.name == "FRAME":  # anywhere in protocols 4 and 5; it builds nothing
             continue
         if code.name not in _ALLOWED_CODES:
             raise ValueError(f"it asks for {code.name} {'' if argument is None else argument}")
@@ -1350,80 +1430,12 @@ def _read_pickle(data: bytes) -> Any:
     return pickle.loads(data)
 
 
-def _read_mapping(path: Path) -> dict[Geocode, str]:
-    """The entries of gps_pano_mapping.pkl that can be used. Raises ValueError if there are none."""
-    try:
-        content = _read_pickle(path.read_bytes())
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    ids = {
-        place: name
-        for place, name in (content.items() if isinstance(content, dict) else ())
-        # The name will be that of a file.
-        if _is_geocode(place) and isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII)
-    }
-    if not ids:
-        raise ValueError(f"{path}: no panorama id: not a dict from (latitude, longitude) to names")
-    return ids
-
-
-def load_world(folder: str | Path, pictures: bool = False) -> World:
-    """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
-    street_views/.
-
-    What no route uses may be anything. A route that cannot be walked is left out, with one warning that
-    counts them; without a single one that can, ValueError in one line names file, route and field. With
-    `pictures` the files of the panoramas where a route starts, turns and ends must be there, and a warning
-    says how many others are missing; what is in them is read when a walk comes by.
-    """
-    folder = Path(folder)
-    path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    ids = _read_mapping(mapping)
-    if pictures and not views.is_dir():
-        raise ValueError(f"{folder}: the routes have no panoramas: there is no street_views/")
-    panoramas = Panoramas(ids)
-
-    def check(route: Route) -> None:
-        named = {f"route_results.geocode_list[{i}]": leg.end for i, leg in enumerate(route.legs)}
-        for name, place in {"start_place.relocated_geocode": route.start, **named}.items():
-            near = panoramas.nearest(place)
-            if near is None:
-                raise ValueError(f"{name}: {mapping.name} has {_nothing_near(place)}")
-            for file in _picture_files(views, ids[near]) if pictures else ():
-                if not file.is_file():
-                    raise ValueError(f"{name}: there is no {file}")
-
-    routes = read_routes(content, str(path), check)
-    if not views.is_dir():
-        return World(routes, panoramas)
-    lost = frozenset(_without_picture(views, ids) if pictures else ())
-    if lost:
-        said = f"{views}: {len(lost)} of {len(ids)} panoramas are missing; no walk comes by"
-        warnings.warn(said, stacklevel=2)
-    return World(routes, panoramas, partial(_read_picture, views, ids), lost)
-
-
-def _nothing_near(place: Geocode) -> str:
-    return f"no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}"
-
-
 def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
     return views / f"{name}.jpg", views / f"{name}.metadata.json"
 
 
-def _without_picture(views: Path, ids: dict[Geocode, str]) -> list[Geocode]:
-    """The places of the panoramas that are not, or not wholly, in street_views/."""
-    there = {entry.name for entry in os.scandir(views) if entry.is_file()}
-    return [p for p, name in ids.items() if not there.issuperset(f.name for f in _picture_files(views, name))]
-
-
-def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
-    """A panorama from street_views/, and its rotation. Raises ValueError in one line if either is broken."""
-    path, metadata = _picture_files(views, ids[place])
+def _read_picture(views: Path, names: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
+    path, metadata = _picture_files(views, names[place])
     picture = read_picture(path, ["JPEG"])
     try:
         return picture, _degrees(json.loads(metadata.read_text(encoding="utf-8"))["rotation"])
@@ -1431,39 +1443,43 @@ def _read_picture(views: Path, ids: dict[Geocode, str], place: Geocode) -> tuple
         raise ValueError(f"{metadata}: rotation: {_line(error)}") from None
 
 
-def _is_geocode(value: Any) -> bool:
-    return _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180
-
-
-def _geocode(value: Any) -> Geocode:
-    if not _is_geocode(value):
-        raise ValueError(f"no [latitude, longitude]: {_line(value)}")
-    return float(value[0]), float(value[1])
-
-
-def _degrees(value: Any) -> float:
-    if not (_fits(float, value) and -360 <= value <= 360):
-        raise ValueError(f"no number of degrees: {_line(value)}")
-    return float(value)
+def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
+    """A picture file in RGB, as an image viewer shows it: first frame, turned by its EXIF data, 16 bits cut
+    to 8, transparency on white. `formats` are Pillow's names. Raises ValueError in one line that names the
+    file if it is damaged, too large or deeper than 16 bits."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
+            with open(path, "rb") as file:  # given a path, Pillow 13.0 misreads a turned TIFF
+                picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
+        if picture.mode.startswith(("I", "F")):  # Pillow would clip at 255
+            pixels = np.array(picture)
+            if picture.mode == "F" or not 0 <= pixels.min() <= pixels.max() < 2**16:
+                raise ValueError("its pixels are deeper than 16 bits")
+            pixels[pixels == picture.info.get("transparency")] = 2**16 - 1
+            picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return picture.convert("RGB")
+    except Exception as error:  # of nearly any kind
+        reason = _line(error) or type(error).__name__
+        raise ValueError(f"picture {path} cannot be read: {reason}") from None
 
 
 def read_routes(
-    content: Any, name: str = "routes", check: Callable[[Route], None] = lambda route: None
+    content: Any, name: str = "routes", check: Callable[[Geocode], Any] = lambda place: None
 ) -> tuple[Route, ...]:
-    """The routes in what route_infos.json holds: [[route, ...], number], or one bare route.
-
-    Those that cannot be read, or for which `check` raises ValueError, are left out with a warning. Raises
-    ValueError if no route is left. `name` is the file's, for both.
-    """
+    """The routes of route_infos.json, parsed: [[route, ...], number], or one route. Those that cannot be
+    read, or with a place for which `check` raises ValueError, are left out with one warning that names the
+    file. Raises ValueError if no route is left."""
     records = content if isinstance(content, list) else [content]
     if records and isinstance(records[0], list):
         records = records[0]
     routes, faults = [], []
     for k, record in enumerate(records):
         try:
-            route = _read_route(record)
-            check(route)
-            routes.append(route)
+            routes.append(_read_route(record, check))
         except ValueError as error:
             faults.append(f"route {k}: {error}")
     if not routes:
@@ -1474,48 +1490,73 @@ def read_routes(
     return tuple(routes)
 
 
-def _read_route(route: Any) -> Route:
-    """One route. Whatever is wrong with it ends in one line that names the field and the reason."""
-    where = "start_place.relocated_geocode"  # what is being read
+def _read_route(record: Any, check: Callable[[Geocode], Any]) -> Route:
+    """One route. Raises ValueError in one line that names the field and its value."""
+
+    def place(value: Any) -> Geocode:
+        check(geocode := _geocode(value))
+        return geocode
+
+    start = _field(record, place, "start_place", "relocated_geocode")
+    ends = _field(record, len, "route_results", "geocode_list")
+    blocks = _field(record, _milestones, "milestone_info")
+    if not ends or len(blocks) != ends:
+        raise ValueError(f"milestone_info: {len(blocks)} blocks for {ends} points of geocode_list")
+    record = record | {f"block {i}": {"landmarks": ""} | block for i, block in enumerate(blocks, 1)}
+    legs = []
+    for i in range(ends):
+        end = _field(record, place, "route_results", "geocode_list", i)
+        block = f"block {i + 1}"
+        heading, word = _field(record, _heading, block, "to_next_intersection_heading")
+        read = partial(_landmark_of, _destination(record) if i == ends - 1 else NOTHING)
+        legs.append(Leg(end, heading, word, _field(record, read, block, "landmarks")))
+    heading = _field({"init_heading": None} | record, lambda x: _degrees(x or 0), "init_heading") % 360.0
+    return Route(start, heading or None, tuple(legs))  # 0: draw one
+
+
+def _field(record: Any, read: Callable, *path: str | int) -> Any:
+    """What `read` makes of a field. Raises ValueError that names the field and its value."""
     try:
-        start = _geocode(route["start_place"]["relocated_geocode"])
-        where = "route_results.geocode_list"
-        ends = [_geocode(end) for end in route["route_results"]["geocode_list"]]
-        where = "milestone_info"
-        blocks, legs = _milestones(route["milestone_info"]), []
-        if not ends or len(blocks) != len(ends):
-            raise ValueError(f"{len(blocks)} blocks for {len(ends)} points of route_results.geocode_list")
-        for i, (block, end) in enumerate(zip(blocks, ends), 1):
-            where = f"milestone_info, block {i}: to_next_intersection_heading"
-            heading = block["to_next_intersection_heading"]
-            number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", heading, re.ASCII)
-            degrees = _degrees(float(number[1]) if number else heading) % 360.0
-            word = (number[2] or "").strip().lower()
-            where = f"milestone_info, block {i}: landmarks"
-            landmark = _landmark_of(block.get("landmarks", ""), route if i == len(ends) else None)
-            legs.append(Leg(end, degrees, word if word in COMPASS else compass_word(degrees), landmark))
-        where = "init_heading"
-        heading = route.get("init_heading")
-        heading = None if heading is None else _degrees(heading)
-    except KeyError as missing:
-        raise ValueError(f"{where}: no field {missing}") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: not in the released format: {_line(error)}") from None
+        for key in path:
+            record = record[key]
+        return read(record)
+    except (LookupError, TypeError, AttributeError):
+        reason = f"missing or of another type: {_line(repr(record))}"
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return Route(start, heading % 360.0 if heading else None, tuple(legs))  # 0: draw one
+        reason = str(error)
+    raise ValueError(f"{'.'.join(map(str, path))}: {reason}")
 
 
-def _landmark_of(text: str, last_of: dict | None) -> str:
-    """What is seen at the end of a leg. At the last one of a route nobody would know where to stop without a
-    sign."""
+def _geocode(value: Any) -> Geocode:
+    if _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180:
+        return float(value[0]), float(value[1])
+    raise ValueError(f"no [latitude, longitude]: {_line(value)}")
+
+
+def _degrees(value: Any) -> float:
+    if not (_fits(float, value) and -360 <= value <= 360):
+        raise ValueError(f"no number of degrees: {_line(value)}")
+    return float(value)
+
+
+def _heading(text: str) -> tuple[float, str]:
+    number = re.fullmatch(r"\s*(-?\d{1,3}(?:\.\d{1,9})?)\s*(?:\((.*)\)\s*)?", text, re.ASCII)
+    degrees = _degrees(float(number[1]) if number else text) % 360.0
+    word = (number[2] or "").strip().lower()
+    return degrees, word if word in COMPASS else compass_word(degrees)
+
+
+def _destination(record: dict) -> str:
+    place = record.get("dest_place")
+    name = place.get("name") if isinstance(place, dict) else None
+    return f"The destination {name}" if isinstance(name, str) else "The destination"
+
+
+def _landmark_of(otherwise: str, text: str) -> str:
+    """What is seen at the end of a leg; `otherwise` if the file has no landmark."""
     landmark = text.strip().rstrip(".")
     if not landmark or _NO_LANDMARK.fullmatch(_words(landmark)):
-        landmark = NOTHING
-        if last_of:
-            place = last_of.get("dest_place")
-            name = place.get("name") if isinstance(place, dict) else None
-            landmark = f"The destination {name}" if isinstance(name, str) else "The destination"
+        landmark = otherwise
     landmark = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", landmark).split())
     unprintable = any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark)
     if len(landmark) > 300 or not _landmark(landmark)[0] or "<image>" in landmark or unprintable:
@@ -1523,17 +1564,15 @@ def _landmark_of(text: str, last_of: dict | None) -> str:
     return landmark
 
 
-# In milestone_info: where a block begins, or a key and its value, which ends before another key or the
-# block's end.
+# The beginning of a block, or a key and its value, up to the next key or the end of the block.
 _MILESTONE = re.compile(
     r'(?:\A|\}|\n)[\s,]*\{|"(\w+)"[^\S\n]*:\s*"(.*?)"(?=\s*,?\s*(?:"\w+"\s*:|\}\s*,?\s*(?:\{|\Z)|\Z))'
 )
 
 
 def _milestones(text: str) -> list[dict[str, str]]:
-    """The blocks of milestone_info that hold something. It is no JSON: a value may hold quotes and braces,
-    and lines may be joined."""
-    blocks: list[dict[str, str]] = []
+    """The non-empty blocks of milestone_info, which is no JSON: values may hold quotes and braces."""
+    blocks = []
     for match in _MILESTONE.finditer(text):
         if not match[1]:
             blocks.append({})
@@ -1546,13 +1585,10 @@ def write_world(
     folder: Path,
     content: Any,
     ids: dict[Geocode, str],
-    picture: Callable[[Geocode], tuple[Image.Image, float]] | None = None,
+    picture: PanoramaOf | None = None,
     watch: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Writes a folder that `load_world` reads; `picture` as in World. `watch` is told the share that is done.
-
-    The routes come last: a folder that was not finished does not load.
-    """
+    """Writes a folder that `load_world` reads, the routes last. `watch` gets the finished share."""
     folder.mkdir(parents=True, exist_ok=True)
     routes = folder / "route_infos.json"
     routes.unlink(missing_ok=True)
@@ -1572,37 +1608,33 @@ def write_world(
     watch(1.0)
 
 
-# ---------------------------------------------------------------------------------- streets: synthetic cities
+# ---- streets: synthetic cities
 
+Array = np.ndarray
 Color = tuple[int, int, int]  # RGB
-Point = complex  # metres to the east, and north as the imaginary part: turning is multiplying
-Crossing = tuple[int, int]  # its column and row
-BOARD, BOARD_FOOT = (6, 4), 3.2  # metres, of signs: width and height, and what is free below them
+Point = complex  # metres to the east + 1j * metres to the north
+Crossing = tuple[int, int]  # column and row
+EYE, SIGHT = 2.5, 150.0  # metres: camera height, and the range of signs and ground
+BOARD, BOARD_FOOT = (6, 4), 3.2  # metres: size of signs, and the clearance below
 
 
 class CityPlan(NamedTuple):
-    """How one synthetic city differs from others: its map, its names, its looks. All lengths in metres."""
+    """Map, names and looks of a synthetic city. All lengths in metres."""
 
     name: str
     centre: Geocode
-    words: Sequence[str]  # first words of the names of places
-    trades: Sequence[str]  # and second ones
+    words: Sequence[str]  # first words of names
+    trades: Sequence[str]  # second words
     block: tuple[float, float] = (140.0, 90.0)  # east-west and north-south
-    turned: float = 29.0  # degrees that the grid is turned against north
+    turned: float = 29.0  # degrees from north to the grid
     jitter: float = 0.06  # of the crossings, as a share of a block
     diagonals: float = 0.08  # share of the blocks with a diagonal street
     street: float = 18.0  # from facade to facade
     pavement: float = 3.0
     heights: tuple[float, float] = (12.0, 42.0)  # of the buildings
-    walls: Sequence[Color] = (
-        (150, 92, 74),
-        (176, 160, 140),
-        (120, 126, 136),
-        (196, 180, 150),
-        (142, 110, 88),
-    )
+    walls: Sequence[Color] = (150, 92, 74), (176, 160, 140), (120, 126, 136), (196, 180, 150), (142, 110, 88)
     glass: Color = (60, 80, 104)
-    window: tuple[float, float] = (0.44, 0.5)  # a window's share of its bay, across and up
+    window: tuple[float, float] = (0.44, 0.5)  # share of its bay, across and up
     awnings: Sequence[Color] = ((170, 40, 44), (36, 92, 60), (40, 70, 140), (200, 150, 40))
     sign: tuple[Color, Color] = ((24, 30, 60), (250, 246, 230))  # board and letters
     sky: tuple[Color, Color] = ((96, 150, 210), (200, 220, 238))  # overhead and at the horizon
@@ -1617,23 +1649,15 @@ NEW_YORK = CityPlan(
     "Pearl".split(),
     "Bakery Bank Books Cafe Cinema Deli Florist Hotel Market Museum Pharmacy Theatre".split(),
 )
-MADE_UP = "anywhere"  # cities of made-up names, maps and looks
-CityKey = tuple[str, int]  # NEW_YORK.name or MADE_UP, and a seed
+MADE_UP = "anywhere"  # random cities
 TRAINING_CITIES = ((NEW_YORK.name, 0),)
 TEST_CITIES = tuple((MADE_UP, seed) for seed in range(101, 110))  # of variant "visual" alone
 
 
-def _made_up_name(rng: random.Random) -> str:
-    """A name of two or three syllables."""
-    starts = ("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")
-    ends = ("", "", *"dlmnrst")
-    parts = (starts, "aeiou", ends)
-    return "".join(rng.choice(part) for _ in range(rng.randint(2, 3)) for part in parts).capitalize()
-
-
 def made_up_plan(seed: int) -> CityPlan:
-    """A city as no other one: names, map, looks and its place on the globe are drawn at random."""
+    """Random parameters of a synthetic city."""
     rng = random.Random(f"city/{seed}")
+    between = rng.uniform
     words, trades = (list({_made_up_name(rng): None for _ in range(12)}) for _ in range(2))
 
     def color(hue: tuple[int, int], saturation: tuple[int, int], lightness: tuple[int, int]) -> Color:
@@ -1644,46 +1668,37 @@ def made_up_plan(seed: int) -> CityPlan:
     sign = (color(anything, (50, 90), (14, 34)), color(anything, (30, 90), (80, 95)))
     return CityPlan(
         f"{MADE_UP}{seed}",
-        (rng.uniform(-50, 55), rng.uniform(-170, 170)),
+        (between(-50, 55), between(-170, 170)),
         words,
         trades,
-        block=(rng.uniform(70, 180), rng.uniform(70, 180)),
-        turned=rng.uniform(-45, 45),
-        jitter=rng.uniform(0, 0.5),
-        diagonals=rng.uniform(0, 0.3),
-        street=rng.uniform(12, 28),
-        pavement=rng.uniform(1, 4),
+        block=(between(70, 180), between(70, 180)),
+        turned=between(-45, 45),
+        jitter=between(0, 0.5),
+        diagonals=between(0, 0.3),
+        street=between(12, 28),
+        pavement=between(1, 4),
         road=color((20, 60), (0, 14), (22, 44)),
-        heights=(rng.uniform(5, 15), rng.uniform(16, 60)),
-        window=(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)),
+        heights=(between(5, 15), between(16, 60)),
+        window=(between(0.3, 0.7), between(0.3, 0.7)),
         walls=[color(stone, (10, 45), (42, 80)) for _ in range(4)] + [color(anything, (20, 45), (45, 75))],
         glass=color(blues, (5, 40), (16, 44)),
         awnings=[color(anything, (45, 85), (28, 52)) for _ in range(3)],
         sign=rng.choice((sign, sign[::-1])),
         sky=(color(blues, (10, 75), (48, 72)), color((30, 220), (10, 45), (78, 90))),
-        light=rng.uniform(0.8, 1.15),
+        light=between(0.8, 1.15),
     )
 
 
-def nearest_street(points: np.ndarray, streets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of Points [...] the distance to the nearest of the streets [n, 2] (from where, to where), the metres
-    along it, and which one it is."""
-    start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
-    length, parts = abs(way), []
-    for part in np.split(points.ravel(), range(256, points.size, 256)):  # all at once would need much memory
-        turned = (part[:, None] - start) * (way / length).conj()  # as if each street led to the east
-        walked = turned.real.clip(0, length)
-        apart = abs(turned - walked)
-        best, rows = apart.argmin(1), np.arange(len(part))
-        parts.append((apart[rows, best], walked[rows, best], best))
-    return tuple(np.concatenate(a).reshape(points.shape) for a in zip(*parts))
+def _made_up_name(rng: random.Random) -> str:
+    starts = ("", *"bcdfghjklmnprstvwz", "br", "ch", "fl", "gr", "sh", "st", "th", "tr")
+    ends = ("", "", *"dlmnrst")
+    parts = (starts, "aeiou", ends)
+    return "".join(rng.choice(part) for _ in range(rng.randint(2, 3)) for part in parts).capitalize()
 
 
 class City:
-    """Streets, places and panoramas of a plan, the same for the same seed: a grid of 7 x 7 crossings.
-
-    `crossings` are Points from the plan's centre, by column and row.
-    """
+    """Streets, places and panoramas of a plan, a function of the seed: a grid of 7 x 7 crossings, Points from
+    the plan's centre."""
 
     def __init__(self, plan: CityPlan, seed: int = 0):
         self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
@@ -1719,12 +1734,11 @@ class City:
         }
 
     def _name_places(self, rng: random.Random) -> None:
-        """At most one place for each crossing, on a facade near it; its sign is a board that stands out from
-        there."""
+        """At most one place per crossing, on a facade near it, and its sign."""
         names = [f"{word} {trade}" for word in self.plan.words for trade in self.plan.trades]
         rng.shuffle(names)
         self.places: dict[Crossing, dict] = {}
-        self.boards: dict[Crossing, tuple[Point, Point]] = {}  # where the sign begins and ends
+        self.boards: dict[Crossing, tuple[Point, Point]] = {}  # ends of the sign
         for crossing, corner in self.crossings.items():
             spot = self._facade_near(crossing, rng)
             if spot and rng.random() < 0.9 and names:
@@ -1739,16 +1753,12 @@ class City:
                     }
 
     def geocode(self, at: Point) -> Geocode:
-        """Latitude and longitude of a point."""
         lat = self.plan.centre[0] + at.imag / METRES_PER_DEGREE
         width = METRES_PER_DEGREE * math.cos(math.radians((lat + self.plan.centre[0]) / 2))
         return lat, self.plan.centre[1] + at.real / width
 
     def _facade_near(self, crossing: Crossing, rng: random.Random) -> tuple[Point, Point] | None:
-        """A point of a facade not far from a crossing, and the direction from there out into the street.
-
-        None if chance finds none that lies in no other street.
-        """
+        """A random point of a facade near a crossing and its outward direction, or None."""
         corner, half = self.crossings[crossing], self.plan.street / 2
         for _ in range(20):
             way = self.crossings[rng.choice(self.ways[crossing])] - corner
@@ -1759,21 +1769,20 @@ class City:
         return None
 
     def _to_one_side(self, crossing: Crossing, board: tuple[Point, Point]) -> bool:
-        """Whether the middle of a sign is clearly to the left or to the right, whichever way one comes."""
+        """Whether a sign is clearly left or right on arrival from any street."""
         away = sum(board) / 2 - self.crossings[crossing]
         headings = (math.radians(self._heading(end, crossing)) for end in self.ways[crossing])
         return all(abs((away * cmath.rect(1, heading)).real) > 2 for heading in headings)
 
     def route(self, rng: random.Random, turns: int, quarters: Sequence[int] = (0, 1, 2, 3)) -> dict:
-        """A route with so many turning points, in the released format, to a place in some of the four
-        interleaved quarters of the city."""
+        """A route in the released format that ends in some of the four interleaved quarters of the city."""
         while True:
             path = self._path(rng, turns)
             if path and path[-1] in self.places and (path[-1][0] + 2 * path[-1][1]) % 4 in quarters:
                 return self._record(rng, path)
 
     def _path(self, rng: random.Random, turns: int) -> list[Crossing] | None:
-        """The crossings where a walk starts, turns and ends; None if it met a corner or crossed itself."""
+        """Crossings where a route starts, turns and ends; None if it cannot turn or crosses itself."""
         at = rng.choice(sorted(self.crossings))
         path, seen = [at], {at}
         for _ in range(turns + 1):
@@ -1793,9 +1802,9 @@ class City:
         headings = [self._heading(a, b) for a, b in zip(path, path[1:])]
         return path if all(20 <= abs(wrap(b - a)) <= 150 for a, b in zip(headings, headings[1:])) else None
 
-    @cache  # drawing 2,048 routes asks for the same few a million times, and for the same few headings
+    @cache
     def _onward(self, a: Crossing, b: Crossing, least: float, most: float) -> list[Crossing]:
-        """The crossings next to b to which one who comes from a turns by so many degrees."""
+        """The crossings after b at a turn between `least` and `most` degrees, coming from a."""
         came = self._heading(a, b)
         return [c for c in self.ways[b] if least <= abs(wrap(self._heading(b, c) - came)) <= most]
 
@@ -1818,11 +1827,11 @@ class City:
         }
 
     def _milestone(self, number: int, a: Crossing, b: Crossing, last: bool) -> str:
-        """The block of milestone_info for the leg from a to b."""
         whole, landmark = round(self._heading(a, b)) % 360, NOTHING
         if place := self.places.get(b):
-            middle = self.geocode(sum(self.boards[b]) / 2)  # of what one sees
-            side = _side(bearing(self.geocode(self.crossings[b]), middle) - whole)
+            middle = self.geocode(sum(self.boards[b]) / 2)
+            turn = wrap(bearing(self.geocode(self.crossings[b]), middle) - whole)
+            side = ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
             landmark = f"{'The destination ' if last else ''}{place['name']} is on your {side}"
         lines = {
             "intersection_idx": number,
@@ -1833,115 +1842,30 @@ class City:
         }
         return "{\n" + "".join(f'    "{key}": "{value}",\n' for key, value in lines.items()) + "}"
 
-
-def _side(turn: float) -> str:
-    """Where a place is that lies so many degrees to the right of where one looks."""
-    turn = wrap(turn)
-    return ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
-
-
-# -------------------------------------------------------------------------------- streets: the built-in world
-
-# Of the built-in routes: the name of their draw, and the quarters where they lead. The test routes are drawn
-# anew when a study has been seen.
-SPLITS = {"train": ("train", (0, 1)), "valid": ("valid", (2,)), "test": ("test, sixth draw", (3,))}
-
-
-@cache
-def built_in_city(name: str, seed: int) -> City:
-    """The city of a CityKey."""
-    return City(NEW_YORK if name == NEW_YORK.name else made_up_plan(seed), seed)
-
-
-@cache
-def built_in_routes(
-    split: str = "train",
-    turns: int = 7,
-    cities: tuple[CityKey, ...] = TRAINING_CITIES,
-    n: int = 2048,
-) -> list[dict]:
-    """Up to `n` different routes of one to `turns` turning points, in the released format, of each city in
-    turn.
-
-    Routes of different splits lead to different places, so no route, and no instruction, of one is in
-    another.
-    """
-    of_city = []
-    for name, seed in cities:
-        (draw, ends), city, fruitless = SPLITS[split], built_in_city(name, seed), 0
-        rng = random.Random(f"routes/{seed}/{draw}")
-        records: dict[str, dict] = {}
-        while len(records) < max(1, n // len(cities)) and fruitless < 500:  # few routes have one turn
-            record = city.route(rng, rng.randint(1, turns), ends)
-            key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
-            fruitless = fruitless + 1 if key in records else 0
-            records.setdefault(key, record)
-        of_city.append(records.values())
-    return [record for one_of_each in zip_longest(*of_city) for record in one_of_each if record]
-
-
-@cache
-def built_in_world(
-    split: str = "train",
-    turns: int = 7,
-    cities: tuple[CityKey, ...] = TRAINING_CITIES,
-    n: int = 2048,
-    width: int = 1024,
-) -> World:
-    """Those routes and all panoramas of the cities, pictures of so many pixels across."""
-    ids = {place: name for key in cities for place, name in built_in_city(*key).panoramas.items()}
-    routes = read_routes(built_in_routes(split, turns, cities, n))
-    return World(routes, Panoramas(ids), partial(_album(width), cities))
-
-
-@cache
-def _album(width: int) -> Callable:
-    """Draws the panorama at a place in the nearest of some cities, with a memory of 800 MB."""
-
-    @lru_cache(maxsize=2**29 // width**2)
-    def draw(cities: tuple[CityKey, ...], place: Geocode) -> tuple[Image.Image, float]:
-        nearest = min(cities, key=lambda key: distance(built_in_city(*key).plan.centre, place))
-        return _scene(*nearest).draw(place, (width, width // 2)), 0.0
-
-    return draw
-
-
-@cache
-def _scene(name: str, seed: int) -> "Scene":
-    return Scene(built_in_city(name, seed))
-
-
-# ------------------------------------------------------------------------------- streets: what one sees there
-
-EYE, SIGHT = 2.5, 150.0  # metres: height of the camera, and how far signs and the ground are drawn
-
-
-class Scene:
-    """The facades of a city and their signs. `draw` shows what one sees from a place."""
-
-    def __init__(self, city: City):
-        self.city, plan = city, city.plan
+    @cached_property
+    def facades(self) -> tuple[Array, Array]:
+        """Walls [n, 2] (from, to) and buildings [m, 10]: 1000 * wall + metres along it, by which they are
+        sorted, width, height, bay, paint, awning (negative: none)."""
+        plan = self.plan
         rng, half = random.Random(f"facades of {plan.name}"), plan.street / 2
         walls, buildings = [], []
-        for k, (start, end) in enumerate(city.streets):
+        for k, (start, end) in enumerate(self.streets):
             along, metres = (end - start) / abs(end - start), np.arange(0.0, abs(end - start))
             for outwards in (-1j, 1j):
                 line = start + along * (metres - outwards * half)
-                # A wall stands wherever no other street comes through.
-                free = nearest_street(line, np.delete(city.streets, k, 0))[0] >= half - 0.01
+                free = nearest_street(line, np.delete(self.streets, k, 0))[0] >= half - 0.01
                 ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
                 for first, last in zip(ends[::2], ends[1::2] - 1):
                     buildings += self._row_of_buildings(rng, 1000.0 * len(walls), last - first)
                     walls.append((line[first], line[last]))
-        self.walls = np.array(walls)  # [n, 2]: from where to where
-        # By 1000 * wall + metres along it: start, width, height, bay, paint, awning (negative: none)
-        self.buildings = np.array(buildings)
-        self.signs = [
-            (city.boards[crossing], self._board(place["name"])) for crossing, place in city.places.items()
-        ]
+        return np.array(walls), np.array(buildings)
+
+    @cached_property
+    def signs(self) -> list[tuple[tuple[Point, Point], Array]]:
+        return [(self.boards[c], self._board(place["name"])) for c, place in self.places.items()]
 
     def _row_of_buildings(self, rng: random.Random, start: float, length: float) -> list[tuple[float, ...]]:
-        plan, at, row = self.city.plan, 0.0, []
+        plan, at, row = self.plan, 0.0, []
         while at < length:
             width, height, bay = rng.uniform(8, 16), rng.uniform(*plan.heights), rng.uniform(1.8, 3.2)
             paint = rng.choice(plan.walls)
@@ -1950,9 +1874,8 @@ class Scene:
             at += width
         return row
 
-    def _board(self, name: str) -> np.ndarray:
-        """The pixels of a board that stands out from a facade, to be read from both sides."""
-        board, letters = self.city.plan.sign
+    def _board(self, name: str) -> Array:
+        board, letters = self.plan.sign
         text, picture = name.replace(" ", "\n"), Image.new("RGB", (BOARD[0] * 40, BOARD[1] * 40), board)
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(40)
         left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center")
@@ -1962,30 +1885,27 @@ class Scene:
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels.
-
-        Compass heading h stands in the column at the share (h + rotation) / 360 of the width (released data:
-        at longitude h - 180 + rotation, 0 in the middle).
-        """
+        """The equirectangular panorama at a place, (width, height) pixels. Heading h is in the column at
+        (h + rotation) / 360 of the width, as in the released data."""
         width, height = size
-        plan, eye = self.city.plan, complex(*offset(self.city.plan.centre, at))
+        plan, eye = self.plan, complex(*offset(self.plan.centre, at))
         heading = np.radians((np.arange(width) + 0.5) / width * 360.0 - rotation)
         ray = np.sin(heading) + 1j * np.cos(heading)
         elevation = np.radians(90.0 - (np.arange(height) + 0.5) / height * 180.0)
         up = np.clip(elevation / (math.pi / 2), 0, 1)[:, None, None]
         sky = np.array(plan.sky[1]) * (1 - up) ** 2 + np.array(plan.sky[0]) * (1 - (1 - up) ** 2)
         picture = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
-        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), SIGHT)  # beyond it lie less than two rows
-        streets = self.city.streets[abs(self.city.streets.mean(1) - eye) < SIGHT + max(plan.block)]
+        reach = np.minimum(EYE / np.tan(-elevation[elevation < 0]), SIGHT)
+        streets = self.streets[abs(self.streets.mean(1) - eye) < SIGHT + max(plan.block)]
         ground = (eye + reach[:, None] * ray).astype(np.complex64)
         picture[elevation < 0] = self._ground(ground, streets.astype(np.complex64))
         far = self._paint_facades(picture, eye, ray, elevation)
         self._paint_boards(picture, eye, ray, elevation, far)
         return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
 
-    def _ground(self, points: np.ndarray, streets: np.ndarray) -> np.ndarray:
-        """Colours of Points on the ground [...]: road with lanes and crossing marks, kerb, pavement."""
-        plan = self.city.plan
+    def _ground(self, points: Array, streets: Array) -> Array:
+        """Colours of Points on the ground [...]."""
+        plan = self.plan
         apart, along, street = nearest_street(points, streets)
         to_end = np.minimum(along, abs(streets[:, 1] - streets[:, 0])[street] - along)
         half, kerb = plan.street / 2, plan.street / 2 - plan.pavement
@@ -1996,18 +1916,18 @@ class Scene:
         color[lane | stripes] = (232, 232, 228)
         return color * plan.light
 
-    def _paint_facades(self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray):
-        """Paints the nearest wall of every column over sky and ground; returns its distance [width], infinite
-        for none."""
-        plan, (distances, shares) = self.city.plan, _meet(eye, ray, self.walls)
+    def _paint_facades(self, picture: Array, eye: Array, ray: Array, elevation: Array):
+        """Paints the nearest wall of every column; returns its distance [width], infinite for none."""
+        plan, (walls, buildings) = self.plan, self.facades
+        distances, shares = _meet(eye, ray, walls)
         columns = np.flatnonzero(np.isfinite(distances.min(1)))
         wall = distances.argmin(1)[columns]
         far = distances[columns, wall]
-        way = self.walls[wall, 1] - self.walls[wall, 0]
+        way = walls[wall, 1] - walls[wall, 0]
         metres = shares[columns, wall] * abs(way)
-        number = np.searchsorted(self.buildings[:, 0], 1000.0 * wall + metres, side="right") - 1
-        building = self.buildings[number].astype(np.float32)
-        left = (1000.0 * wall + metres - self.buildings[number, 0]).astype(np.float32)
+        number = np.searchsorted(buildings[:, 0], 1000.0 * wall + metres, side="right") - 1
+        building = buildings[number].astype(np.float32)
+        left = (1000.0 * wall + metres - buildings[number, 0]).astype(np.float32)
         width, top, bay = building[:, 1:4].T
         # Metres above the ground [height, columns]:
         z = (EYE + far * np.tan(elevation)[:, None]).astype(np.float32)
@@ -2027,10 +1947,7 @@ class Scene:
         picture[:, columns] = np.where(((z >= 0) & (z <= top))[..., None], color, picture[:, columns])
         return distances.min(1)
 
-    def _paint_boards(
-        self, picture: np.ndarray, eye: np.ndarray, ray: np.ndarray, elevation: np.ndarray, far
-    ):
-        """Paints the signs that stand before the walls, the farthest first."""
+    def _paint_boards(self, picture: Array, eye: Array, ray: Array, elevation: Array, far):
         lines = np.array([line for line, _ in self.signs])
         distances, shares = _meet(eye, ray, lines)
         for k in np.argsort(-distances.min(0)):
@@ -2045,12 +1962,25 @@ class Scene:
             rows = (down * board.shape[0]).clip(0, board.shape[0] - 1).astype(int)
             pixels = board[rows, (across * board.shape[1]).clip(0, board.shape[1] - 1).astype(int)]
             on_board = ((down >= 0) & (down <= 1))[..., None]
-            picture[:, columns] = np.where(on_board, pixels * self.city.plan.light, picture[:, columns])
+            picture[:, columns] = np.where(on_board, pixels * self.plan.light, picture[:, columns])
 
 
-def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays [width] from a point meet line segments [n, 2]: the distance, infinite for none, and the
-    share of the segment from its start to there, both [width, n]."""
+def nearest_street(points: Array, streets: Array) -> tuple[Array, Array, Array]:
+    """For Points [...] the nearest of the streets [n, 2] (from, to): distance, metres along it, and index."""
+    start, way = streets[:, 0], streets[:, 1] - streets[:, 0]
+    length, parts = abs(way), []
+    for part in np.split(points.ravel(), range(256, points.size, 256)):  # to bound memory
+        turned = (part[:, None] - start) * (way / length).conj()  # as if each street led to the east
+        walked = turned.real.clip(0, length)
+        apart = abs(turned - walked)
+        best, rows = apart.argmin(1), np.arange(len(part))
+        parts.append((apart[rows, best], walked[rows, best], best))
+    return tuple(np.concatenate(a).reshape(points.shape) for a in zip(*parts))
+
+
+def _meet(eye: Point, ray: Array, lines: Array) -> tuple[Array, Array]:
+    """Intersections of rays [width] with segments [n, 2]: distance (infinite: none) and share of the segment,
+    both [width, n]."""
     start, way = (lines[:, 0] - eye).conj(), lines[:, 1] - lines[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         cross = (ray[:, None].conj() * way).imag
@@ -2058,19 +1988,69 @@ def _meet(eye: Point, ray: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, n
     return np.where((share >= 0) & (share <= 1) & (far > 0.1), far, np.inf), share
 
 
-@lru_cache(maxsize=8)
-def _sight(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pixels of a view lie, in degrees: a column how far right [size], a pixel how high [size,
-    size]."""
-    line = (np.arange(size) + 0.5) / size * 2 - 1
-    right, up = np.meshgrid(line, -line)
-    return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
+@cache
+def built_in_city(name: str, seed: int) -> City:
+    """A city of Cities."""
+    return City(NEW_YORK if name == NEW_YORK.name else made_up_plan(seed), seed)
 
 
-def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
-    """The perspective (gnomonic) view of an equirectangular panorama [H, W, 3] at a compass heading, 90
-    degrees wide: a square picture of `size` pixels, bilinear. The panorama's columns are those of
-    `Scene.draw`."""
+@cache
+def built_in_routes(split: str, turns: int, cities: Cities = TRAINING_CITIES, n: int = 2048) -> list[dict]:
+    """Up to `n` different routes of one to `turns` turning points, in the released format, cities in turn.
+    Routes of different splits end at different places."""
+    of_city = []
+    for name, seed in cities:
+        (draw, ends), city, fruitless = SPLITS[split], built_in_city(name, seed), 0
+        rng = random.Random(f"routes/{seed}/{draw}")
+        records = {}
+        while len(records) < max(1, n // len(cities)) and fruitless < 500:  # few routes have one turn
+            record = city.route(rng, rng.randint(1, turns), ends)
+            key = json.dumps([record["start_place"], record["route_results"]["geocode_list"]])
+            fruitless = fruitless + 1 if key in records else 0
+            records.setdefault(key, record)
+        of_city.append(records.values())
+    return [record for one_of_each in zip_longest(*of_city) for record in one_of_each if record]
+
+
+@cache
+def built_in_world(
+    split: str = "train", turns: int = 7, cities: Cities = TRAINING_CITIES, n: int = 2048, width: int = 1024
+) -> World:
+    """Those routes and all panoramas of the cities, `width` pixels wide."""
+    ids = {place: name for key in cities for place, name in built_in_city(*key).panoramas.items()}
+    routes = read_routes(built_in_routes(split, turns, cities, n))
+    return World(routes, ids, partial(_album(width), cities))
+
+
+@cache
+def _album(width: int) -> Callable:
+    """Draws the panorama at a place in the nearest of some cities; caches 800 MB."""
+
+    @lru_cache(maxsize=2**29 // width**2)
+    def draw(cities: Cities, place: Geocode) -> tuple[Image.Image, float]:
+        nearest = min(cities, key=lambda key: distance(built_in_city(*key).plan.centre, place))
+        return built_in_city(*nearest).draw(place, (width, width // 2)), 0.0
+
+    return draw
+
+
+# ---- streets: views
+
+
+def look_around(
+    panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
+) -> Image.Image:
+    """Four views in a 2 x 2 grid with a black gap of 5 pixels, in the order of VIEW_LAYOUTS."""
+    pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
+    for k, turn in enumerate(VIEW_LAYOUTS[layout]):
+        corner = (k % 2 * (size + 5), k // 2 * (size + 5))
+        grid.paste(view(pixels, (heading + turn) % 360.0, rotation, size), corner)
+    return grid
+
+
+def view(panorama: Array, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
+    """The perspective (gnomonic) view of a panorama [H, W, 3] (columns as in `City.draw`) at a heading, 90
+    degrees wide, `size` pixels square, bilinear."""
     height, width = panorama.shape[:2]
     sideways, latitude = _sight(size)
     x = (heading % 360.0 + rotation + sideways) / 360.0 * width - 0.5
@@ -2083,429 +2063,151 @@ def view(panorama: np.ndarray, heading: float, rotation: float = 0.0, size: int 
     return Image.fromarray((upper * (1 - fy) + lower * fy).round().astype(np.uint8))
 
 
-# Degrees right of the heading, of the top row and the bottom row.
-VIEW_LAYOUTS = {"compass": (0, 90, 180, 270), "legacy": (-135, -45, 45, 135)}
+@cache
+def _sight(size: int) -> tuple[Array, Array]:
+    """Angles of a view's pixels in degrees: to the right [size], up [size, size]."""
+    line = (np.arange(size) + 0.5) / size * 2 - 1
+    right, up = np.meshgrid(line, -line)
+    return np.degrees(np.arctan(line)), np.degrees(np.arctan2(up, np.hypot(1, right)))
 
 
-def look_around(
-    panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
-) -> Image.Image:
-    """Four views in a 2 x 2 grid with a black gap of 5 pixels: front and right over back and left, or the
-    released code's four."""
-    pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
-    for k, turn in enumerate(VIEW_LAYOUTS[layout]):
-        corner = (k % 2 * (size + 5), k // 2 * (size + 5))
-        grid.paste(view(pixels, (heading + turn) % 360.0, rotation, size), corner)
-    return grid
+# ---- reading a reply
 
-
-# -------------------------------------------------------------------------------------- streets: the verifier
-
-STREET_FIELDS = ("current observation", "current instruction", "action")
-
-
-class Waypoint(NamedTuple):
-    """One decision of a route: what is seen there, the sentence of the instruction it belongs to, and the
-    expert's action."""
-
-    place: Geocode
-    heading: float  # where the agent looks before it acts, compass degrees
-    landmark: str
-    intersection: bool
-    sentence: str
-    action: str
-
-    @property
-    def observation(self) -> str:
-        return self.landmark + ("; an intersection" if self.intersection else "")
-
-
-def judge_step(
-    reply: str, waypoint: Waypoint, fields: Sequence[str] = STREET_FIELDS, names: Set[str] = frozenset()
-) -> Verdict:
-    """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
-    if the report claims an intersection, in any of the usual words, that is not there or leaves out one that
-    is. Whether it recognizes the landmark is measured, not judged; `names` as in World."""
-    parsed = parse_reply(reply, fields)
-    report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
-    if not isinstance(action, str):
-        return Verdict("unparsed", "The answer is not in the form asked for.", False)
-    report = report[:1000] if isinstance(report, str) else ""  # a landmark has up to 300 characters
-    claims, recognized = _read_report(_words(report), waypoint.landmark, names)
-    words = " ".join(re.sub("['\"]", "", action.lower()).split())
-    if re.sub(r" ?([()]) ?", r"\1", words) == waypoint.action:
-        return Verdict("correct", "Correct.", recognized)
-    if claims == waypoint.intersection:
-        return Verdict("wrong_action", "That action is wrong here.", recognized)
-    truth = f"there is {'an' if waypoint.intersection else 'no'} intersection here"
-    return Verdict("wrong_observation", f"That action is wrong: {truth}.", recognized)
-
-
-# These read what `_words` makes of a report.
-_JOIN = re.compile(r" ?(?:;|\b(?:and|but|with|where)\b) ?")  # between two clauses
-_NO = r"\b(?:no|not|any|never|without|or|nor|neither|cannot)\b"
-_NO_INTERSECTION = re.compile(rf"{_NO}(?!.*\blandmark)")
-# What leads to the word, and what may follow it: "Intersection Cafe is on your left" is a name.
-_INTERSECTION = re.compile(
-    r"(?:\b(?:i|you|we|it|there|this|at)\b.{0,40}?|\b(?:an?|the)\b(?: \w{1,20}(?: way)?){0,2}"
-    r"|^(?:\w{1,20} way|t)?)"
-    r" ?\bintersections?\b(?: (?:here|ahead|nearby|of|at|in|is|lies|observed|detected|seen)\b"
-    r"(?!.*\bon (?:your|my)\b).*)?$"
+# A string may hold its quotes: it ends at the first before comma, colon, closing bracket or end.
+_STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
+_KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_WORD = r"""[^\s{}\[\]:,"']++"""
+_REPLY_TOKEN = re.compile(
+    rf"""\s*+(?:({_STRING}|{_STRING.replace('"', "'")})|([{{}}\[\]:,])|({_WORD}))""", re.DOTALL
 )
-_NO_LANDMARK = re.compile(
-    rf"{_NO} (?:(?!other)\w+ ){{0,4}}landmarks?\b(?: nearby)?|\b(?:nothing|none)\b(?! else)"
-)
-_DENIAL = re.compile(rf"{_NO}(?![^X]*\bintersection)")
+_OBJECT_START = re.compile(rf"""{{(?=\s*+(?:{_KEY}|{_KEY.replace('"', "'")}|{_WORD})\s*+:)""", re.DOTALL)
+_LITERAL = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,6})?")
 
 
-def _read_report(report: str, landmark: str, names: Set[str]) -> tuple[bool, bool]:
-    """Whether a report claims an intersection, as "X is on my left; I observe an intersection" does (paper,
-    appendix), and whether it recognizes the landmark: it names it and, once, its side, in any words, or says
-    that there is none. It does not if it names another one of `names` or another side, or denies it."""
-    words, (letters, name, sides) = re.findall("[^ ;]+", report), _landmark(landmark)
-    named = {"".join(words[i : i + n]) for n in range(1, 9) for i in range(len(words))} & names
-    mark = _NO_LANDMARK if landmark == NOTHING else rf"(?<!\S){'[ ;]*+'.join(name)}(?!\S)"
-    report = re.sub(mark, "X", report)  # all other letters are small
-    clauses = _JOIN.split(report)
-    found = filter(None, map(_INTERSECTION.search, clauses))
-    claims = any(not _NO_INTERSECTION.search(m.string[: m.end()]) for m in found)
-    says_so = "X" in report or claims and landmark == NOTHING
-    alone = all(other in letters for other in named) and _sides(report) == sides
-    denials = (clause for clause in clauses if _DENIAL.search(clause))
-    denied = _NO_LANDMARK.search(report) or any(re.search("X|left|right", clause) for clause in denials)
-    return claims, says_so and alone and not denied
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if abs(value) < 1e6 and value.is_integer() else value
 
 
-@lru_cache(maxsize=4096)  # a city's routes name the same few landmarks ten thousand times
-def _landmark(text: str) -> tuple[str, str, list[str]]:
-    """The letters of what is said of a landmark, those of its name, and its sides: of "Joe's is on your left"
-    joesisonyourleft, joes and left."""
-    said = _words(text)
-    name, *side = said.rsplit(" is on your ", 1)
-    letters, name = (re.sub("[ ;]", "", part) for part in (said, name.removeprefix("the destination ")))
-    return letters, name or letters, _sides(" ".join(side))
+_decoder = json.JSONDecoder(strict=False, parse_float=_number)
 
 
-def _sides(words: str) -> list[str]:
-    """The sides that are named, sorted."""
-    named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
-    return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
+def parse_reply(reply: str, required: Sequence[str]) -> dict[str, Any] | None:
+    """The object in `reply` that has all `required` keys and ends last, alone or inside others, or None.
 
+    Accepts strict JSON and the JSON-like form of the released data: single quotes, bare words, trailing
+    commas, quotes inside strings. 1.0 is the integer 1.
 
-def _words(text: str) -> str:
-    """The words of a text in small letters, their marks and digits; blanks between them, semicolons between
-    clauses."""
-    text = re.sub("n['’]t\\b", " not", unicodedata.normalize("NFC", text.lower()))
-    kept = (
-        c if c.isalnum() or unicodedata.category(c)[0] == "M" else " ; " if c in ";.,:!?\n" else " "
-        for c in text
-    )
-    return " ".join("".join(kept).split())
-
-
-# ----------------------------------------------------------------------------------- streets: the environment
-
-STREET_PROMPT = string.Template(
-    "Walk this route: $route Actions: forward(), turn_direction(x) with x one of $words, stop(). "
-    'Answer in this form: {"$field_observation": "...", "$field_instruction": "...", "$field_action": "..."}'
-    "$report $observation"
-)
-
-
-class VIRL(Environment):
-    """Follow a route through streets (paper, section 3.2), told in words.
-
-    An episode is a route, its decisions are the waypoints. A reply reports what is seen, quotes the sentence
-    of the instruction that it follows, and acts. A right action leads to the next waypoint; a wrong one is
-    not executed.
-
-    Variants: "id" (turns by the eight compass words) and "rule" (left, right, slightly left, slightly right).
-    `data` may also be a World, and `fields` names the three fields of a reply.
+    Objects are read from the first one on, for the strings of the answer may hold anything, and from the last
+    one on, for what precedes the answer must not hide it, each time within a budget: time is linear.
     """
+    stop = min((reply.rfind(key) for key in required), default=len(reply))  # what starts later lacks a key
+    starts = [*takewhile(stop.__gt__, (match.start() for match in _OBJECT_START.finditer(reply)))]
+    found, last = None, -1
+    for read, order in product((_read_json, _read_json_like), (starts, starts[::-1])):
+        end, budget = 0, 150_000 + len(reply) / 2  # characters; what is read costs 200 more
+        for start in order:
+            if order is starts and start < end:
+                continue
+            value, end, budget = read(reply, start, budget)
+            if value is not None and end > last and all(key in value for key in required):
+                found, last = value, end
+            if budget < 0:
+                break
+    return found
 
-    variants = {"id": "in distribution", "rule": "under the other rule"}
-    rules = {"id": COMPASS, "rule": RELATIVE}  # the words of a turn
-    # Paper, appendix; a wrong observation is a wrong action with a false report of an intersection, and a
-    # reply that cannot be read counts like a wrong action.
-    rewards = {
-        "correct": 1.0,
-        "wrong_action": -1.0,
-        "wrong_observation": -1.5,
-        "unparsed": -1.0,
-        "budget": -1.0,
-    }
-    headline = "step_accuracy"
-    start_options = {"route": (int, "walk the route of this number, from 0")}
-    report = ""  # how a report is worded, where the model is not told what is seen
-    panorama_width = 1024
-    words = Environment.words | {
-        "id": "In distribution: turns by the compass, on routes that training never walks.",
-        "rule": "Other rule: left and right, on the same routes.",
-        "visual": "Other cities: the training rule in nine cities that post-training never sees.",
-        "hands": "routes",
-        "measure": "per-step accuracy",
-        "columns": ("steps", "first reply of each step", "routes"),
-        "last": "turns",
-        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of "
-        "the waypoints where one must turn, routes the share of routes with all of them",
-        "reads": "name the landmark, where there is one",
-    }
 
-    verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
-    data: Annotated[
-        str | Path | World | None,
-        Option("a folder of routes in the released format; without it the built-in city", metavar="DIR"),
-    ] = None
-    split: Annotated[str, Option("of the built-in routes", choices=tuple(SPLITS))] = "train"
-    turns: Annotated[int, Option("most turning points of a built-in route", least=1, most=7)] = 7
-    points_per_leg: Annotated[int, Option("points between two turning points", least=0, most=100)] = 4
-    drop: Annotated[float, Option("probability that such a point is left out", least=0, most=1)] = 0.5
-    fields: Sequence[str] = STREET_FIELDS
+def _read_json(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
+    """The object at `start` (None: no JSON), its end, and the remaining budget."""
+    try:
+        value, end = _decoder.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:  # its message counts the lines before the fault
+        pos = getattr(error, "pos", len(text))
+        return None, start, budget - 200 - (pos - start) - start / 10
+    return value, end, budget - 200 - (end - start)
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        if len(set(self.fields)) != len(STREET_FIELDS):
-            raise ValueError(f"fields must be {len(STREET_FIELDS)} different names, not {self.fields!r}")
-        self.answer_field = self.fields[-1]
-        self.waypoints: list[Waypoint] = []
-        if isinstance(self.data, World):
-            self.world = self.data
-        elif self.data is None:
-            self.world = built_in_world(self.split, self.turns, self.cities, width=self.panorama_width)
+
+def _read_json_like(text: str, start: int, budget: float) -> tuple[dict | None, int, float]:
+    """The same for the JSON-like form, rewritten token by token as strict JSON."""
+    pieces, depth, before, at = [], 0, "[", start
+    while (depth or not pieces) and budget >= 0 and (match := _REPLY_TOKEN.match(text, at)):
+        budget -= (200 + len(match[0])) * (3 if "\\" in match[0] else 1)
+        at, (quoted, mark, word) = match.end(), match.groups()
+        if before not in "[{,:" and (not mark or mark in "[{"):
+            break  # a comma is missing
+        before = mark or "value"
+        if mark and mark in "]}" and pieces[-1] == ",":
+            pieces.pop()
+        depth += (before in "[{") - (before in "]}")
+        if quoted:
+            pieces.append(json.dumps(_unescape(quoted[1:-1])))
+        elif word:
+            word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
+            pieces.append(word if _LITERAL.fullmatch(word) else json.dumps(word))
         else:
-            for name in ("split", "turns", "panorama_width"):
-                if name in options:
-                    raise ValueError(f"{name} is for built-in streets; those of data are what they are")
-            self.world = load_world(self.data, self.pictures)
-
-    @property
-    def cities(self) -> tuple[CityKey, ...]:
-        """The built-in cities of the variant."""
-        return TEST_CITIES if self.variant == "visual" else TRAINING_CITIES
-
-    @property
-    def decisions(self) -> int:
-        """The waypoints of the route; 0 before the first one."""
-        return len(self.waypoints)
-
-    @property
-    def series_length(self) -> int:
-        """An evaluation walks every route once."""
-        return len(self.world.routes)
-
-    def start_of(self, series: str, i: int) -> tuple[str, dict]:
-        return f"{series}/{i}", {"route": i % len(self.world.routes)}
-
-    def begin(self, options: dict) -> str:
-        """A route drawn at random, or number `options["route"]`."""
-        number, routes = options.get("route"), self.world.routes
-        if number is None:
-            number = self.random.randrange(len(routes))
-        elif not _fits(int, number) or not 0 <= number < len(routes):
-            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
-        self.sentences, self.waypoints = self._plan(number)
-        self.number = number
-        return STREET_PROMPT.substitute(
-            route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
-            words=", ".join(self.rules[self.variant]),
-            report=self.report,
-            observation=self._seen(),
-            **{f"field_{name.split()[-1]}": own for name, own in zip(STREET_FIELDS, self.fields)},
-        )
-
-    def _plan(self, number: int) -> tuple[list[str], list[Waypoint]]:
-        """The instruction's sentences and the waypoints of a route, by the released data's rules.
-
-        At the start and at every turning point the expert turns, however little, and between them it goes on.
-        """
-        route = self.world.routes[number]
-        heading = self.random.randrange(360) if route.heading is None else route.heading
-        at, seen, intersection = self._standing(route.start, number), NOTHING, False
-        sentences: list[str] = []
-        waypoints: list[Waypoint] = []
-        for leg in route.legs:
-            last, relative = leg is route.legs[-1], relative_word(leg.heading - heading)
-            sentences.append(f"Turn {relative} to face {leg.compass}.")
-            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
-            waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
-            end, goal = self._standing(leg.end, number), "the destination" if last else "an intersection"
-            if leg.landmark != NOTHING:
-                goal += ": " + (leg.landmark[:1].lower() + leg.landmark[1:] if last else leg.landmark)
-            sentences.append(f"Move forward to {goal}.")
-            for between in self._between(at, end):
-                waypoints.append(Waypoint(between, leg.heading, NOTHING, False, sentences[-1], "forward()"))
-            at, heading, seen, intersection = end, leg.heading, leg.landmark, not last
-        waypoints.append(Waypoint(at, heading, seen, False, sentences[-1], "stop()"))
-        return sentences, waypoints
-
-    def _standing(self, place: Geocode, number: int) -> Geocode:
-        near = self.world.panoramas.nearest(place)
-        if near is None:
-            raise ValueError(f"route {number}: gps_pano_mapping.pkl has {_nothing_near(place)}")
-        return near
-
-    def _between(self, a: Geocode, b: Geocode) -> list[Geocode]:
-        """Some of the points of a leg, moved to the nearest panorama; on a short leg several stand on one."""
-        found: list[Geocode] = []
-        for k in range(1, self.points_per_leg + 1) if distance(a, b) > 5 else ():
-            share = k / (self.points_per_leg + 1)
-            if self.random.random() < 1 - self.drop:
-                point = (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share)
-                near = self.world.panoramas.nearest(point)
-                if near and near not in self.world.lost and min(distance(near, a), distance(near, b)) > 8:
-                    found.append(near)
-        return found
-
-    def _here(self) -> Waypoint:
-        """The present waypoint; after the end of a route its last one."""
-        self._check_started()
-        return self.waypoints[min(self.at, len(self.waypoints) - 1)]
-
-    def _seen(self) -> str:
-        """What the model is told of the present waypoint."""
-        return f"You see: {self.waypoints[self.at].observation}."
-
-    def judge(self, reply: str) -> Verdict:
-        return judge_step(reply, self.waypoints[self.at], self.fields, self.world.names)
-
-    def next_message(self, right: bool, moved: bool) -> str:
-        if right:
-            return self._seen()
-        return f"{self.verdict.feedback} {f'You are led on. {self._seen()}' if moved else 'Try again.'}"
-
-    def describe(self) -> dict:
-        landmark = self.waypoints[self.judged_at].landmark != NOTHING
-        actions = [waypoint.action for waypoint in self.waypoints]
-        return {"route": self.number, "waypoint": self.judged_at, "landmark": landmark, "actions": actions}
-
-    def _reply(self, action: str) -> str:
-        here = self._here()
-        return json.dumps(
-            dict(zip(self.fields, (here.observation, here.sentence, action))), ensure_ascii=False
-        )
-
-    def expert_reply(self) -> str:
-        return self._reply(self._here().action)
-
-    def wrong_reply(self) -> str:
-        right = self._here().action
-        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
-        return self._reply(self.random.choice([action for action in actions if action != right]))
-
-    def write(
-        self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
-    ) -> str:
-        """Writes the built-in world of these options, or with a seed that of other cities, as a folder in the
-        released format: `n` routes (None: all) and the panoramas, in pictures if the task has them.
-        Returns what was written.
-
-        `watch` is told the share of the panoramas that are done.
-        """
-        cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
-        what = (self.split, self.turns, cities, n or 2048)
-        routes, world = built_in_routes(*what), built_in_world(*what, self.panorama_width)
-        ids, picture = world.panoramas.ids, world.picture if self.pictures else None
-        write_world(folder, [routes, len(routes)], ids, picture, watch)
-        return f"{len(routes)} routes and {len(ids)} panoramas in {folder}"
-
-    @staticmethod
-    def measures(episodes: Sequence[Episode]) -> dict:
-        """Per-step accuracy (paper, section 4): the share of all waypoints, reached or not, where the
-        expert's action was found within the budget; the same at the first reply and by kind of action.
-
-        `steps` has it for each route, `at_turns` that of its turns, None where there are none. Its standard
-        error counts routes, for the waypoints of one route go wrong together.
-        """
-        within: list[list[bool]] = []
-        at_turns: list[list[bool]] = []
-        first, kinds = [], {kind: [] for kind in ("turn", "forward", "stop")}
-        for episode in episodes:
-            verdicts: list[list[str]] = [[] for _ in episode.asked]  # of each waypoint
-            for turn in episode.turns:
-                verdicts[turn.decision].append(turn.verdict)
-            within.append(["correct" in tries for tries in verdicts])
-            first += [tries[:1] == ["correct"] for tries in verdicts]
-            at_turns.append([])
-            for action, right in zip(episode.asked, within[-1]):
-                kinds[kind := action.partition("(")[0].removesuffix("_direction")].append(right)
-                if kind == "turn":
-                    at_turns[-1].append(right)
-        n = sum(map(len, within))
-        accuracy = sum(map(sum, within)) / n
-        spread = sum((sum(route) - accuracy * len(route)) ** 2 for route in within)
-        return {
-            "step_accuracy": accuracy,
-            "step_accuracy_se": math.sqrt(spread * len(within) / max(1, len(within) - 1)) / n,
-            "first_step_accuracy": sum(first) / n,
-            "step_accuracy_by_action": {kind: mean(right) for kind, right in kinds.items() if right},
-            "waypoints": n,
-            "steps": [round(mean(route), 4) for route in within],
-            "at_turns": [round(mean(turns), 4) if turns else None for turns in at_turns],
-        }
+            pieces.append(mark)
+    try:
+        return _decoder.decode("".join(pieces)), at, budget
+    except (ValueError, RecursionError):
+        return None, start, budget
 
 
-class VIRLVL(VIRL):
-    """The same walk in pictures: of each waypoint one picture of four street views (paper, section 3.2), and
-    no word of what it shows.
-
-    Variants: also "visual", the training rule in nine other cities.
-    """
-
-    variants = VIRL.variants | {"visual": "in other cities"}
-    rules = VIRL.rules | {"visual": COMPASS}
-    pictures = True
-    report = (
-        ' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), '
-        f'none as "{NOTHING}".'
-    )
-
-    view_layout: Annotated[
-        str,
-        Option(
-            "of the views: front, right, back, left (compass), or as in the released code (legacy)",
-            choices=tuple(VIEW_LAYOUTS),
-        ),
-    ] = "compass"
-    view_size: Annotated[int, Option("pixels of each of the four views", least=16, most=2048)] = 300
-    panorama_width: Annotated[
-        int, Option("pixels of the built-in cities' panoramas, from left to right", least=64, most=8192)
-    ] = 1024
-    tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        if self.world.picture is None:
-            raise ValueError("the routes have no panoramas")
-
-    def _seen(self) -> str:
-        intersection = self.tell_intersections and self.waypoints[self.at].intersection
-        return "You are at an intersection." if intersection else "You see the picture."
-
-    def draw(self) -> Callable[[], Image.Image]:
-        """The picture of the present waypoint, drawn when someone looks."""
-        return cache(partial(self._look_around, self.number, self.waypoints[self.at]))
-
-    def _look_around(self, number: int, here: Waypoint) -> Image.Image:
-        try:
-            panorama, rotation = self.world.picture(here.place)
-        except ValueError as error:
-            raise ValueError(f"route {number}: {error}") from None
-        return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
+def _unescape(text: str) -> str:
+    """A string without its escapes; as it stands if JSON does not know one of them."""
+    if "\\" in text:
+        with suppress(ValueError):
+            return _decoder.decode('"' + re.sub(r'\\?"', r'\\"', text.replace(r"\'", "'")) + '"')
+    return text
 
 
-# ---------------------------------------------------------------------------------------------- tasks by name
+# ---- option checks
+
+
+@cache
+def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
+    """Type, default (... if none) and Option of a class's options, by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is Annotated
+    }
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type; an int is a float too, a bool is no int."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(_fits, inner, value))
+    if inner:
+        return any(_fits(one, value) for one in inner)
+    accepted = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "").replace("envs.", "")
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())[:120]
+
+
+# ---- tasks by name
 
 TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-vl": VIRLVL}
 
 
-def task_name(task: str) -> str:
-    """The name of a task wherever one stands: of a world of the user's own with the file's absolute path."""
-    path, colon, name = task.rpartition(":")
-    return f"{Path(path).resolve()}:{name}" if colon else task
+def make(
+    task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
+) -> Environment:
+    """An environment of one of TASKS or of FILE.py:CLASS. Raises ValueError for an unknown task or a wrong
+    option or value."""
+    return task_class(task)(variant, seed, verify_iter, **options)
 
 
 def task_class(task: str) -> type[Environment]:
-    """The class of a task: one of TASKS, or a class of the user's own as FILE.py:CLASS. Raises ValueError."""
+    """The class of one of TASKS or of FILE.py:CLASS. Raises ValueError."""
     if task in TASKS:
         return TASKS[task]
     path, _, name = task_name(task).rpartition(":")
@@ -2517,9 +2219,14 @@ def task_class(task: str) -> type[Environment]:
     return found
 
 
+def task_name(task: str) -> str:
+    """A task's name, for FILE.py:CLASS with the absolute path."""
+    path, colon, name = task.rpartition(":")
+    return f"{Path(path).resolve()}:{name}" if colon else task
+
+
 @cache
-def _module(path: str) -> types.ModuleType:
-    """A file of the user's, run once."""
+def _module(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(path, path)
     sys.modules[path] = module = importlib.util.module_from_spec(spec)
     try:
@@ -2527,13 +2234,3 @@ def _module(path: str) -> types.ModuleType:
     except Exception as error:  # it can raise anything
         raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {_line(error)}") from None
     return module
-
-
-def make(
-    task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
-) -> Environment:
-    """An environment of a task, one of TASKS or FILE.py:CLASS; `options` are those of its class.
-
-    Raises ValueError for an unknown task, a wrong option or a wrong value.
-    """
-    return task_class(task)(variant, seed, verify_iter, **options)

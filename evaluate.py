@@ -62,7 +62,9 @@ def evaluate(
     many of this rank's episodes have ended.
     """
     for env in environments:
-        env.go_on = True  # accuracy speaks of all waypoints, and not of those before the first failure
+        env.continue_after_failure = (
+            True  # accuracy speaks of all waypoints, and not of those before the first failure
+        )
     streams, episodes = sampled(policy, environments, temperature, max_new_tokens, series, pictures, watch)
     result = {}
     if reference is not None:
@@ -92,7 +94,7 @@ def sampled(
     if n < world:
         raise ValueError(f"{n} episodes cannot be shared by {world} ranks")
     own = range(n * k // world, n * (k + 1) // world)
-    seeds, options = zip(*(environments[i].start_of(series, i) for i in own))
+    seeds, options = zip(*environments[0].starts(series, n)[own.start : own.stop])
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
         shown = respond if pictures == "own" else Disguise(respond, pictures)
         mine = [environments[i] for i in own]
@@ -506,6 +508,48 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
+# Words of the report, by class of the task.
+WORDS = {
+    envs.Environment: {
+        "hands": "episodes",
+        "measure": "success",
+        "columns": ("success", "first reply"),  # measures
+        "last": "first reply",
+        "cells": "First reply is the share of episodes solved by the first reply",
+        "reads": "name what is shown",
+    },
+    envs.GeneralPoints: {
+        "id": "In distribution: J, Q, K count 10, as in training.",
+        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
+        "visual": "Other colour: red suits, the training rule.",
+        "hands": "hands",
+        "columns": ("success", "first reply", "illegal"),
+        "last": "wrong numbers",
+        "cells": "Illegal are the replies in form, in percent, with no legal equation, such as those with an "
+        "x for a product (the tiny corpus's bad habit); wrong numbers are replies with a number which the "
+        "rule in force does not give",
+        "reads": "name the cards",
+    },
+    envs.VIRL: {
+        "id": "In distribution: turns by the compass, on routes that training never walks.",
+        "rule": "Other rule: left and right, on the same routes.",
+        "visual": "Other cities: the training rule in nine cities that post-training never sees.",
+        "hands": "routes",
+        "measure": "per-step accuracy",
+        "columns": ("steps", "first reply of each step", "routes"),
+        "last": "turns",
+        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of "
+        "the waypoints where one must turn, routes the share of routes with all of them",
+        "reads": "name the landmark, where there is one",
+    },
+}
+
+
+def words_of(cls: type[envs.Environment]) -> dict:
+    """The words of the first base of a class that has some."""
+    return WORDS[envs.Environment] | next(WORDS[base] for base in cls.__mro__ if base in WORDS)
+
+
 @dataclass
 class Report:
     """Writes report.md and, where matplotlib is installed, figures/*.png.
@@ -520,7 +564,7 @@ class Report:
     def __post_init__(self):
         self.task = self.settings["task"]
         cls = envs.task_class(self.task)
-        self.words, self.headline = cls.words, cls.headline
+        self.words, self.headline = words_of(cls), cls.headline
         self.usual = {"verify_iter": self.settings["verify_iter"]}
         self.where = {v: text for v, text in cls.variants.items() if self.ends("init", v)}
         self.last = "rule" if "rule" in self.where else "id"

@@ -227,8 +227,14 @@ def imperfect_demonstration(env: envs.Environment) -> dict:
         return imperfect_walk(env)
     wrong_turns = min(env.random.choices((0, 1, 2, 4), (75, 12, 8, 5))[0], env.verify_iter - 1)
     cls, careless = type(env), 0 if env.pictures else 50
-    authors = (cls.wrong_reply, cls.careless_reply, cls.expert_reply)
+    authors = (cls.wrong_reply, careless_reply, cls.expert_reply)
     return envs.demonstration(env, wrong_turns, env.random.choices(authors, (10, careless, 90 - careless))[0])
+
+
+def careless_reply(env: envs.Environment) -> str:
+    """An expert's reply with a bad habit, on cards "x" for every product: then no legal equation."""
+    reply = env.expert_reply()
+    return reply.replace("*", "x") if isinstance(env, envs.GeneralPoints) else reply
 
 
 def revision(env: envs.Environment) -> dict:
@@ -240,12 +246,12 @@ def imperfect_walk(env: envs.Environment) -> dict:
     """The same where an episode has several decisions: one reply in five is wrong. The walker is told so and
     tries again, or the record ends."""
     env.reset()
-    last = envs.last_decision(env)
+    final = envs.final_decision(env)
     while True:
         wrong = env.random.random() < 0.2
         reply = env.wrong_reply() if wrong else env.expert_reply()
-        last_try = env.judged + 1 == env.verify_iter
-        if wrong and last_try or env.at == last and (not wrong or env.random.random() < 0.5):
+        last_try = env.attempts + 1 == env.verify_iter
+        if wrong and last_try or env.decision == final and (not wrong or env.random.random() < 0.5):
             return envs.record(env, reply)
         env.step(reply)
 

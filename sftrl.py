@@ -1515,9 +1515,9 @@ class StudyRun:
         place = {name: point[name] for name in names}
         with open(self.out / "transcripts.jsonl", "a") as file:
             for i, (env, episode) in enumerate(zip(environments, episodes)):
-                if env.image and not place["temperature"]:
+                if env.pictures and not place["temperature"]:
                     folder = f"pictures/{place['seed']}-{place['arm']}-{place['step']}-{place['variant']}/{i}"
-                    save_pictures(env, episode, env.start_of(place["series"], i), self.out / folder)
+                    save_pictures(env, episode, env.starts(place["series"], i + 1)[i], self.out / folder)
                     place["pictures"] = folder
                 file.write(json.dumps(place | episode.transcript()) + "\n")
 
@@ -2007,7 +2007,7 @@ def command_ppo(args: argparse.Namespace) -> None:
     run_ppo(
         lambda: load_policy(loading_of(args), args.model, env.pictures),
         Path(args.out),
-        env.twin,
+        env.fresh_copy,
         config,
         environment_settings(args),
         **logs_of(args),
@@ -2017,14 +2017,15 @@ def command_ppo(args: argparse.Namespace) -> None:
 def command_evaluate(args: argparse.Namespace) -> None:
     """`sftrl evaluate`."""
     env = environment_of(args)
-    n = args.episodes or env.series_length
-    environments = [env, *(env.twin() for _ in range(n - 1))]
+    starts = env.starts("test", args.episodes)
+    n = len(starts)
+    environments = [env, *(env.fresh_copy() for _ in range(n - 1))]
     if args.save:
         if not env.pictures:
             raise ValueError(f"task {args.task!r} has no pictures to --save")
         Path(args.save).mkdir(parents=True, exist_ok=True)  # a wrong path ends here, before the work
     policy = load_policy(loading_of(args), args.model, env.pictures)
-    check_experts(policy, ((env, *env.start_of("test", i)) for i, env in enumerate(environments)))
+    check_experts(policy, ((env, *start) for env, start in zip(environments, starts)))
     with Progress("evaluation", n // policy.world) as bar:
         result, episodes = evaluate.evaluate(
             policy,
@@ -2041,7 +2042,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
             write_whole(Path(args.out) / "transcripts.jsonl", "".join(lines))
         for i, episode in enumerate(episodes[: args.transcripts]):
             if args.save:
-                save_pictures(env, episode, env.start_of("test", i), Path(args.save) / str(i))
+                save_pictures(env, episode, starts[i], Path(args.save) / str(i))
             print_transcript(episode)
         shown = {key: value for key, value in result.items() if key not in evaluate.MEASURES.values()}
         print(json.dumps(shown, indent=1))

@@ -74,7 +74,9 @@ def test_step_accuracy_counts_all_waypoints_and_its_error_routes():
 def test_evaluation_walks_every_route_to_its_end(policy):
     environments = [envs.make("virl-l", split="test", points_per_leg=0, verify_iter=1) for _ in range(3)]
     result, episodes = evaluate.evaluate(policy, environments, 1.0, 4)
-    assert result["waypoints"] == sum(len(e.turns) for e in episodes) == sum(len(e.asked) for e in episodes)
+    assert (
+        result["waypoints"] == sum(len(e.turns) for e in episodes) == sum(len(e.expected) for e in episodes)
+    )
     assert result["step_accuracy"] == result["success"] == 0 and set(result["verdicts"]) == set(STEP_KINDS)
 
 
@@ -125,7 +127,7 @@ def test_recognition_is_counted_over_replies_and_paired_over_hands():
 
 
 def test_a_walker_who_reports_that_there_is_no_landmark_recognizes_none():
-    environments = [envs.make("virl-l", seed=k, split="test", go_on=True) for k in range(20)]
+    environments = [envs.make("virl-l", seed=k, split="test", continue_after_failure=True) for k in range(20)]
     nothing = json.dumps(dict(zip(envs.STREET_FIELDS, (envs.NOTHING, "", "forward()"))))
     blind = evaluate.summary(
         envs.play(environments, lambda indices, observations: [nothing] * len(indices)), STEP_KINDS
@@ -177,9 +179,9 @@ def test_the_same_hands_for_every_checkpoint_and_none_of_training(policy):
     for series in ("test", "valid", "train/0/0"):
         environments = [envs.make("gp-l", verify_iter=1) for _ in range(20)]
         _, episodes = evaluate.evaluate(policy, environments, 1.0, 4, series)
-        hands[series] = [e.asked for e in episodes]
+        hands[series] = [e.expected for e in episodes]
         _, again = evaluate.evaluate(policy, environments, 0.0, 4, series)
-        assert [e.asked for e in again] == hands[series]
+        assert [e.expected for e in again] == hands[series]
     assert not any(
         a == b for x, y in (("test", "valid"), ("test", "train/0/0")) for a, b in zip(hands[x], hands[y])
     )
@@ -339,10 +341,11 @@ def test_controls_show_grey_pictures_or_those_of_other_episodes():
 
     def expert(indices, observations):
         shown.extend(
-            (i, environments[i].at, environments[i].image, o.image) for i, o in zip(indices, observations)
+            (i, environments[i].decision, environments[i].observe().image, o.image)
+            for i, o in zip(indices, observations)
         )
         return [
-            environments[i].wrong_reply() if not environments[i].judged else environments[i].expert_reply()
+            environments[i].wrong_reply() if not environments[i].attempts else environments[i].expert_reply()
             for i in indices
         ]
 

@@ -165,14 +165,14 @@ class Countdown(envs.Environment):
         return "Count down."
 
     def draw(self):
-        return Image.new("L", (self.size, self.size), self.decisions - self.at)
+        return Image.new("L", (self.size, self.size), self.decisions - self.decision)
 
     def judge(self, reply):
         right = reply == self.expert_reply()
         return envs.Verdict("correct" if right else "wrong", "Yes." if right else "No.", right)
 
     def expert_reply(self):
-        return str(self.decisions - self.at)
+        return str(self.decisions - self.decision)
 
     def wrong_reply(self):
         return "zero"
@@ -180,7 +180,7 @@ class Countdown(envs.Environment):
 
 def test_an_episode_may_have_several_decisions_each_with_its_budget_and_its_picture():
     for go_on in (False, True):
-        env = Countdown(go_on=go_on, size=2)
+        env = Countdown(continue_after_failure=go_on, size=2)
         observation, _ = env.reset()
         assert observation.image.getpixel((0, 0)) == 3 and observation.image.size == (2, 2)
         observation, reward, _, _, info = env.step("3")
@@ -192,7 +192,7 @@ def test_an_episode_may_have_several_decisions_each_with_its_budget_and_its_pict
         observation, reward, terminated, truncated, info = env.step("zero")
         assert (reward, info["decision"], terminated, truncated) == (-6, 1, False, not go_on)
         if go_on:  # led on to the last number; the episode counts as failed
-            assert observation.image.getpixel((0, 0)) == 1 and env.at == 2
+            assert observation.image.getpixel((0, 0)) == 1 and env.decision == 2
             assert env.step("1")[1:4] == (1, False, True)
     (episode,) = envs.play([env], lambda indices, observations: [env.expert_reply()])
     assert episode.success and [turn.decision for turn in episode.turns] == [0, 1, 2]
@@ -200,9 +200,9 @@ def test_an_episode_may_have_several_decisions_each_with_its_budget_and_its_pict
     assert pictures == {1, 2, 3}
     record = sft.imperfect_demonstration(env)
     assert record["conversations"][-1]["from"] == "gpt" and record["image"].size == (2, 2)
-    twin = env.twin()
+    fresh = env.fresh_copy()
     env.reset()
-    assert twin.reset() and twin.step("x") and env.judged == 0 and twin.size == 2
+    assert fresh.reset() and fresh.step("x") and env.attempts == 0 and fresh.size == 2
 
 
 def test_a_study_of_it_needs_a_model_and_writes_a_report(task, tmp_path, capsys):

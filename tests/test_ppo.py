@@ -262,7 +262,7 @@ class Guided:
     def __call__(self, indices, observations):
         own = self.respond(indices, observations)
         return [
-            self.environments[i].expert_reply() if self.environments[i].judged else reply
+            self.environments[i].expert_reply() if self.environments[i].attempts else reply
             for i, reply in zip(indices, own)
         ]
 

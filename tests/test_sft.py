@@ -268,19 +268,19 @@ def test_a_record_of_a_walk_shows_one_picture_and_trains_the_replies_to_it(polic
         turns = [turn["value"] for turn in record["conversations"]]
         shown = [k for k, value in enumerate(turns) if "<image>" in value]
         # The last waypoint: picture, wrong reply, feedback, right reply.
-        assert shown == [len(turns) - 4] and record["image"] is env.image
-        waypoints.add(env.at)
+        assert shown == [len(turns) - 4] and record["image"] is env.observe().image
+        waypoints.add(env.decision)
         (stream,) = policy.streams([record])
         said = [policy.decode(stream.ids[start:stop]) for start, stop in stream.replies]
         assert said == turns[-3::2] and sum(stream.mask) == sum(
             stop - start for start, stop in stream.replies
         )
         assert (
-            envs.judge_step(turns[-1], env.waypoints[env.at]).verdict
+            envs.judge_step(turns[-1], env.waypoints[env.decision]).verdict
             == "correct"
-            != envs.judge_step(turns[-3], env.waypoints[env.at]).verdict
+            != envs.judge_step(turns[-3], env.waypoints[env.decision]).verdict
         )
-        observation = envs.Observation(env.messages[:-2], env.image)  # as the walk itself opens it
+        observation = envs.Observation(env.messages[:-2], env.observe().image)  # as the walk itself opens it
         opened = policy.open(observation.messages, observation.image)
         assert stream.ids[: len(opened)] == opened.ids
     assert len(waypoints) > 2
