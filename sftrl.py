@@ -8,7 +8,6 @@ The entry point: loads and shards models, keeps run folders, runs the study, par
 """
 
 import argparse
-import contextlib
 import gc
 import importlib.util
 import json
@@ -28,6 +27,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -124,8 +124,7 @@ TINY_MODELS = {
 
 
 def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on prompts and replies. Fixed text merges into single tokens,
-    because every token costs study time."""
+    """A byte-level BPE tokenizer, trained on prompts and replies: fixed text merges into single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     corpus, isolated = TINY_MODELS[name]
@@ -145,8 +144,7 @@ def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.
 
 
 def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
-    """A built-in model, one of TINY_MODELS: a Hugging Face Llava of about 1M parameters with random weights,
-    and its processor. Needs no network."""
+    """One of TINY_MODELS, a Hugging Face Llava of about 1M random parameters, and its processor."""
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -225,19 +223,14 @@ def _recomputed(forward, *args, **kwargs):
 
 class RoundingAdamW(torch.optim.Optimizer):
     """AdamW for bf16 parameters, with bf16 moments: 8 bytes per parameter with the gradient, where fp32
-    needs 16, so that 11B fit on one GPU of 141 GB.
-
-    Rounding is stochastic: up or down at random, in proportion to how near the values are. It is unbiased,
-    whereas rounding to the nearest loses every update below 2^-9 of the parameter. The random bits are a
-    function of step and parameter alone.
-    """
+    needs 16. Stochastic rounding, a function of step and parameter alone, is unbiased; rounding to nearest
+    loses every update below 2^-9 of the parameter."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step on the parameters' gradients."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for k, p in enumerate(group["params"]):
@@ -271,7 +264,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step on the parameters' gradients."""
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -294,10 +286,12 @@ def read_model(name: str, dtype: torch.dtype, meta: bool) -> tuple[transformers.
         for p in model.parameters():
             p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
         if meta:
-            model.to("meta").tie_weights()  # which the move has parted
+            model.to("meta").tie_weights()  # which the move has untied
         return model, processor
-    if (Path(name) / "adapter_config.json").exists():  # which the library would apply, or ignore without peft
-        raise ValueError("it is a LoRA adapter: merge it into its base model (peft: merge_and_unload) first")
+    if (Path(name) / "adapter_config.json").exists():  # without peft, the library would ignore it
+        raise ValueError(
+            "it is a LoRA adapter: first merge it into its base model (merge_and_unload of peft)"
+        )
     trust = {"trust_remote_code": False}  # or the library asks at the terminal
     config = transformers.AutoConfig.from_pretrained(name, **trust)
     processor = transformers.AutoProcessor.from_pretrained(name, **trust)
@@ -311,8 +305,8 @@ def read_model(name: str, dtype: torch.dtype, meta: bool) -> tuple[transformers.
     model, found = auto.from_pretrained(name, dtype=dtype, **checked)
     faults = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
     if faults:  # the library would draw these at random
-        difference = "missing or of another shape than its config.json says"
-        raise ValueError(f"{len(faults)} of its weights are {difference}, first {faults[0]}")
+        fault = "of its weights are missing or of another shape than its config.json says"
+        raise ValueError(f"{len(faults)} {fault}, first {faults[0]}")
     if model.generation_config:
         try:
             model.generation_config.validate(strict=True)
@@ -329,25 +323,23 @@ def shard_like(p: Tensor, x: Tensor) -> Tensor:
     return x.to(p.device)
 
 
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
 class Policy(ppo.Policy):
-    """The policy of ppo.py, loaded and saved in Hugging Face format, on one process or sharded over several:
-    after `shard()` the same methods run on FSDP's shards.
-
-    Args, beside those of ppo.Policy:
-        pictures: whether the model must read pictures.
-
-    Raises ValueError in one line for a model that cannot be served.
-    """
+    """The policy of ppo.py, loaded and saved in Hugging Face format; after `shard()` the same methods run on
+    FSDP's shards. `pictures`: whether the model must read pictures. Raises ValueError in one line for a model
+    that cannot be served."""
 
     def __init__(
         self, model: transformers.PreTrainedModel, processor: Any, pictures: bool = False, **options
     ):
         super().__init__(model, processor, **options)
         if pictures and getattr(processor, "patch_size", "") is None:
-            raise ValueError(
-                'its processor has no patch_size: add "patch_size" to processor_config.json, as in '
-                'vision_config of config.json, and "num_additional_image_tokens" (1 for CLIP)'
+            fields = (
+                'add "patch_size" to processor_config.json and, for CLIP, "num_additional_image_tokens": 1'
             )
+            raise ValueError(f"its processor has no patch_size: {fields}")
         architecture = type(model), model.config.to_json_string(), model.dtype, pictures
         if model.device.type != "meta" and architecture not in self._checked:
             check(self, pictures)
@@ -359,12 +351,8 @@ class Policy(ppo.Policy):
     def load(
         cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options
     ) -> "Policy":
-        """Loads one of TINY_MODELS (random weights), a folder, or a Hub id, with the value head beside it.
-
-        The model's weights are of `dtype`, the value head's fp32; `options` are the constructor's. On the
-        device "meta" it is a skeleton without weights. Raises ValueError in one line for what cannot be
-        loaded or served.
-        """
+        """Loads one of TINY_MODELS (random weights), a folder, or a Hub id, and the value head (fp32) beside
+        it; on the device "meta" without weights. Raises ValueError in one line for what cannot be served."""
         device, folder, source = device or best_device(), Path(name), f"model {name!r}"
         if name not in TINY_MODELS and not folder.is_dir():
             if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -381,20 +369,12 @@ class Policy(ppo.Policy):
             if head.exists() and device.type != "meta":
                 source = str(head)
                 policy.value_head.load_state_dict(load_file(head))
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            RuntimeError,
-            ImportError,
-            SafetensorError,
-        ) as error:
+        except LOAD_ERRORS as error:
             if out_of_memory(error):
                 raise
             reason = one_line(error)
             if "trust_remote_code" in str(error):
-                reason = "it brings its code (auto_map), which is not run: take a model that transformers has"
+                reason = "its code (auto_map) is not run: take a model that transformers has"
             raise ValueError(f"{source} cannot be loaded: {reason}") from None
         return policy
 
@@ -403,8 +383,8 @@ class Policy(ppo.Policy):
     def load_shards(
         cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options
     ) -> "Policy":
-        """`load`, `set_trainable` and `shard` for several processes: rank 0 alone reads the files, into host
-        memory, and broadcasts tensor by tensor. A collective call; rank 0's error is raised on all ranks."""
+        """`load`, `set_trainable` and `shard` for several processes: rank 0 alone reads the files and
+        broadcasts tensor by tensor, or its error. A collective call."""
         whole: Policy | None = None
 
         def read() -> tuple:
@@ -421,8 +401,8 @@ class Policy(ppo.Policy):
         policy.to_empty(device=best_device())
         policy.model.tie_weights()
         # Buffers too, some of which (RoPE frequencies) no checkpoint holds.
-        source = dict(chain(whole.named_parameters(), whole.named_buffers())) if whole else {}
-        for key, p in chain(policy.named_parameters(), policy.named_buffers()):
+        source = {**dict(whole.named_parameters()), **dict(whole.named_buffers())} if whole else {}
+        for key, p in (*policy.named_parameters(), *policy.named_buffers()):
             x = source[key] if whole else torch.empty(p.shape, dtype=p.dtype)
             x = x.to(p.device).contiguous()
             dist.broadcast(x, 0)
@@ -432,27 +412,25 @@ class Policy(ppo.Policy):
 
     @torch.no_grad()
     def _initialize_fsdp(self) -> None:
-        """FSDP initializes itself in its first forward pass, and a block when it is first gathered: here all
-        of them, for a block that a task never uses (the vision tower's, for text) would break the
-        accumulation of gradients."""
+        """Gathers every block once, which initializes it: blocks that a task never uses (of vision, for text)
+        would break the accumulation of gradients."""
         flops = self.flops
         self(self.collate([ppo.Stream([self.end_id] * 2, [0, 1])]), values="detached")
         self.flops = flops
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
-                module.reshard()
+        for module in self._fsdp_modules():
+            module.unshard()
+            module.reshard()
+
+    def _fsdp_modules(self) -> list[FSDPModule]:
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
     def set_trainable(self, train: str = "all", recompute: bool = False) -> "Policy":
-        """Sets which part of the model is trained (one of TRAINED), and activation checkpointing (the vision
-        tower's blocks too): a third more work for a fraction of the memory. Call before `shard`."""
+        """Sets the trained part of the model (one of TRAINED) and activation checkpointing (`recompute`).
+        Call before `shard`."""
+        modules = {"adapter": {"multi_modal_projector", "merger"}}
+        modules["tower"] = {"vision_tower", "vision_model", "visual"}
         for name, p in self.model.named_parameters():
-            parts = set(name.split("."))
-            part = "language"
-            if parts & {"multi_modal_projector", "merger"}:
-                part = "adapter"
-            elif parts & {"vision_tower", "vision_model", "visual"}:
-                part = "tower"
+            part = next((k for k, names in modules.items() if names & set(name.split("."))), "language")
             p.requires_grad_(train == "all" or part in train.split("+"))
         for block in self._blocks() if recompute else ():
             block.forward = partial(_recomputed, block.forward)
@@ -483,70 +461,66 @@ class Policy(ppo.Policy):
         """Writes the model in Hugging Face format and the value head beside it. A collective call: rank 0
         gathers all weights in host memory, tensor by tensor, and writes."""
         whole: dict[Tensor, Tensor | None] = {}  # by parameter: tied weights are one, with two names
-        named = self.state_dict(keep_vars=True)
-        for x in named.values():
+        for x in self.state_dict(keep_vars=True).values():
             if x not in whole:
                 whole[x] = self._gather(x)
         if self.rank == 0:
-            prefix = "model."
-            model = {k.removeprefix(prefix): whole[x] for k, x in named.items() if k.startswith(prefix)}
-            head = {
-                key: whole[x].contiguous() for key, x in self.value_head.state_dict(keep_vars=True).items()
-            }
+            model, head = (
+                {name: whole[x].contiguous() for name, x in part.state_dict(keep_vars=True).items()}
+                for part in (self.model, self.value_head)
+            )
             self.model.save_pretrained(folder, state_dict=model, max_shard_size="5GB")
             self.processor.save_pretrained(folder)
             save_file(head, folder / "value_head.safetensors")
 
-    def state(self, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-        """Whole tensors in rank 0's host memory, for `set_state`: key `name` for a parameter, `name/key` for
-        its optimizer's state. A collective call, tensor by tensor."""
+    def state(self, optimizers: ppo.Optimizers) -> dict[str, Tensor]:
+        """Whole tensors in rank 0's host memory: key `name` for a parameter, `name/key` for its optimizer's
+        state. A collective call, tensor by tensor."""
         states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
         tensors = {}
         for name, p in self.named_parameters():
-            for key, x in {name: p, **{f"{name}/{k}": x for k, x in states.get(p, {}).items()}}.items():
-                tensors[key] = self._gather(x)
+            tensors[name] = self._gather(p)
+            for key, x in states.get(p, {}).items():
+                tensors[f"{name}/{key}"] = self._gather(x)
         return tensors
 
     @torch.no_grad()
-    def set_state(self, tensors: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
+    def set_state(self, tensors: dict[str, Tensor], optimizers: ppo.Optimizers) -> None:
         """Restores what `state` returned, on any number of ranks; every rank is given all tensors."""
         self.reshard()
         parameters = dict(self.named_parameters())
         optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
         for key, x in tensors.items():
-            name, _, field_name = key.partition("/")
+            name, _, moment = key.partition("/")
             p = parameters[name]
-            if field_name:
-                optimizer_of[p].state[p][field_name] = shard_like(p, x).clone()
+            if moment:
+                optimizer_of[p].state[p][moment] = shard_like(p, x).clone()
             else:
                 p.copy_(shard_like(p, x))
 
     # ---- training on shards
 
-    @contextlib.contextmanager
+    @contextmanager
     def rollout_weights(self) -> Iterator[nn.Module]:
-        """The model to sample from. Shards are gathered once, for the whole rollout: decoding itself needs no
-        communication, so ranks may stop at different lengths."""
+        """The model to sample from. Shards are gathered once, for ranks may stop at different lengths."""
         if not self.sharded:
             with super().rollout_weights() as model:
                 yield model
             return
-        modules = [m for m in self.modules() if isinstance(m, FSDPModule)]
-        for module in modules:
+        for module in self._fsdp_modules():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield self.model
         finally:
-            for module in modules:
+            for module in self._fsdp_modules():
                 module.reshard()
                 module.set_reshard_after_forward(module is not self, recurse=False)
 
     def reshard(self) -> None:
         """Shards the parameters again: FSDP's root stays gathered after a forward pass."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._fsdp_modules():
+            module.reshard()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """As in ppo.Policy; FSDP averages gradients over ranks, where a sum is wanted."""
@@ -564,10 +538,9 @@ class Policy(ppo.Policy):
         eps: float = 1e-7,
         weight_decay: float = 0.0,
         muon: bool = False,
-    ) -> list[torch.optim.Optimizer]:
-        """AdamW (RoundingAdamW in bf16) on the trained part of the model and, if `value_lr` is given, on the
-        value head at its own rate. With `muon`, Muon at the same rate on the language model's fp32 matrices:
-        pre-training from random weights takes about half the steps."""
+    ) -> ppo.Optimizers:
+        """AdamW (RoundingAdamW in bf16) on the trained part of the model and, at `value_lr`, on the value
+        head; with `muon`, Muon on the language model's fp32 matrices: half the steps of pre-training."""
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         bf16, settings = self.model.dtype == torch.bfloat16, {"betas": betas, "eps": eps}
         settings["weight_decay"] = weight_decay
@@ -592,12 +565,9 @@ class Policy(ppo.Policy):
 
 @torch.no_grad()
 def check(policy: Policy, pictures: bool) -> None:
-    """Raises ValueError if sampled log-probabilities differ from those of `forward` and of the model itself:
-    by over 1e-3 in fp32, or .1 in the mean in bf16.
-
-    Two conversations of two turns, of five tokens each, are sampled and scored; the first token is compared
-    with a plain call of the model on what its processor makes of the prompt.
-    """
+    """Raises ValueError if the log-probabilities of two sampled conversations of two turns differ from those
+    of `forward`, or their first tokens' from those of a plain call of the model: by over 1e-3 in fp32, or .1
+    in the mean in bf16."""
     name, flops = type(policy.model).__name__, policy.flops
     image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
     prompts = [envs.parts_of(text) if pictures else text for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
@@ -636,7 +606,7 @@ class NotSaved(Exception):
     """A run could not write its files; the previous ones are intact."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def saving(path: Path) -> Iterator[None]:
     """Raises NotSaved if the code inside cannot write to a path, whichever library met the full disk."""
     try:
@@ -647,7 +617,7 @@ def saving(path: Path) -> Iterator[None]:
         raise NotSaved(f"{path} could not be written: {one_line(error)}") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path for a file or a folder, which appears at `path` whole or not at all (NotSaved)."""
     temporary = path.with_name(path.name + ".tmp")
@@ -687,7 +657,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes a folder and holds its lock, which the kernel releases when the process is killed. Raises
     ValueError if another process holds it; warns where there are no locks."""
@@ -708,16 +678,16 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.unlink()
                 if new:
                     folder.rmdir()  # which is empty if the command was refused
 
 
-@contextlib.contextmanager
+@contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM (which torchrun adds to it) are only appended to the list, so that the
-    update in progress can be finished and saved; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Inside, Ctrl-C and SIGTERM (torchrun's) are only appended to the list, so that an update is finished
+    and saved; a second Ctrl-C raises KeyboardInterrupt at once."""
     received: list[int] = []
 
     def record(number: int, frame) -> None:
@@ -734,7 +704,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
+@contextmanager
 def progress_bar(name: str, total: float) -> Iterator[Callable[..., None]]:
     """A progress bar on rank 0; where stderr is no terminal, a line every half minute. Yields a function of
     the amount done, and of metrics to show behind the bar."""
@@ -748,83 +718,6 @@ def progress_bar(name: str, total: float) -> Iterator[Callable[..., None]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-class Run:
-    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-<step>/, resume.pt
-    (docs/metrics.md).
-
-    Raises ValueError if the folder holds a run with other settings.
-    """
-
-    def __init__(self, folder: Path, settings: dict):
-        # Strict JSON: tuples as lists, no limit as null.
-        settings = json.loads(json.dumps(settings), parse_constant=lambda _: None)
-        self.folder, self.settings, self.config = folder, settings, folder / "config.json"
-        old = json.loads(self.config.read_text())["settings"] if self.config.exists() else settings
-        changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
-        if changed:
-            fault = f"{folder} holds a run with other settings ({', '.join(changed)})"
-            raise ValueError(f"{fault}: choose another --out, or remove it")
-
-    def finished(self) -> bool:
-        """Whether training came to its end."""
-        lines, saved = read_lines(self.folder / "metrics.jsonl"), map(step_of, checkpoints(self.folder))
-        return bool(lines) and lines[-1]["progress"] >= 1 and lines[-1]["step"] in saved
-
-    def resume(self, policy: Policy, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float, float]:
-        """Loads the newest resume state, if there is one; returns its step, FLOPs and progress. Later
-        checkpoints and lines of the logs are dropped. Writes config.json if the run is new."""
-        path, (step, flops, progress) = self.folder / "resume.pt", (0, 0.0, 0.0)
-        if path.exists():
-            try:  # mapped: one copy in memory for all ranks of a node
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                tensors, step, flops, progress = (state[k] for k in ("tensors", "step", "flops", "progress"))
-            except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-                advice = "damaged, or of another version; remove it to train from the start"
-                raise ValueError(f"{path} cannot be read ({one_line(error)}): {advice}") from None
-            policy.set_state(tensors, optimizers)
-        if policy.rank > 0:
-            return step, flops, progress
-        if not self.config.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-            versions["python"], git = platform.python_version(), None
-            command = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-            with contextlib.suppress(OSError):  # no git
-                git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-            config = {"settings": self.settings, "versions": versions, "git": git}
-            write_text(self.config, json.dumps(config, indent=1))
-        for path in checkpoints(self.folder):
-            if step_of(path) > step:
-                remove(path)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            lines = [line for line in read_lines(self.folder / name) if line["step"] <= step]
-            write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
-        return step, flops, progress
-
-    def log(self, metrics: dict) -> None:
-        """Appends a line of metrics; a transcript among them goes to samples.jsonl."""
-        lines = {"metrics.jsonl": metrics}
-        if transcript := metrics.pop("transcript", None):
-            lines["samples.jsonl"] = {"step": metrics["step"]} | transcript
-        for name, line in lines.items():
-            with saving(self.folder / name), open(self.folder / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def save_checkpoint(self, policy: Policy, step: int) -> None:
-        """Writes checkpoint-<step>/. A collective call."""
-        path = self.folder / f"checkpoint-{step}"
-        with atomic_write(path) if policy.rank == 0 else contextlib.nullcontext(path) as temporary:
-            policy.save(temporary)
-
-    def save_state(self, policy: Policy, optimizers: list[torch.optim.Optimizer], **position: float) -> None:
-        """Writes resume.pt: all that `resume` needs (`position`: step, flops, progress), for everything
-        random is a function of (seed, step). A collective call."""
-        tensors = policy.state(optimizers)
-        if policy.rank == 0:
-            with atomic_write(self.folder / "resume.pt") as temporary:
-                torch.save({"tensors": tensors, **position}, temporary)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -845,13 +738,63 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def check_lengths(policy: Policy, batches: Iterable[list[dict]], flops: float = math.inf) -> None:
-    """Raises ValueError for demonstrations that the policy cannot read: with pictures, or longer than its
-    positions reach. Reads as many as `flops` could train; one batch where positions have no end."""
+    """Raises ValueError for demonstrations that the policy cannot read (pictures, or more tokens than it has
+    positions) among those that `flops` could train; one batch tells where positions have no end."""
     tokens = 0
     for records in batches:
         tokens += sum(map(len, policy.streams(records)))
         if math.isinf(policy.max_length) or 6 * policy.parameter_count * tokens > flops:
             break
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Raises ValueError if a folder holds a run with other settings."""
+    config = folder / "config.json"
+    old = json.loads(config.read_text())["settings"] if config.exists() else settings
+    changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+    if changed:
+        fault = f"{folder} holds a run with other settings ({', '.join(changed)})"
+        raise ValueError(f"{fault}: choose another --out, or remove it")
+
+
+def resume(
+    folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimizers
+) -> tuple[int, float, float]:
+    """Loads the newest resume state of a run, if there is one; returns its step, FLOPs and progress. Later
+    checkpoints and lines of the logs are dropped. Writes config.json if the run is new."""
+    path, (step, flops, progress) = folder / "resume.pt", (0, 0.0, 0.0)
+    if path.exists():
+        try:  # mapped: one copy in memory for all ranks of a node
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors, step, flops, progress = (state[k] for k in ("tensors", "step", "flops", "progress"))
+        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            advice = "damaged, or of another version; remove it to train from the start"
+            raise ValueError(f"{path} cannot be read ({one_line(error)}): {advice}") from None
+        policy.set_state(tensors, optimizers)
+    if policy.rank > 0:
+        return step, flops, progress
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+        versions["python"], git = platform.python_version(), None
+        command = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+        with suppress(OSError):  # no git
+            git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        config = {"settings": settings, "versions": versions, "git": git}
+        write_text(folder / "config.json", json.dumps(config, indent=1))
+    for path in checkpoints(folder):
+        if step_of(path) > step:
+            remove(path)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = [line for line in read_lines(folder / name) if line["step"] <= step]
+        write_text(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+    return step, flops, progress
+
+
+def append_line(path: Path, line: dict) -> None:
+    """Appends to a JSONL file."""
+    with saving(path), open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def train_run(
@@ -864,32 +807,34 @@ def train_run(
     keep: int | None = None,
     tensorboard: bool = False,
 ) -> None:
-    """Trains a run in its folder, from its newest resume state to its end; a finished one is left as it is.
+    """Trains a run in its folder (docs/metrics.md), from its newest resume state to its end; a finished one
+    is left as it is.
 
     Args:
-        load: loads the model.
         data: for SFT `data(step)` returns the records of a step, for PPO `data()` a new environment.
         settings: of model and data, for config.json.
-        count: checkpoints to write, at progress (k / count)^2: denser early, where out-of-distribution
-            success moves fastest.
+        count: checkpoints to write, at progress (k / count)^2: out-of-distribution success moves early.
         keep: newest checkpoints to keep; None: all.
 
-    Raises ValueError, before there is a run folder, for settings that do not fit the model or the ranks.
-    Ctrl-C ends the run after the update in progress, which is saved; then KeyboardInterrupt is raised.
+    Raises ValueError, before there is a run folder, for settings that do not fit the model, the ranks or the
+    folder's run, and KeyboardInterrupt after Ctrl-C, when the update in progress is saved.
     """
-    run = Run(folder, settings | asdict(config))
-    if run.finished():
+    # Strict JSON: tuples as lists, no limit as null.
+    settings = json.loads(json.dumps(settings | asdict(config)), parse_constant=lambda _: None)
+    check_settings(folder, settings)
+    ended = [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["progress"] >= 1]
+    if ended and ended[-1] in map(step_of, checkpoints(folder)):
         return
     # 1. Model, optimizers and a generator of metrics.
     policy, adam = load(), (config.betas, config.eps, config.weight_decay)
     if isinstance(config, sft.SFTConfig):
-        shared, shown, save_every = ["batch_size"], ("loss", "lr"), 50
+        shared, displayed, save_every = ["batch_size"], ("loss", "lr"), 50
         optimizers = policy.optimizers(config.lr, 0.0, *adam, config.muon)
         batches = map(data, range(config.steps))
         train = partial(sft.train, policy, optimizers, data, config)
     else:
         shared, save_every = ["episodes", "minibatch_size"], 5
-        shown = ("success", "return", "approx_kl", "explained_variance")
+        displayed = ("success", "return", "approx_kl", "explained_variance")
         if config.kl_coef:
             policy.keep_initial_weights()
         optimizers = policy.optimizers(config.lr, config.value_lr, *adam)
@@ -903,28 +848,37 @@ def train_run(
             raise ValueError(f"--{name.replace('_', '-')} {size} cannot be shared by {policy.world} ranks")
     check_lengths(policy, batches, config.flops)
     # 2. Steps, each logged; checkpoints and resume states now and then.
-    step, flops, progress = run.resume(policy, optimizers)
-    board = None
-    if tensorboard and policy.rank == 0:
+    step, flops, progress = resume(folder, settings, policy, optimizers)
+    writes, board = policy.rank == 0, None
+    if tensorboard and writes:
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
     name = "/".join(folder.parts[-2:])
-    with deferred_interrupt() as signals, progress_bar(name, 1) as show, board or contextlib.nullcontext():
+    with deferred_interrupt() as signals, progress_bar(name, 1) as show, board or nullcontext():
         for metrics in train(step, flops):
             before, step, progress = progress, metrics["step"], metrics["progress"]
-            show(min(progress, 1), **{name: metrics[name] for name in shown})
-            if policy.rank == 0:
-                run.log(metrics)
+            transcript = metrics.pop("transcript", None)
+            show(min(progress, 1), **{name: metrics[name] for name in displayed})
+            if writes:
+                append_line(folder / "metrics.jsonl", metrics)
+            if writes and transcript:
+                append_line(folder / "samples.jsonl", {"step": step} | transcript)
             for name, value in metrics.items() if board else ():
                 board.add_scalar(name, value, step)
             if due := any(before < (k / count) ** 2 <= progress for k in range(1, count + 1)):
-                run.save_checkpoint(policy, step)
+                path = folder / f"checkpoint-{step}"
+                with atomic_write(path) if writes else nullcontext(path) as temporary:
+                    policy.save(temporary)
             interrupted = policy.largest(bool(signals))  # on any rank: all end alike
             if due or interrupted or step % save_every == 0:
-                run.save_state(policy, optimizers, step=step, flops=metrics["flops"], progress=progress)
-                for old in checkpoints(folder)[:-keep] if keep and policy.rank == 0 else ():
-                    remove(old)
+                # All that a resumed run needs, for everything random is a function of (seed, step).
+                state = {"tensors": policy.state(optimizers), "step": step, "flops": metrics["flops"]}
+                if writes:
+                    with atomic_write(folder / "resume.pt") as temporary:
+                        torch.save(state | {"progress": progress}, temporary)
+                    for old in checkpoints(folder)[:-keep] if keep else ():
+                        remove(old)
             if interrupted:
                 raise KeyboardInterrupt
 
@@ -940,8 +894,7 @@ def load_policy(
     train: str = "all",
     recompute: bool = False,
 ) -> Policy:
-    """The policy on this process's device, sharded if there are several processes; the last four as the
-    options of that name."""
+    """The policy on this process's device, sharded if there are several; see OPTIONS for the last four."""
     options = {"rollout_batch": rollout_batch, "pictures": pictures}
     if torch.cuda.is_available():
         gc.collect()  # reference cycles (FSDP's hooks, recomputed blocks) may hold an old policy's memory
@@ -956,8 +909,7 @@ def load_policy(
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a study, and how its checkpoints are evaluated. An experiment is a list of arms;
-    arms of one name are one run, which experiments may evaluate in several ways."""
+    """One training run of a study, and how its checkpoints are evaluated. Arms of one name are one run."""
 
     name: str  # of its folder, and in results.jsonl
     algorithm: str = "sft"  # or "ppo"
@@ -1003,8 +955,7 @@ class Study:
         return replace(self, base=base, init=init, flops=self.flops * scale)
 
     def for_model(self, parameters: int) -> "Study":
-        """The same for a user's model: the task at full size, as many tokens as the tiny model gets, and the
-        default rates of `sftrl sft` and `sftrl ppo`."""
+        """The same for a user's model: the full task, as many tokens, the rates of `sftrl sft` and `ppo`."""
         return replace(
             self,
             rates={"init": sft.SFTConfig.lr},
@@ -1079,8 +1030,8 @@ PAPERS_PPO = {"ratio": "reply", "thought_coef": 0.5, "value_trunk": "shared", "c
 
 
 def main_arms(study: Study) -> list[Arm]:
-    """The study's main comparison: SFT and RL from one init at equal compute. The init is a short SFT on
-    demonstrations as imperfect as the base's corpus; it teaches the reply's form."""
+    """The main comparison: SFT and RL at equal compute from one init, a short SFT that teaches a reply's form
+    on demonstrations as imperfect as the base's corpus."""
     training = study.init | {"flops": math.inf}
     init = Arm("init", start="base", training=training, records="imperfect", checkpoints=1)
     return [init, Arm("sft", searched=True, validate=True), Arm("rl", "ppo", searched=True)]
@@ -1092,46 +1043,41 @@ def sampled_at_end(arm: Arm, **changes) -> Arm:
 
 
 def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[Arm]:
-    """The arms of an experiment after the main ones; without those that change what an environment of this
-    class cannot change. "main" and "forgetting", which compares what the others measured, have none."""
+    """The arms of an experiment beside the main ones; none for "main" and "forgetting", which compares what
+    others measured. Left out are those with options that the environment lacks."""
     main = init, demonstrated, reinforced = main_arms(study)
-    rate, arms = study.config(reinforced).lr, []
-    last = partial(Arm, curve=False)
-    if experiment == "no-init":
-        arms = [last(f"no-init-{lr:g}", "ppo", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)]
-    elif experiment == "verification":  # one evaluation with 10 replies answers for all smaller budgets
-        budgets = [
-            Arm(f"rl-budget-{k}", "ppo", environment={"verify_iter": k}, checkpoints=1) for k in (1, 3, 5, 10)
-        ]
-        arms = [sampled_at_end(arm, verify_iter=10) for arm in (init, demonstrated, *budgets)]
-    elif experiment == "start":
-        numbers = range(1, study.count + 1)
-        arms = [last(f"rl-from-sft-{k}", "ppo", f"sft@{k}", checkpoints=1) for k in numbers]
-    elif experiment == "recognition":
-        arms = [sampled_at_end(arm, pictures=p) for arm in main for p in evaluate.PICTURES]
-    elif experiment == "revision-sft":
-        arms = [Arm("sft-revision", training={"loss_on": "last"}, records="revision", searched=True)]
-    elif experiment == "sft-search":
-        arms = [
+    rate, last, diverse = study.config(reinforced).lr, partial(Arm, curve=False), {"diverse": True}
+    budgets = [
+        Arm(f"rl-budget-{k}", "ppo", environment={"verify_iter": k}, checkpoints=1) for k in (1, 3, 5, 10)
+    ]
+    dft = Arm("dft", training={"objective": "dft"}, searched=True)
+    control = last("sft-at-dft-rate", training={"lr": study.config(dft).lr})
+    arms = {
+        "no-init": [last(f"no-init-{lr:g}", "ppo", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)],
+        # One evaluation with 10 replies answers for all smaller budgets.
+        "verification": [sampled_at_end(arm, verify_iter=10) for arm in (init, demonstrated, *budgets)],
+        "start": [
+            last(f"rl-from-sft-{k}", "ppo", f"sft@{k}", checkpoints=1) for k in range(1, study.count + 1)
+        ],
+        "recognition": [sampled_at_end(arm, pictures=p) for arm in main for p in evaluate.PICTURES],
+        "revision-sft": [
+            Arm("sft-revision", training={"loss_on": "last"}, records="revision", searched=True)
+        ],
+        "sft-search": [
             last(f"sft-{parts}-{lr:g}", training={"lr": lr}, parts=parts, checkpoints=1)
             for parts in TRAINED
             for lr in study.grid[::2]
-        ]
-    elif experiment == "reply-ratio":
-        arms = [Arm("rl-reply", "ppo", training=PAPERS_PPO, searched=True)]
-    elif experiment == "rivals":
-        diverse, dft = {"diverse": True}, Arm("dft", training={"objective": "dft"}, searched=True)
-        dft_rate = study.config(dft).lr
-        arms = [
+        ],
+        "reply-ratio": [Arm("rl-reply", "ppo", training=PAPERS_PPO, searched=True)],
+        "rivals": [
             dft,
-            last("sft-at-dft-rate", training={"lr": dft_rate}),
+            *([control] if study.config(control).lr != study.config(demonstrated).lr else []),
             Arm("self-sft", "ppo", training={"objective": "imitate"}, searched=True),
             Arm("rl-kl", "ppo", training={"kl_coef": 0.1}, searched=True),
             Arm("diverse-sft", environment=diverse, searched=True),
             Arm("diverse-rl", "ppo", environment=diverse, searched=True),
-        ]
-        if dft_rate == study.config(demonstrated).lr:
-            del arms[1]
+        ],
+    }.get(experiment, [])
     known = {"verify_iter", *envs.options_of(cls)}
     return [arm for arm in arms if arm.environment.keys() <= known]
 
@@ -1143,106 +1089,79 @@ def experiments_of(cls: type[envs.Environment]) -> list[str]:
 
 
 # What SFT learns from, by name: a function of an environment.
-RECORDS = {
-    "expert": envs.demonstration,
-    "imperfect": sft.imperfect_demonstration,
-    "revision": sft.revision,
-}
+RECORDS = {"expert": envs.demonstration, "imperfect": sft.imperfect_demonstration, "revision": sft.revision}
 
 
+@dataclass
 class StudyRun:
-    """A study in its folder: trains and evaluates arms, each from where it stopped.
+    """A study in its folder: trains and evaluates arms, each from where it stopped."""
 
-    Args:
-        task: a task by its name, or FILE.py:CLASS.
-        study: its settings, see STUDIES.
-        loading: how models are loaded, options of `load_policy`.
-        model: "tiny", whose base is trained here, or a folder or Hub id, which is its own base.
-        hands: evaluation hands, or routes, per point; None takes the study's.
-    """
+    task: str  # by name, or FILE.py:CLASS
+    study: Study
+    out: Path
+    loading: dict = field(default_factory=dict)  # options of `load_policy`
+    model: str = "tiny"  # whose base is trained here; or a folder or Hub id, which is its own base
+    hands: int | None = None  # or routes, in the evaluation of a checkpoint; None: the study's
+    tensorboard: bool = False
 
-    def __init__(
-        self,
-        task: str,
-        study: Study,
-        out: Path,
-        loading: dict | None = None,
-        model: str = "tiny",
-        hands: int | None = None,
-        tensorboard: bool = False,
-    ):
-        self.task, self.out, self.loading, self.tensorboard = task, out, loading or {}, tensorboard
-        self.model, self.tiny = model, model in ("tiny", study.tiny)
-        self.study, self.hands = study, hands or study.hands
+    def __post_init__(self):
+        self.tiny, self.hands = self.model in ("tiny", self.study.tiny), self.hands or self.study.hands
         if self.hands < 2:
             raise ValueError("--hands must be at least 2, for an interval")
-        self.results = evaluate.Results(out / "results.jsonl")
-        self._reference: tuple[int | None, evaluate.Reference | None] = None, None  # of a seed
-        self.cls = envs.task_class(task)
+        self.quarter = max(2, self.hands // 4)  # hands on the way
+        self.results = evaluate.Results(self.out / "results.jsonl")
+        self.reference: tuple[int | None, evaluate.Reference | None] = None, None  # a seed's init
+        self.cls = envs.task_class(self.task)
         self.variants, self.headline = tuple(self.cls.variants), self.cls.headline
+        self.options = {"verify_iter": self.study.verify_iter} | self.study.options
 
     def load(self, model: str, **loading) -> Policy:
         """A policy for this study's task."""
         return load_policy(model, self.cls.pictures, **self.loading | loading)
 
-    def environment(self, variant: str = "id", series: str = "train", **options):
-        """One of the study's environments. `series` "valid" and "test": routes that training does not
-        walk."""
+    def environment(self, variant: str = "id", series: str = "train", **options) -> envs.Environment:
+        """One of the study's environments; `series` "valid" and "test" have routes of their own."""
         split = {"split": series} if "split" in envs.options_of(self.cls) else {}
-        usual = {"verify_iter": self.study.verify_iter} | self.study.options | split
-        return envs.make(self.task, variant, **usual | options)
+        return envs.make(self.task, variant, **self.options | split | options)
+
+    def checkpoints(self, name: str, seed: int) -> list:
+        """The checkpoints of an arm; all seeds share the base, which a user's model is itself."""
+        if name == "base" and not self.tiny:
+            return [self.model]
+        return checkpoints(self.out / name if name == "base" else self.out / f"seed-{seed}" / name)
+
+    def relative(self, model: str | Path) -> str:
+        """A checkpoint relative to the study's folder, which may move; any other model by its name."""
+        return str(model.relative_to(self.out) if isinstance(model, Path) else model)
 
     # ---- training
 
-    def folder(self, name: str, seed: int) -> Path:
-        """An arm's run folder; all seeds share the base."""
-        return self.out / name if name == "base" else self.out / f"seed-{seed}" / name
-
-    def checkpoint(self, start: str, seed: int) -> str:
-        """The model that "NAME" or "NAME@K" means."""
-        name, _, number = start.partition("@")
-        if name == "base" and not self.tiny:
-            return self.model
-        found = checkpoints(self.folder(name, seed))
-        return str(found[min(int(number or len(found)), len(found)) - 1])
-
-    def relative(self, model: str) -> str:
-        """A checkpoint relative to the study's folder, which may move; any other model by its name."""
-        path = Path(model)
-        return str(path.relative_to(self.out)) if path.is_relative_to(self.out) else model
-
     def train_base(self) -> None:
         """The tiny foundation model, from random weights on a mixed corpus."""
-        if self.tiny:
-            torch.manual_seed(0)
-            study = self.study
-            corpus = sft.foundation_batches(self.task, study.base.batch_size, study.options)
-            settings = {"stage": "base", "options": study.options}
-            train_run(self.out / "base", lambda: self.load(study.tiny), study.base, corpus, settings)
+        torch.manual_seed(0)
+        study = self.study
+        corpus = sft.foundation_batches(self.task, study.base.batch_size, study.options)
+        settings = {"stage": "base", "options": study.options}
+        train_run(self.out / "base", lambda: self.load(study.tiny), study.base, corpus, settings)
 
     def train(self, arm: Arm, seed: int) -> None:
         """One arm, unless it is finished."""
-        self._reference = None, None  # training needs its memory
-        config, model = self.study.config(arm), self.checkpoint(arm.start, seed)
+        self.reference = None, None  # training needs its memory
+        start, _, number = arm.start.partition("@")
+        found = self.checkpoints(start, seed)
+        model = found[min(int(number or len(found)), len(found)) - 1]
+        config, make = self.study.config(arm), partial(self.environment, **arm.environment)
         loading = self.loading | ({"train": arm.parts} if arm.parts else {})
-        settings = {
-            "task": self.task,
-            "arm": arm.name,
-            "model": self.relative(model),
-            "seed": seed,
-            "options": {"verify_iter": self.study.verify_iter} | self.study.options | arm.environment,
-            "records": arm.records,
-            **loading,
-        }
-        make = partial(self.environment, **arm.environment)
+        settings = {"task": self.task, "arm": arm.name, "model": self.relative(model), "seed": seed}
+        settings |= {"options": self.options | arm.environment, "records": arm.records, **loading}
         if arm.algorithm == "sft":
             label = f"{arm.records}/{seed}"
             data = sft.fresh_batches(make(), RECORDS[arm.records], config.batch_size, label)
         else:
             config, data = replace(config, seed=seed), make
         train_run(
-            self.folder(arm.name, seed),
-            lambda: self.load(model, **loading),
+            self.out / f"seed-{seed}" / arm.name,
+            lambda: self.load(str(model), **loading),
             config,
             data,
             settings,
@@ -1254,19 +1173,17 @@ class StudyRun:
 
     def measure(self, arm: Arm, seed: int, experiment: str = "main") -> None:
         """Evaluates what results.jsonl lacks of an arm's checkpoints."""
-        foreign = arm.name == "base" and not self.tiny
-        *early, last = [self.model] if foreign else checkpoints(self.folder(arm.name, seed))
-        quarter = max(2, self.hands // 4)
-        on_the_way = [(quarter, arm.series, variant, 1.0) for variant in self.variants if arm.curve]
-        validation = [(quarter, "valid", "id", 1.0)] if arm.validate else []
+        paths = self.checkpoints(arm.name, seed)
+        early = [(self.quarter, arm.series, variant, 1.0) for variant in self.variants if arm.curve]
+        validation = [(self.quarter, "valid", "id", 1.0)] if arm.validate else []
         at_end = [(self.hands, arm.series, v, t) for t in arm.temperatures for v in self.variants]
-        with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(early) + 1 + arm.validate) as show:
-            for k, path in enumerate((*early, last), 1):
-                points = validation + (at_end if path is last else on_the_way)
+        with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(paths) + arm.validate) as show:
+            for k, path in enumerate(paths, 1):
+                points = validation + (early if k < len(paths) else at_end)
                 self.evaluate_checkpoint(arm, seed, experiment, path, points)
                 show(k)
             if arm.validate:
-                valid = self.results.find(arm=arm.name, seed=seed, series="valid", episodes=quarter)
+                valid = self.results.find(arm=arm.name, seed=seed, series="valid", episodes=self.quarter)
                 best = self.out / max(valid, key=lambda p: p[self.headline])["checkpoint"]
                 self.evaluate_checkpoint(arm, seed, experiment, best, at_end)
                 show(k + 1)
@@ -1275,7 +1192,7 @@ class StudyRun:
         self, arm: Arm, seed: int, experiment: str, path, points: Sequence[tuple]
     ) -> None:
         """Evaluates a checkpoint on those of the points (hands, series, variant, temperature) that
-        results.jsonl lacks; writes them and the transcripts of two episodes each."""
+        results.jsonl lacks; two episodes of each go to transcripts.jsonl."""
         line, policy = {"step": 0, "flops": 0.0}, None
         if isinstance(path, Path):
             line = next(x for x in read_lines(path.parent / "metrics.jsonl") if x["step"] == step_of(path))
@@ -1287,56 +1204,48 @@ class StudyRun:
             if self.results.find(**key, episodes=hands):
                 continue
             policy = policy or self.load(str(path))
-            reference = self.reference(seed) if temperature and arm.pictures == "own" else None
+            distances = temperature > 0 and arm.pictures == "own"
+            if distances and self.reference[0] != seed:
+                self.reference = seed, evaluate.Reference(self.load(str(self.checkpoints("init", seed)[-1])))
+            reference = self.reference[1] if distances else None
             environments = [self.environment(variant, series, verify_iter=budget) for _ in range(hands)]
             result, episodes = evaluate.evaluate(
                 policy, environments, temperature, self.study.max_new_tokens, series, reference, arm.pictures
             )
             point = {"task": self.task, "experiment": experiment, **key, "flops": line["flops"], **result}
-            self.results.add(point | {"checkpoint": self.relative(str(path))}, write=policy.rank == 0)
+            self.results.add(point | {"checkpoint": self.relative(path)}, write=policy.rank == 0)
             if policy.rank == 0:
                 with open(self.out / "transcripts.jsonl", "a") as file:
                     file.writelines(json.dumps(key | e.transcript()) + "\n" for e in episodes[:2])
 
-    def reference(self, seed: int) -> evaluate.Reference:
-        """The seed's init, from which distances are measured; only the last one is kept in memory."""
-        if self._reference[0] != seed:
-            self._reference = seed, evaluate.Reference(self.load(self.checkpoint("init", seed)))
-        return self._reference[1]
-
     # ---- experiments
 
     def compare(self, experiments: Sequence[str], seeds: int, note: str) -> None:
-        """Trains and evaluates the main arms and those of the experiments; after every seed writes the report
-        and prints its table of claims."""
-        main = main_arms(self.study)
+        """Trains and evaluates all arms of experiments; after every seed reports, and prints the claims."""
         for seed in range(seeds):
             for name in experiments:
-                arms = main + arms_of(self.study, name, self.cls)
+                arms = main_arms(self.study) + arms_of(self.study, name, self.cls)
                 for arm in arms:
                     self.train(arm, seed)
-                base = [Arm("base", curve=False)] if name == "main" else []
-                for arm in base + arms:
+                for arm in [Arm("base", curve=False)] * (name == "main") + arms:
                     self.measure(arm, seed, name)
             if policy_rank() == 0:
                 print("\n".join(["", *self.report(range(seed + 1), note)]), flush=True)
 
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
-        """Writes the report of all experiments that were measured, with a `note` on page one; returns its
-        table of claims."""
-        results = self.results.of(seeds, (self.hands, max(2, self.hands // 4)))
+        """Writes the report of what was measured, with a `note` on page one; returns its table of claims."""
+        results = self.results.of(seeds, (self.hands, self.quarter))
         measured, trained = {}, {arm.name: arm for arm in main_arms(self.study)}
         for name in experiments_of(self.cls)[1:]:
             arms = arms_of(self.study, name, self.cls)
-            ways = [{"verify_iter": arm.verify_iter, "pictures": arm.pictures} for arm in arms]
-            keys = [(arm.name, {k: v for k, v in way.items() if v}) for arm, way in zip(arms, ways)]
-            if not arms or results.find(experiment=name):
-                measured[name] = [
-                    (arm, key)
-                    for arm, key in keys
-                    if all(results.find(arm=arm, variant=v, **key) for v in self.variants)
-                ]
-                trained |= {arm.name: arm for arm in arms}
+            if arms and not results.find(experiment=name):
+                continue
+            measured[name] = []
+            for arm in arms:
+                key = {"pictures": arm.pictures, "verify_iter": arm.verify_iter or self.study.verify_iter}
+                if all(results.find(arm=arm.name, variant=v, **key) for v in self.variants):
+                    measured[name].append((arm.name, key))
+                    trained[arm.name] = arm
         model = self.study.tiny if self.tiny else self.model
         settings = {
             "task": self.task,
@@ -1355,18 +1264,17 @@ class StudyRun:
         differ = {k: v for k, v in asdict(config).items() if v != getattr(type(config), k)} | arm.environment
         if config.flops < math.inf:
             differ.pop("steps", None)  # which `flops` ends earlier
-        differ |= {"records": arm.records} if arm.records != "expert" else {}
-        differ |= {"train": arm.parts} if arm.parts else {}
+        extra = {"records": arm.records, "train": arm.parts}
+        differ |= {name: value for name, value in extra.items() if value not in ("expert", None)}
         settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in differ.items())
         return [arm.name, arm.start, arm.algorithm, settings]
 
     def search(self, experiment: str) -> None:
         """Chooses the rates of an experiment's arms by ID success on validation deals, in the mean over the
-        search's seeds: from the middle of the grid upwards as long as the next rate is better, then downwards
-        alike. Success under the other variants is listed and decides nothing. Prints and writes
-        search-EXPERIMENT.md."""
-        init, *main = main_arms(self.study)
-        arms = main if experiment == "main" else arms_of(self.study, experiment, self.cls)
+        search's seeds: from the middle of the grid up, then down, as long as the next rate is better. Prints
+        and writes search-EXPERIMENT.md."""
+        init, *arms = main_arms(self.study)
+        arms = arms if experiment == "main" else arms_of(self.study, experiment, self.cls)
         grid, rows = self.study.grid, [self.try_rate(init)[1]]
         for arm in (arm for arm in arms if arm.searched):
             tried: dict[int, tuple[float, list[str]]] = {}  # by index in the grid
@@ -1385,13 +1293,13 @@ class StudyRun:
         if policy_rank() == 0:
             measure, seeds = self.headline.replace("_", " "), ", ".join(map(str, SEARCH_SEEDS))
             title = f"{measure} on validation hands or routes, temperature 1, in percent, of seeds {seeds}"
-            table = evaluate.table(["arm", "learning rate", *self.variants], rows)
-            write_text(self.out / f"search-{experiment}.md", "\n".join([title, "", *table, ""]))
-            print("\n".join([title, "", *table]))
+            lines = [title, "", *evaluate.table(["arm", "learning rate", *self.variants], rows)]
+            write_text(self.out / f"search-{experiment}.md", "\n".join([*lines, ""]))
+            print("\n".join(lines))
 
     def try_rate(self, arm: Arm, rate: float | None = None) -> tuple[float, list[str]]:
-        """Trains an arm at a rate (None: its usual one) on the search's seeds: ID success on validation
-        deals, summed over seeds, and its row of the search's table."""
+        """Trains an arm at a rate (None: its usual one): ID success on validation deals, summed over the
+        search's seeds, and its row of the table."""
         name, arm = arm.name, sampled_at_end(arm, series="valid", checkpoints=1)
         if rate:
             arm = replace(arm, name=f"{name}-{rate:g}", training=arm.training | {"lr": rate})
@@ -1400,8 +1308,9 @@ class StudyRun:
             self.measure(arm, seed, "search")
         cells, success = [], {}
         for variant in self.variants:
-            points = self.results.find(arm=arm.name, variant=variant, series="valid", episodes=self.hands)
-            points = [p for p in points if p["seed"] in SEARCH_SEEDS]
+            points = self.results.find(
+                arm=arm.name, variant=variant, experiment="search", episodes=self.hands
+            )
             numbers = [100 * p[key] for p in points for key in (self.headline, self.headline + "_se")]
             cells.append("{:.1f} ± {:.1f}, {:.1f} ± {:.1f}".format(*numbers))
             success[variant] = sum(p[self.headline] for p in points)
@@ -1481,7 +1390,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
     },
     "play": {
         "model": (str, None, Option("let this model play the episode")),
-        "reply": (list[str], [], Option("judge this reply; may be given several times", metavar="TEXT")),
         "save": (str, None, Option("write the picture of a visual task", metavar="PATH")),
     },
     "data": {
@@ -1496,8 +1404,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
 
 
 def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
-    """All commands and their options, those of the task's environment included. Raises ValueError for an
-    unknown task."""
+    """All commands and options, those of the task too. Raises ValueError for an unknown task."""
     cls = envs.task_class(task)
     parser = Parser(prog="sftrl", description="SFT and PPO side by side: which one learns the rule?")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -1505,11 +1412,17 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
     for run in (command_study, command_sft, command_ppo, command_evaluate, command_play, command_data):
         name = run.__name__.removeprefix("command_")
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run)
-        for names, options in OPTIONS.items():
-            add_options(sub, options if name in names.split() else {})
+        listed = {
+            key: option
+            for names in OPTIONS
+            if name in names.split()
+            for key, option in OPTIONS[names].items()
+        }
+        add_options(sub, listed)
         if run in configs:
             add_options(sub.add_argument_group("training"), envs.options_of(configs[run]))
+            listed |= envs.options_of(configs[run])
+        sub.set_defaults(run=run, listed=listed)
         if run is command_study:
             text = "other learning rates for some arms, the init among them"
             sub.add_argument("--rates", type=named_number, nargs="+", metavar="ARM=RATE", help=text)
@@ -1521,21 +1434,23 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
         text = f"other rewards for some verdicts, or for a budget that is used up (default: {usual})"
         group.add_argument("--rewards", type=named_number, nargs="+", metavar="VERDICT=REWARD", help=text)
         add_options(group, envs.options_of(cls), keep_default=False)
-        for start, (kind, text) in cls.start_options.items() if run is command_play else ():
-            sub.add_argument(f"--{start}", type=kind, help=text)
+        if run is command_play:
+            text = "judge this reply; may be given several times"
+            sub.add_argument("--reply", action="append", default=[], metavar="TEXT", help=text)
+            for start, (kind, text) in cls.start_options.items():
+                sub.add_argument(f"--{start}", type=kind, help=text)
     return parser
 
 
 def add_options(group, options: dict[str, tuple[Any, Any, Option]], keep_default: bool = True) -> None:
-    """A flag for every option, by name: type, default (... if it must be given), help and limits. Without
-    `keep_default` an option that is not given is None."""
+    """A flag for every option, as in OPTIONS; without `keep_default` one that is not given is None."""
     for name, (kind, default, option) in options.items():
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             kind = typing.get_args(kind)[0]  # of int | None the integer
-        many, inner = typing.get_origin(kind), typing.get_args(kind)
+        many = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
         limits = ": " + ", ".join(option.choices) if option.choices else ", " + option.limits()
         text = (option.help + limits).removesuffix(", ")
-        if default not in (None, ..., []) and option.metavar != "FILE":
+        if default not in (None, ...) and option.metavar != "FILE":
             words = " ".join(map(str, default)) if many else default
             text += f" (default: {('no', 'yes')[default] if kind is bool else words})"
         flag: dict = {"help": text.replace("%", "%%")}
@@ -1543,28 +1458,10 @@ def add_options(group, options: dict[str, tuple[Any, Any, Option]], keep_default
         if kind is bool:
             flag["action"] = argparse.BooleanOptionalAction
         else:
-            read = argument_type(name, inner[0] if many else kind, option)
-            flag |= {"type": read, "metavar": option.metavar, "required": default is ...}
-        if many is tuple:
-            flag["nargs"] = len(inner)
-        elif many is list:
-            flag["action"] = "append"
+            flag |= {"type": many[0] if many else kind, "metavar": option.metavar, "required": default is ...}
+        if many:
+            flag["nargs"] = len(many)
         group.add_argument("--" + name.replace("_", "-"), **flag)
-
-
-def argument_type(name: str, kind: type, option: Option) -> Callable[[str], Any]:
-    """Converts an argument and checks an option's limits."""
-
-    def convert(text: str):
-        value = kind(text)
-        try:
-            option.check(name, kind, value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it in its messages
-    return convert
 
 
 def named_number(text: str) -> tuple[str, float]:
@@ -1573,15 +1470,8 @@ def named_number(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def config_of(args: argparse.Namespace, config: type):
-    """The training settings that a command's options describe."""
-    values = {name: getattr(args, name) for name in envs.options_of(config)}
-    return config(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
-
-
 def environment_of(args: argparse.Namespace, wrong_turns: int = 0) -> envs.Environment:
-    """The environment that a command's options describe. Raises ValueError if its budget leaves no room for
-    a right reply after `wrong_turns`."""
+    """The environment of a command. Raises ValueError if `wrong_turns` leave no room for a right reply."""
     options = {"rewards": args.rewards}
     for name, (_, _, option) in envs.options_of(envs.task_class(args.task)).items():
         value = getattr(args, name)
@@ -1594,22 +1484,14 @@ def environment_of(args: argparse.Namespace, wrong_turns: int = 0) -> envs.Envir
     return env
 
 
-def loading_of(args: argparse.Namespace) -> dict:
-    """The options of `load_policy` among a command's."""
-    names = ("rollout_batch", "weights", "train", "recompute")
-    return {name: getattr(args, name) for name in names if name in args}
-
-
 def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     """The settings that a command line asks for, and a note on them for the report."""
-    study, note = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale), ""
-    cls, tiny = envs.task_class(args.task), args.model in ("tiny", study.tiny)
-    if not tiny:
+    study, cls = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale), envs.task_class(args.task)
+    note = "How the learning rates were chosen: docs/rates.md."
+    if args.model not in ("tiny", study.tiny):
         study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
         note = "Learning rates: those of sftrl sft and ppo."
-    elif args.task in STUDIES:
-        note = "How the learning rates were chosen: docs/rates.md."
-    else:
+    elif args.task not in STUDIES:
         known = ", ".join(STUDIES)
         raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
     arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
@@ -1631,9 +1513,10 @@ def command_study(args: argparse.Namespace) -> None:
     if args.experiment not in (*known, "all"):
         raise ValueError(f"--experiment {args.experiment!r}: choose from {', '.join(known)}, all")
     chosen = known if args.experiment == "all" else [args.experiment]
-    (study, note), loading = study_of(args), loading_of(args)
-    run = StudyRun(args.task, study, Path(args.out), loading, args.model, args.hands, args.tensorboard)
-    run.train_base()
+    (study, note), out = study_of(args), Path(args.out)
+    run = StudyRun(args.task, study, out, args.loading, args.model, args.hands, args.tensorboard)
+    if run.tiny:
+        run.train_base()
     if args.search:
         for name in chosen:
             run.search(name)
@@ -1643,32 +1526,33 @@ def command_study(args: argparse.Namespace) -> None:
 
 def command_sft(args: argparse.Namespace) -> None:
     """Supervised fine-tuning on demonstrations."""
-    config, pictures = config_of(args, sft.SFTConfig), envs.task_class(args.task).pictures
+    pictures = envs.task_class(args.task).pictures
     if args.demos:
         records = sft.read_records(args.demos, args.images)
-        data, pictures = sft.epochs(records, config.batch_size, args.seed), bool(records[0].get("image"))
+        data, pictures = sft.epochs(records, args.batch_size, args.seed), bool(records[0].get("image"))
     else:
         env = environment_of(args, args.wrong_turns)
         demonstrate = partial(envs.demonstration, wrong_turns=args.wrong_turns)
-        data = sft.fresh_batches(env, demonstrate, config.batch_size, f"sft/{args.seed}")
-    train_as_asked(args, config, data, pictures)
+        data = sft.fresh_batches(env, demonstrate, args.batch_size, f"sft/{args.seed}")
+    train_as_asked(args, sft.SFTConfig, data, pictures)
 
 
 def command_ppo(args: argparse.Namespace) -> None:
     """Reinforcement learning with PPO against the verifier."""
     env = environment_of(args)
-    train_as_asked(args, config_of(args, ppo.PPOConfig), env.twin, env.pictures)
+    train_as_asked(args, ppo.PPOConfig, env.twin, env.pictures)
 
 
-# Options without influence on a run's numbers, which a resumed run may change.
-NO_SETTINGS = ("command", "run", "out", "threads", "checkpoints", "keep", "tensorboard", "recompute")
+# Arguments without influence on a run's numbers, which may change when it is resumed.
+NO_SETTINGS = "command run out threads checkpoints keep tensorboard recompute loading listed".split()
 
 
-def train_as_asked(args: argparse.Namespace, config, data: Callable, pictures: bool) -> None:
+def train_as_asked(args: argparse.Namespace, config: type, data: Callable, pictures: bool) -> None:
     """`train_run` with a command's options."""
     torch.manual_seed(args.seed)
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-    load = partial(load_policy, args.model, pictures, **loading_of(args))
+    config = config(**{name: settings[name] for name in envs.options_of(config)})
+    load = partial(load_policy, args.model, pictures, **args.loading)
     logs = args.checkpoints, args.keep, args.tensorboard
     train_run(Path(args.out), load, config, data, settings, *logs)
 
@@ -1682,13 +1566,13 @@ def command_evaluate(args: argparse.Namespace) -> None:
         if not env.pictures:
             raise ValueError(f"task {args.task!r} has no pictures to --save")
         Path(args.save).mkdir(parents=True, exist_ok=True)  # a wrong path fails here, before the work
-    policy = load_policy(args.model, env.pictures, **loading_of(args))
-    starts = (env.start_of("test", i) for i in range(n))
+    policy = load_policy(args.model, env.pictures, **args.loading)
+    starts = [env.start_of("test", i) for i in range(n)]
     check_lengths(policy, ([envs.demonstration(env, start=start)] for start in starts))
-    settings = args.temperature, args.max_new_tokens
     with progress_bar("evaluation", n // policy.world) as show:
+        options = {"pictures": args.pictures, "watch": show}
         result, episodes = evaluate.evaluate(
-            policy, environments, *settings, pictures=args.pictures, watch=show
+            policy, environments, args.temperature, args.max_new_tokens, **options
         )
     if policy.rank > 0:
         return
@@ -1698,7 +1582,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
         write_text(Path(args.out) / "transcripts.jsonl", "".join(lines))
     for i, episode in enumerate(episodes[: args.transcripts]):
         if args.save:
-            save_pictures(env, episode, env.start_of("test", i), Path(args.save) / str(i))
+            save_pictures(env, episode, starts[i], Path(args.save) / str(i))
         print(f"--- {'solved' if episode.success else 'not solved'}\nuser: {episode.prompt}")
         print_turns(episode)
     per_hand = evaluate.MEASURES.values()
@@ -1712,11 +1596,9 @@ def print_turns(episode: envs.Episode) -> None:
 
 
 def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], folder: Path) -> None:
-    """Plays an episode's replies again from its `start` and writes the pictures it showed, each under the
-    number of the first reply to it."""
-    observation, _ = env.reset(*start)
+    """Replays an episode and writes its pictures, each under the number of the first reply to it."""
+    (observation, _), saved = env.reset(*start), None
     folder.mkdir(parents=True, exist_ok=True)
-    saved = None
     for k, turn in enumerate(episode.turns):
         if observation.image is not saved:
             saved = observation.image
@@ -1735,9 +1617,9 @@ def command_play(args: argparse.Namespace) -> None:
         observation.image.save(args.save)
     print(f"user: {envs.text_of(observation.messages[0]['content'])}")
     replies = iter(args.reply)
-    player = contextlib.nullcontext(lambda indices, observations: [next(replies, None)])
+    player = nullcontext(lambda indices, observations: [next(replies, None)])
     if args.model:
-        policy = load_policy(args.model, env.pictures, **loading_of(args))
+        policy = load_policy(args.model, env.pictures, **args.loading)
         generator = policy.generator(f"play/{args.seed}")
         player = policy.responder(args.temperature, args.max_new_tokens, generator)
     else:
@@ -1754,10 +1636,8 @@ def command_data(args: argparse.Namespace) -> None:
     env, out = environment_of(args, args.wrong_turns), Path(args.out)
     if hasattr(env, "write") and out.suffix != ".json":
         if args.data or args.wrong_turns:
-            raise ValueError(
-                "a folder takes the built-in city, without --data and --wrong-turns: "
-                "for demonstrations let --out end in .json"
-            )
+            advice = "without --data and --wrong-turns: for demonstrations let --out end in .json"
+            raise ValueError(f"a folder takes the built-in city, {advice}")
         with progress_bar("panoramas", 1) as show:
             print(env.write(out, args.seed, args.episodes, show))
         return
@@ -1781,10 +1661,9 @@ def complain(message: str, every_rank: bool = False) -> None:
 
 
 def exit_rank(status: int) -> None:
-    """Ends a process of torchrun without the interpreter's shutdown: FSDP's caches keep gloo's threads alive,
-    and one that frees a tensor during the shutdown aborts the process (torch 2.13; pytorch issue 190489). A
-    rank that failed skips the process-group shutdown too, for which others may not be ready; torchrun ends
-    them."""
+    """Ends a process of torchrun without the interpreter's shutdown, in which a thread of gloo that frees a
+    tensor aborts the process (pytorch issue 190489). A rank that failed skips the process-group shutdown too:
+    torchrun ends the others."""
     if not status:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -1793,18 +1672,18 @@ def exit_rank(status: int) -> None:
 
 
 def prepare(threads: int) -> bool:
-    """Sets the number of threads (0: as many as cores), joins the process group, and prints warnings as one
-    line each, on rank 0 alone. Returns whether there are several processes."""
+    """Sets the number of threads (0: as many as cores), joins the process group, and makes warnings one line
+    on rank 0. Returns whether there are several processes."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if threads:
         torch.set_num_threads(threads)
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    distributed, gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.is_available()
     if distributed:
-        if torch.cuda.is_available():
+        if gpu:
             torch.cuda.set_device(best_device())
-        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "gloo")
     warnings.formatwarning = lambda message, *_: f"sftrl: warning: {message}\n"
     if policy_rank():
         warnings.simplefilter("ignore")
@@ -1820,16 +1699,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     first.add_argument("--task", default="gp-l")
     try:
         args = build_parser(first.parse_known_args(argv)[0].task).parse_args(argv)
-    except (ValueError, argparse.ArgumentError) as error:  # no task, or an option that a command has already
+        for name, (kind, _, option) in args.listed.items():
+            if (value := getattr(args, name)) is not None:
+                option.check("--" + name.replace("_", "-"), kind, value)
+    except (ValueError, argparse.ArgumentError) as error:  # the last: a task's option is one of the command's
         first.error(str(error))
     args.task = envs.task_name(args.task)
     for name in {"rewards", "rates"} & vars(args).keys():
         setattr(args, name, dict(getattr(args, name) or ()))
+    loading = ("rollout_batch", "weights", "train", "recompute")
+    args.loading = {name: getattr(args, name) for name in loading if name in args}
     distributed, status = prepare(args.threads), 0
     try:
         if getattr(args, "tensorboard", False) and not importlib.util.find_spec("tensorboard"):
             raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard")
-        with contextlib.ExitStack() as locks:
+        with ExitStack() as locks:
             if args.command not in ("play", "data") and args.out:  # one command at a time writes to a folder
                 on_rank_0(lambda: locks.enter_context(locked(Path(args.out))))
             args.run(args)

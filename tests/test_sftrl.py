@@ -1506,14 +1506,15 @@ def test_the_newest_checkpoints_alone_are_kept(tmp_path):
 
 def test_only_folders_named_checkpoint_and_digits_belong_to_a_run(tmp_path, monkeypatch):
     command = ("sft", "--out", tmp_path, "--steps", 4, "--batch-size", 2, "--checkpoints", 4, "--keep", 1)
-    log = sftrl.Run.log
+    train = sft.train
 
-    def interrupt(run, metrics):
-        log(run, metrics)
-        if metrics["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupted_train(*args):
+        for metrics in train(*args):
+            if metrics["step"] == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield metrics
 
-    monkeypatch.setattr(sftrl.Run, "log", interrupt)
+    monkeypatch.setattr(sft, "train", interrupted_train)
     assert inside(*command) == 130
     monkeypatch.undo()
     foreign = [
@@ -2072,7 +2073,8 @@ def test_a_prompt_of_ones_own_states_the_cards(tmp_path, capsys):
         (("play", "--rewards", "correct=nan"), "finite"),
         (("play", "--task", "missing.py:World"), "missing.py"),
         (("play", "--task", "setup.cfg:World"), "unknown task"),
-        (("sft", "--out", "x", "--wrong-turns", "9"), "--wrong-turns"),
+        (("sft", "--out", "x", "--wrong-turns", "9"), "9 wrong turns leave no reply"),
+        (("data", "--out", "x", "--wrong-turns", "-1"), "--wrong-turns"),
         (("evaluate", "--model", "tiny", "--prompt", "missing.txt"), "missing.txt"),
         (("play", "--cards", "A A A A"), "cannot make"),
         (("play", "--save", "x.png"), "no picture"),
