@@ -531,13 +531,7 @@ class Policy(ppo.Policy):
         loss.backward()
 
     def optimizers(
-        self,
-        lr: float,
-        value_lr: float = 0.0,
-        betas=(0.9, 0.98),
-        eps: float = 1e-7,
-        weight_decay: float = 0.0,
-        muon: bool = False,
+        self, lr: float, value_lr=0.0, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, muon=False
     ) -> ppo.Optimizers:
         """AdamW (RoundingAdamW in bf16) on the trained part of the model and, at `value_lr`, on the value
         head; with `muon`, Muon on the language model's fp32 matrices: half the steps of pre-training."""
@@ -797,6 +791,28 @@ def append_line(path: Path, line: dict) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def trainer(policy: Policy, config, data: Callable) -> tuple[ppo.Optimizers, Callable]:
+    """Optimizers, and sft.train or ppo.train as a function of the step and FLOPs where they begin. Raises
+    ValueError for demonstrations that the policy cannot read."""
+    adam = config.betas, config.eps, config.weight_decay
+    if isinstance(config, sft.SFTConfig):
+        check_lengths(policy, map(data, range(config.steps)), config.flops)
+        optimizers = policy.optimizers(config.lr, 0.0, *adam, config.muon)
+        return optimizers, partial(sft.train, policy, optimizers, data, config)
+    environments = [data() for _ in range(config.episodes // policy.world)]
+    seeds = (ppo.episode_seeds(policy, len(environments), config, k) for k in range(config.steps))
+    starts = chain.from_iterable(zip(environments, step_seeds) for step_seeds in seeds)
+    batches = ([envs.demonstration(env, start=(seed, None))] for env, seed in starts)
+    check_lengths(policy, batches, config.flops)
+    if config.kl_coef:
+        policy.keep_initial_weights()
+    optimizers = policy.optimizers(config.lr, config.value_lr, *adam)
+    return optimizers, partial(ppo.train, policy, optimizers, environments, config)
+
+
+DISPLAYED = ("loss", "lr", "success", "return", "approx_kl", "explained_variance")  # on the progress bar
+
+
 def train_run(
     folder: Path,
     load: Callable[[], Policy],
@@ -825,30 +841,13 @@ def train_run(
     ended = [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["progress"] >= 1]
     if ended and ended[-1] in map(step_of, checkpoints(folder)):
         return
-    # 1. Model, optimizers and a generator of metrics.
-    policy, adam = load(), (config.betas, config.eps, config.weight_decay)
-    if isinstance(config, sft.SFTConfig):
-        shared, displayed, save_every = ["batch_size"], ("loss", "lr"), 50
-        optimizers = policy.optimizers(config.lr, 0.0, *adam, config.muon)
-        batches = map(data, range(config.steps))
-        train = partial(sft.train, policy, optimizers, data, config)
-    else:
-        shared, save_every = ["episodes", "minibatch_size"], 5
-        displayed = ("success", "return", "approx_kl", "explained_variance")
-        if config.kl_coef:
-            policy.keep_initial_weights()
-        optimizers = policy.optimizers(config.lr, config.value_lr, *adam)
-        environments = [data() for _ in range(config.episodes // policy.world)]
-        seeds = (ppo.episode_seeds(policy, len(environments), config, k) for k in range(config.steps))
-        starts = chain.from_iterable(zip(environments, step_seeds) for step_seeds in seeds)
-        batches = ([envs.demonstration(env, start=(seed, None))] for env, seed in starts)
-        train = partial(ppo.train, policy, optimizers, environments, config)
-    for name in shared:
-        if (size := getattr(config, name)) % policy.world:
+    policy = load()
+    for name in ("batch_size", "episodes", "minibatch_size"):
+        if (size := getattr(config, name, 0)) % policy.world:
             raise ValueError(f"--{name.replace('_', '-')} {size} cannot be shared by {policy.world} ranks")
-    check_lengths(policy, batches, config.flops)
-    # 2. Steps, each logged; checkpoints and resume states now and then.
+    optimizers, train = trainer(policy, config, data)
     step, flops, progress = resume(folder, settings, policy, optimizers)
+    save_every = 50 if isinstance(config, sft.SFTConfig) else 5
     writes, board = policy.rank == 0, None
     if tensorboard and writes:
         from torch.utils.tensorboard import SummaryWriter
@@ -859,7 +858,7 @@ def train_run(
         for metrics in train(step, flops):
             before, step, progress = progress, metrics["step"], metrics["progress"]
             transcript = metrics.pop("transcript", None)
-            show(min(progress, 1), **{name: metrics[name] for name in displayed})
+            show(min(progress, 1), **{name: metrics[name] for name in DISPLAYED if name in metrics})
             if writes:
                 append_line(folder / "metrics.jsonl", metrics)
             if writes and transcript:
@@ -887,12 +886,7 @@ def train_run(
 
 
 def load_policy(
-    model: str,
-    pictures: bool = False,
-    rollout_batch: int = 256,
-    weights: str = "float32",
-    train: str = "all",
-    recompute: bool = False,
+    model: str, pictures=False, rollout_batch=256, weights="float32", train="all", recompute=False
 ) -> Policy:
     """The policy on this process's device, sharded if there are several; see OPTIONS for the last four."""
     options = {"rollout_batch": rollout_batch, "pictures": pictures}
@@ -956,14 +950,9 @@ class Study:
 
     def for_model(self, parameters: int) -> "Study":
         """The same for a user's model: the full task, as many tokens, the rates of `sftrl sft` and `ppo`."""
-        return replace(
-            self,
-            rates={"init": sft.SFTConfig.lr},
-            rl=replace(self.rl, value_lr=ppo.PPOConfig.value_lr),
-            flops=self.flops * parameters / TINY_PARAMETERS,
-            max_new_tokens=256,
-            options={},
-        )
+        rates, rl = {"init": sft.SFTConfig.lr}, replace(self.rl, value_lr=ppo.PPOConfig.value_lr)
+        flops = self.flops * parameters / TINY_PARAMETERS
+        return replace(self, rates=rates, rl=rl, flops=flops, max_new_tokens=256, options={})
 
     def config(self, arm: Arm) -> sft.SFTConfig | ppo.PPOConfig:
         """The training settings of an arm."""
@@ -1159,15 +1148,9 @@ class StudyRun:
             data = sft.fresh_batches(make(), RECORDS[arm.records], config.batch_size, label)
         else:
             config, data = replace(config, seed=seed), make
-        train_run(
-            self.out / f"seed-{seed}" / arm.name,
-            lambda: self.load(str(model), **loading),
-            config,
-            data,
-            settings,
-            arm.checkpoints or self.study.count,
-            tensorboard=self.tensorboard,
-        )
+        folder, count = self.out / f"seed-{seed}" / arm.name, arm.checkpoints or self.study.count
+        load = partial(self.load, str(model), **loading)
+        train_run(folder, load, config, data, settings, count, tensorboard=self.tensorboard)
 
     # ---- evaluation
 
@@ -1374,7 +1357,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "demos": (str, None, Option("JSON file of demonstrations; None: the expert's", metavar="PATH")),
         "images": (str, None, Option("folder of their pictures; None: that of --demos", metavar="DIR")),
     },
-    "sft data": {"wrong_turns": (int, 0, Option("wrong replies before the expert's"))},
+    "sft data": {"wrong_turns": (int, 0, Option("wrong replies before the expert's", least=0))},
     "sft play data": {"seed": (int, 0, Option("random seed, of a city too", least=0, most=2**32 - 1))},
     "evaluate play": {
         "temperature": (float, 1.0, Option("sampling temperature; 0 is greedy", least=0)),
@@ -1470,18 +1453,13 @@ def named_number(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def environment_of(args: argparse.Namespace, wrong_turns: int = 0) -> envs.Environment:
-    """The environment of a command. Raises ValueError if `wrong_turns` leave no room for a right reply."""
+def environment_of(args: argparse.Namespace) -> envs.Environment:
+    """The environment that a command's options describe."""
     options = {"rewards": args.rewards}
     for name, (_, _, option) in envs.options_of(envs.task_class(args.task)).items():
-        value = getattr(args, name)
-        if value is not None:
+        if (value := getattr(args, name)) is not None:
             options[name] = Path(value).read_text("utf-8-sig") if option.metavar == "FILE" else value
-    env = envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
-    if not 0 <= wrong_turns < env.verify_iter:
-        limits = f"must be at least 0 and below --verify-iter {env.verify_iter}"
-        raise ValueError(f"--wrong-turns {wrong_turns} {limits}")
-    return env
+    return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
 
 
 def study_of(args: argparse.Namespace) -> tuple[Study, str]:
@@ -1531,9 +1509,8 @@ def command_sft(args: argparse.Namespace) -> None:
         records = sft.read_records(args.demos, args.images)
         data, pictures = sft.epochs(records, args.batch_size, args.seed), bool(records[0].get("image"))
     else:
-        env = environment_of(args, args.wrong_turns)
         demonstrate = partial(envs.demonstration, wrong_turns=args.wrong_turns)
-        data = sft.fresh_batches(env, demonstrate, args.batch_size, f"sft/{args.seed}")
+        data = sft.fresh_batches(environment_of(args), demonstrate, args.batch_size, f"sft/{args.seed}")
     train_as_asked(args, sft.SFTConfig, data, pictures)
 
 
@@ -1583,14 +1560,15 @@ def command_evaluate(args: argparse.Namespace) -> None:
     for i, episode in enumerate(episodes[: args.transcripts]):
         if args.save:
             save_pictures(env, episode, starts[i], Path(args.save) / str(i))
-        print(f"--- {'solved' if episode.success else 'not solved'}\nuser: {episode.prompt}")
-        print_turns(episode)
+        print(f"--- {'solved' if episode.success else 'not solved'}")
+        print_transcript(episode)
     per_hand = evaluate.MEASURES.values()
     print(json.dumps({key: value for key, value in result.items() if key not in per_hand}, indent=1))
 
 
-def print_turns(episode: envs.Episode) -> None:
-    """The replies of an episode and their verdicts."""
+def print_transcript(episode: envs.Episode, expert: str = "") -> None:
+    """The prompt of an episode, perhaps an expert's reply, then replies and verdicts."""
+    print(f"user: {episode.prompt}" + (f"\nexpert: {expert}" if expert else ""))
     for turn in episode.turns:
         print(f"model: {turn.reply}\nverifier: [{turn.verdict} {turn.reward:+g}] {turn.feedback}")
 
@@ -1615,25 +1593,22 @@ def command_play(args: argparse.Namespace) -> None:
         if observation.image is None:
             raise ValueError(f"task {args.task!r} has no picture to save")
         observation.image.save(args.save)
-    print(f"user: {envs.text_of(observation.messages[0]['content'])}")
-    replies = iter(args.reply)
+    replies, expert = iter(args.reply), "" if args.model else env.expert_reply()
     player = nullcontext(lambda indices, observations: [next(replies, None)])
     if args.model:
         policy = load_policy(args.model, env.pictures, **args.loading)
         generator = policy.generator(f"play/{args.seed}")
         player = policy.responder(args.temperature, args.max_new_tokens, generator)
-    else:
-        print(f"expert: {env.expert_reply()}")
     with player as respond:
         (episode,) = envs.play([env], respond, [args.seed], [options])
-    print_turns(episode)
+    print_transcript(episode, expert)
     if args.model and not any(env.done):
         print(f"cut off: the model's positions reach no farther than {policy.max_length} tokens")
 
 
 def command_data(args: argparse.Namespace) -> None:
     """Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes."""
-    env, out = environment_of(args, args.wrong_turns), Path(args.out)
+    env, out = environment_of(args), Path(args.out)
     if hasattr(env, "write") and out.suffix != ".json":
         if args.data or args.wrong_turns:
             advice = "without --data and --wrong-turns: for demonstrations let --out end in .json"
