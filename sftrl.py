@@ -336,10 +336,8 @@ class Policy(ppo.Policy):
     ):
         super().__init__(model, processor, **options)
         if pictures and getattr(processor, "patch_size", "") is None:
-            fields = (
-                'add "patch_size" to processor_config.json and, for CLIP, "num_additional_image_tokens": 1'
-            )
-            raise ValueError(f"its processor has no patch_size: {fields}")
+            advice = 'add "patch_size" to processor_config.json (CLIP: and "num_additional_image_tokens": 1)'
+            raise ValueError(f"its processor has no patch_size: {advice}")
         architecture = type(model), model.config.to_json_string(), model.dtype, pictures
         if model.device.type != "meta" and architecture not in self._checked:
             check(self, pictures)
@@ -619,10 +617,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with saving(path):
             remove(temporary)
             yield temporary
-            for part in (
-                *temporary.rglob("*"),
-                temporary,
-            ):  # onto the disk, not only into the system's memory
+            for part in (*temporary.rglob("*"), temporary):  # onto the disk, not only into memory
                 descriptor = os.open(part, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)
@@ -1329,11 +1324,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "rollout_batch": (int, 256, Option("episodes played together", least=1)),
     },
     "study": {
-        "experiment": (
-            str,
-            "main",
-            Option(f"main, {', '.join(evaluate.SECTIONS)}, or all (docs/results.md)"),
-        ),
+        "experiment": (str, "main", Option(f"main, {', '.join(evaluate.SECTIONS)}, or all", metavar="NAME")),
         "seeds": (int, 3, Option("number of seeds after the base", least=1)),
         "out": (str, "runs/study", Option("the study folder", metavar="DIR")),
         "model": (str, "tiny", Option("tiny (the task's built-in model), or a folder or Hub id as the base")),
@@ -1376,11 +1367,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "save": (str, None, Option("write the picture of a visual task", metavar="PATH")),
     },
     "data": {
-        "out": (
-            str,
-            ...,
-            Option("FILE.json of demonstrations; virl: or a folder for a city", metavar="PATH"),
-        ),
+        "out": (str, ..., Option("FILE.json; for the streets of a virl task a folder", metavar="PATH")),
         "episodes": (int, None, Option("demonstrations (None: 1000), or routes (None: all)", least=1)),
     },
 }
@@ -1395,12 +1382,9 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
     for run in (command_study, command_sft, command_ppo, command_evaluate, command_play, command_data):
         name = run.__name__.removeprefix("command_")
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        listed = {
-            key: option
-            for names in OPTIONS
-            if name in names.split()
-            for key, option in OPTIONS[names].items()
-        }
+        listed: dict = {}
+        for names, options in OPTIONS.items():
+            listed |= options if name in names.split() else {}
         add_options(sub, listed)
         if run in configs:
             add_options(sub.add_argument_group("training"), envs.options_of(configs[run]))
