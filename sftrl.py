@@ -780,6 +780,15 @@ def resume(
     return step, flops, progress
 
 
+def save_state(folder: Path, policy: Policy, optimizers: ppo.Optimizers, **position: float) -> None:
+    """Writes resume.pt: all that `resume` needs (`position`: step, flops, progress), for everything random is
+    a function of (seed, step). A collective call."""
+    tensors = policy.state(optimizers)
+    if policy.rank == 0:
+        with atomic_write(folder / "resume.pt") as temporary:
+            torch.save({"tensors": tensors, **position}, temporary)
+
+
 def append_line(path: Path, line: dict) -> None:
     """Appends to a JSONL file."""
     with saving(path), open(path, "a") as file:
@@ -848,8 +857,8 @@ def train_run(
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-    name = "/".join(folder.parts[-2:])
-    with deferred_interrupt() as signals, progress_bar(name, 1) as show, board or nullcontext():
+    bar = progress_bar("/".join(folder.parts[-2:]), 1)
+    with deferred_interrupt() as signals, bar as show, board or nullcontext():
         for metrics in train(step, flops):
             before, step, progress = progress, metrics["step"], metrics["progress"]
             transcript = metrics.pop("transcript", None)
@@ -866,13 +875,9 @@ def train_run(
                     policy.save(temporary)
             interrupted = policy.largest(bool(signals))  # on any rank: all end alike
             if due or interrupted or step % save_every == 0:
-                # All that a resumed run needs, for everything random is a function of (seed, step).
-                state = {"tensors": policy.state(optimizers), "step": step, "flops": metrics["flops"]}
-                if writes:
-                    with atomic_write(folder / "resume.pt") as temporary:
-                        torch.save(state | {"progress": progress}, temporary)
-                    for old in checkpoints(folder)[:-keep] if keep else ():
-                        remove(old)
+                save_state(folder, policy, optimizers, step=step, flops=metrics["flops"], progress=progress)
+                for old in checkpoints(folder)[:-keep] if keep and writes else ():
+                    remove(old)
             if interrupted:
                 raise KeyboardInterrupt
 
