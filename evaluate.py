@@ -11,7 +11,6 @@ import fnmatch
 import json
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -192,30 +191,6 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[fl
         total += (log_ratio.clamp(max=20).exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
         tokens += int(batch["mask"].sum())
     return total, tokens
-
-
-def reading(policy, records: Sequence[dict]) -> dict:
-    """Shares of whole hands ("success") and of single cards ("recognition") that a policy names, greedily,
-    asked for nothing else; `records` from `sft.reading_record`. Every rank reads them all."""
-    asked = [envs.parts_of(r["conversations"][0]["value"]) for r in records]
-    observations = [
-        envs.Observation([{"role": "user", "content": content}], r["image"])
-        for content, r in zip(asked, records)
-    ]
-    named = [json.loads(r["conversations"][1]["value"]) for r in records]
-    with policy.responder(0.0, 32, policy.generator("reading")) as respond:
-        replies = respond(list(range(len(records))), observations)
-    right = []
-    for reply, cards in zip(replies, named):
-        read = re.findall('"([^"]*)"', reply)
-        right.append(sum(a == b for a, b in zip(read, cards)) if len(read) == len(cards) else 0)
-    n = len(records)
-    return {
-        "episodes": n,
-        "success": (whole := sum(k == 4 for k in right) / n),
-        "success_se": standard_error(whole, n),
-        "recognition": sum(right) / (4 * n),
-    }
 
 
 # ------------------------------------------------------------------------------------------------ the results
@@ -603,11 +578,6 @@ class Report:
         """Question, set-up, claims and curves of the main comparison."""
         words, first = self.words, self.ends("init", "id")
         seeds, n = ", ".join(str(p["seed"]) for p in first), first[0]["episodes"]
-        read = [
-            f"Asked only to name the cards, the base reads {_percent(p['recognition'])}% of the cards and "
-            f"{_percent(p['success'])}% of the hands {self.where[p['variant']]} (greedy)."
-            for p in self.results.find(series="reading")
-        ]
         others = ", ".join(text for v, text in self.where.items() if v != "id")
         counted = ["waypoints"] * (self.headline == "step_accuracy")
         counted += ["replies, for recognition"] * ("visual" in self.where)
@@ -624,7 +594,7 @@ class Report:
             f"Seeds {seeds}; {n} evaluation {words['hands']} per end of an arm, the same for "
             f"all, and a quarter of them between; {words['measure']} in percent within "
             f"{self.settings['verify_iter']} replies. "
-            + " ".join([words[v] for v in self.where if v in words] + read),
+            + " ".join(words[v] for v in self.where if v in words),
             "",
             f"The model, {self.settings['model']}, has {self.settings['parameters'] / 1e6:,.1f}M parameters "
             "and is sampled at temperature 1 and greedily; the paper's has 11B, and a temperature of .2. "

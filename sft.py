@@ -175,11 +175,9 @@ def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
     return imperfect_demonstration(envs.GeneralPointsVL(**options, color=_color(rng), **pictures))
 
 
-def reading_record(
-    rng: random.Random, size: tuple[int, int], font_size: float, jitter: float, color: str | None = None
-) -> dict:
+def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float) -> dict:
     """A picture of four cards, any ranks, and their names: how the base learned to read cards."""
-    ranks, suits = rng.choices(envs.RANKS, k=4), rng.choices(envs.COLORS[color or _color(rng)], k=4)
+    ranks, suits = rng.choices(envs.RANKS, k=4), rng.choices(envs.COLORS[_color(rng)], k=4)
     turns = [
         {"from": "human", "value": "<image>\nName the cards."},
         {"from": "gpt", "value": json.dumps(ranks)},

@@ -120,7 +120,7 @@ def worker(kind: str, task: str, out: Path) -> None:
     if policy.rank == 0:
         (out / "metrics.json").write_text(json.dumps(metrics))
     if world > 1:
-        sftrl.leave(0)
+        sftrl.exit_rank(0)
 
 
 def accumulate(out: Path) -> None:
@@ -150,7 +150,7 @@ def accumulate(out: Path) -> None:
     result, _ = evaluate.evaluate(policy, hands, 1.0, 2, reference=evaluate.Reference(policy))
     if policy.rank == 0:
         (out / "result.json").write_text(json.dumps({"losses": losses, **result}))
-    sftrl.leave(0)
+    sftrl.exit_rank(0)
 
 
 def test_bf16_shards_accumulate_gradients_where_vision_blocks_are_unused_and_share_65_hands(tmp_path):
