@@ -1560,13 +1560,14 @@ class StudyRun:
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
         """Writes the report of all experiments that were measured, with a `note` on page one; returns its
         table of claims."""
-        results = self.results.of(seeds, (self.hands, max(2, self.hands // 4)))
+        hands = self.hands, max(2, self.hands // 4)
+        points = self.results.find(seed=(-1, *seeds), episodes=hands)
         measured, trained = {}, {arm.name: arm for arm in main_arms(self.study)}
         for name in experiments_of(self.cls)[1:]:
             arms = arms_of(self.study, name, self.cls)
             ways = [{"verify_iter": a.measure.verify_iter, "pictures": a.measure.pictures} for a in arms]
             places = [(a.name, {k: v for k, v in way.items() if v}) for a, way in zip(arms, ways)]
-            if all(results.find(arm=arm, **place) for arm, place in places):
+            if all(evaluate.find(points, arm=arm, **place) for arm, place in places):
                 measured[name] = places
                 trained |= {arm.name: arm for arm in arms}
         model = self.study.tiny if self.tiny else self.model
@@ -1578,7 +1579,7 @@ class StudyRun:
             "arms": [self.row_of(arm) for arm in trained.values()],
             "note": note,
         }
-        claims = evaluate.Report(results, self.out, settings, measured).write()
+        claims = evaluate.Report(points, self.out, settings, measured).write()
         return [*claims, "", f"report: {self.out / 'report.md'}"]
 
     def row_of(self, arm: Arm) -> list[str]:
