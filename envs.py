@@ -208,14 +208,6 @@ class Environment:
     start_options = {}  # of `reset`, by name: type and help for `sftrl play`
     series_length = 234  # episodes of an evaluation (paper, section 4)
     headline = "success"  # or "step_accuracy": the measure of the report
-    words = {  # of the report; "columns" and "last" are measures that it knows
-        "hands": "episodes",
-        "measure": "success",
-        "columns": ("success", "first reply"),
-        "last": "first reply",
-        "cells": "First reply is the share of episodes solved by the first reply",
-        "reads": "name what is shown",
-    }
 
     verify_iter: Annotated[int, Option("replies judged per decision, the verification budget", least=1)] = 5
     go_on: bool = False  # for evaluation: where the budget of a decision is used up, go on with the next one
@@ -1031,18 +1023,6 @@ class GeneralPoints(Environment):
     start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
     default_feedback = FEEDBACK
     suits = SUITS  # in the deck
-    words = Environment.words | {
-        "id": "In distribution: J, Q, K count 10, as in training.",
-        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
-        "visual": "Other colour: red suits, the training rule.",
-        "hands": "hands",
-        "columns": ("success", "first reply", "illegal"),
-        "last": "wrong numbers",
-        "cells": "Illegal are the replies in form, in percent, with no legal equation, such as those with an "
-        "x for a product (the tiny corpus's bad habit); wrong numbers are replies with a number which the "
-        "rule in force does not give",
-        "reads": "name the cards",
-    }
 
     n_cards: Annotated[int, Option("cards per hand", least=1, most=6)] = 4
     target: Annotated[int, Option("the number to make", least=1)] = 24
@@ -2238,18 +2218,6 @@ class VIRL(Environment):
     start_options = {"route": (int, "walk the route of this number, from 0")}
     report = ""  # how a report is worded, where the model is not told what is seen
     panorama_width = 1024
-    words = Environment.words | {
-        "id": "In distribution: turns by the compass, on routes that training never walks.",
-        "rule": "Other rule: left and right, on the same routes.",
-        "visual": "Other cities: the training rule in nine cities that post-training never sees.",
-        "hands": "routes",
-        "measure": "per-step accuracy",
-        "columns": ("steps", "first reply of each step", "routes"),
-        "last": "turns",
-        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of "
-        "the waypoints where one must turn, routes the share of routes with all of them",
-        "reads": "name the landmark, where there is one",
-    }
 
     verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
     data: Annotated[
