@@ -1182,7 +1182,7 @@ class Study:
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
     options: dict = field(default_factory=dict)  # of the environments: small enough for the tiny model
-    # Learning rates by arm, see docs/rates.md; other arms take that of "sft" or "rl".
+    # Learning rates by arm, see docs/results.md; other arms take that of "sft" or "rl".
     rates: dict = field(default_factory=dict)
     grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # for all arms' search
 
@@ -1924,7 +1924,7 @@ def logs_of(args: argparse.Namespace) -> dict:
 def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     """The settings that a command line asks for, and what the report shall note of them."""
     study, tiny = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale), True
-    note = "How the learning rates were chosen: docs/rates.md."
+    note = "How the learning rates were chosen: docs/results.md."
     if args.model not in ("tiny", study.tiny):
         parameters = Policy.load(args.model, torch.device("meta")).parameter_count
         study, tiny, note = study.for_model(parameters), False, "Learning rates: those of sftrl sft and ppo."
