@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
@@ -122,19 +123,17 @@ def image_control(respond: Callable, kind: str) -> Callable:
     substitutes: dict[int, Image.Image] = {}
 
     def controlled(indices: list[int], observations: list[envs.Observation]) -> list[str]:
-        pictures = [(i, o.image) for i, o in zip(indices, observations)]
-        new = [(i, image) for i, image in pictures if image is None or originals.get(i) is not image]
+        images = [(i, o.image) for i, o in zip(indices, observations)]
+        new = [(i, image) for i, image in images if image is None or originals.get(i) is not image]
         recent[:] = (recent + new)[-512:]
         for i, image in new:
             others = [other for k, other in recent if k != i]
             if image is None or not others:
                 raise ValueError(f"{kind} pictures need a task with pictures and at least two episodes")
-            blank = Image.new("RGB", image.size, "grey")
-            originals[i] = image
+            blank, originals[i] = Image.new("RGB", image.size, "grey"), image
             substitutes[i] = blank if kind == "blank" else generator.choice(others).copy()
-        return respond(
-            indices, [envs.Observation(o.messages, substitutes[i]) for i, o in zip(indices, observations)]
-        )
+        replaced = [envs.Observation(o.messages, substitutes[i]) for i, o in zip(indices, observations)]
+        return respond(indices, replaced)
 
     return controlled
 
@@ -245,8 +244,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def verdict(d: dict, sign: int) -> str:
-    """Verdict of a `difference` on a claim that expects `sign`: by the interval over episodes, and every seed
-    must agree in sign."""
+    """Verdict of a `difference` on a claim that expects `sign`; every seed must agree in sign."""
     low, high = d["interval"]
     if low <= 0 <= high:
         return "not significant"
@@ -274,8 +272,8 @@ def average(points: Sequence[dict], key: str) -> float:
 
 
 def find(points: Sequence[dict], **wanted) -> list[dict]:
-    """Points whose fields equal the wanted values, or are one of them where a tuple is wanted; in the order
-    of seed, step and number of episodes."""
+    """Points whose fields equal the wanted values, or are among them where a tuple is wanted, by seed, step
+    and number of episodes."""
     options = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
     found = [p for p in points if all(p.get(key) in values for key, values in options.items())]
     return sorted(found, key=lambda p: (p["seed"], p["step"], p["episodes"]))
@@ -311,8 +309,7 @@ class Results:
         return find(self.points, **wanted)
 
     def add(self, point: dict, write: bool = True) -> None:
-        """Appends a point; the file is replaced whole, so a reader never sees half a line. Under torchrun
-        one rank writes."""
+        """Appends a point and replaces the file as a whole; under torchrun one rank writes."""
         self.points.append(point)
         if not write:
             return
@@ -337,9 +334,9 @@ SECTIONS = {
     "forgetting": "Does the distance to the init, in distribution, predict the change under the other rule?",
 }
 
-# Claims: topic, text, arm, compared with, sign of the difference, the paper's finding ("": see PAPER). Topics
-# "main ..." are of the main comparison, others are SECTIONS. Arms are named as by
-# `final_points`; "*" stands for every matching arm of the section, in the other name for that name's end.
+# Claims: topic ("main ..." or a section), text, arm, other arm, sign of the difference, the paper's result
+# ("": see PAPER). Arms are named as by `final_points`; "*" is every matching arm of the section, in the name
+# of the other arm the end of that name.
 CLAIMS = (
     ("main id", "RL ends above init", "rl", "init", +1, ""),
     ("main id", "SFT ends above init", "sft", "init", +1, ""),
@@ -465,7 +462,7 @@ class Report:
     def section(self, name: str) -> list[str]:
         """The tables of one experiment."""
         if name == "forgetting":
-            changes = self.changes()
+            changes = self.changes
             change = [x for *_, x in changes]
             rhos = [rank_correlation([p[key] for _, p, _ in changes], change) for key in DISTANCES]
             row = [f"{len(changes)} checkpoints", *(f"{rho:+.2f}" for rho in rhos)]
@@ -574,20 +571,20 @@ class Report:
                 curve.append((flops, [p[key or self.headline] for p in points]))
         return curve
 
+    @cached_property
     def changes(self) -> list[tuple[str, dict, float]]:
         """Of every later checkpoint: arm, its point in distribution, the change under the other rule."""
+        here, there = (
+            {(p["arm"], p["seed"], p["step"]): p for p in find(self.points, variant=v, **self.usual)}
+            for v in ("id", self.ood)
+        )
         init = {p["seed"]: p for p in self.final("init", variant=self.ood)}
-        others = {"init"} | {arm for arm, _ in self.experiments.get("no-init", [])}
+        others = {"init", *(arm for arm, _ in self.experiments.get("no-init", []))}
         changes = []
-        for arm in sorted({p["arm"] for p in self.points if p["seed"] in init} - others):
-            here, there = (
-                {(p["seed"], p["step"]): p for p in find(self.points, arm=arm, variant=v, **self.usual)}
-                for v in ("id", self.ood)
-            )
-            for seed, step in here.keys() & there.keys():
-                if "changed" in (p := here[seed, step]):
-                    change = difference([there[seed, step]], [init[seed]], self.headline)["mean"]
-                    changes.append((arm, p, change))
+        for arm, seed, step in sorted(here.keys() & there.keys()):
+            p, q = here[arm, seed, step], there[arm, seed, step]
+            if arm not in others and seed in init and "changed" in p:
+                changes.append((arm, p, difference([q], [init[seed]], self.headline)["mean"]))
         return changes
 
     def series(self, name: str, part: str) -> list[tuple[str, list[tuple[float, list[float]]]]]:
@@ -596,7 +593,7 @@ class Report:
         if name == "curves":
             return [(arm, self.curve(arm, part)) for arm in ("init", "sft", "rl")]
         if name == "forgetting":
-            return [(arm, [(p[part], [change])]) for arm, p, change in self.changes()]
+            return [(arm, [(p[part], [change])]) for arm, p, change in self.changes]
         lines = []
         if name == "recognition":
             for arm in ("sft", "rl"):

@@ -331,13 +331,13 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
 
 
 def test_controls_show_grey_pictures_or_those_of_other_episodes():
-    shown, environments = (
+    observed, environments = (
         [],
         [envs.make("virl-vl", view_size=16, turns=1, points_per_leg=0, verify_iter=2) for _ in range(3)],
     )
 
     def expert(indices, observations):
-        shown.extend(
+        observed.extend(
             (i, environments[i].at, environments[i].image, o.image) for i, o in zip(indices, observations)
         )
         return [
@@ -346,20 +346,20 @@ def test_controls_show_grey_pictures_or_those_of_other_episodes():
         ]
 
     for how in ("blank", "shuffled"):
-        shown.clear()
+        observed.clear()
         assert all(
             e.success for e in envs.play(environments, evaluate.image_control(expert, how), seeds=[1, 2, 3])
         )
         seen: dict = {}
-        for i, at, own, picture in shown:
+        for i, at, original, picture in observed:
             # One for each waypoint, for both tries there.
-            assert picture is seen.setdefault((i, at), picture) and picture is not own
+            assert picture is seen.setdefault((i, at), picture) and picture is not original
             colors = picture.getcolors(2)
             assert (colors is not None and len(colors) == 1) == (how == "blank")
             if how == "shuffled":
                 assert (
-                    any(np.array_equal(picture, other) for j, _, other, _ in shown if j != i)
-                    and picture.size == own.size
+                    any(np.array_equal(picture, other) for j, _, other, _ in observed if j != i)
+                    and picture.size == original.size
                 )
         assert (
             len({id(picture) for picture in seen.values()})
@@ -371,10 +371,10 @@ def test_controls_show_grey_pictures_or_those_of_other_episodes():
 
 
 def test_ends_are_compared_on_most_episodes_and_points_between_on_the_same(tmp_path):
-    place = {"task": "gp-l", "variant": "id", "verify_iter": 3}
-    place |= {"seed": 0, "series": "test", "temperature": 1.0, "pictures": "own"}
+    fields = {"task": "gp-l", "variant": "id", "verify_iter": 3}
+    fields |= {"seed": 0, "series": "test", "temperature": 1.0, "pictures": "own"}
     points = [
-        place | {"arm": arm, "step": step, "episodes": episodes, "success": episodes / 100, "flops": 0.0}
+        fields | {"arm": arm, "step": step, "episodes": episodes, "success": episodes / 100, "flops": 0.0}
         for arm, step, episodes in (("init", 0, 40), ("sft", 1, 10), ("sft", 2, 40), ("sft", 2, 10))
     ]
     report = evaluate.Report(points, tmp_path, {"task": "gp-l", "verify_iter": 3}, {})
@@ -397,7 +397,7 @@ def test_both_decodings_stand_in_one_row_and_the_arms_of_a_section_in_one_each(t
         assert len(seeds.split(" [")[0].split(", ")) == 2
 
 
-def test_forgetting_speaks_of_arms_that_left_the_init(tmp_path):
+def test_forgetting_covers_the_arms_that_start_from_the_init(tmp_path):
     rates = {
         (arm, step, v, "test"): 0.5
         for arm, step in (("init", 0), ("rl", 1), ("raw", 1))
@@ -408,7 +408,7 @@ def test_forgetting_speaks_of_arms_that_left_the_init(tmp_path):
         point |= {"changed": 0.1, "kl_from_init": 0.1}
     settings = {"task": "gp-l", "verify_iter": 3}
     report = evaluate.Report(results.points, tmp_path, settings, {"no-init": [("raw", {})]})
-    assert sorted((arm, p["seed"]) for arm, p, _ in report.changes()) == [("rl", 0), ("rl", 1)]
+    assert sorted((arm, p["seed"]) for arm, p, _ in report.changes) == [("rl", 0), ("rl", 1)]
     assert "| 2 checkpoints | +nan | +nan | +nan |" in report.section("forgetting")
 
 
