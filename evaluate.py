@@ -195,8 +195,7 @@ def reading(policy, records: Sequence[dict]) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the results
-
+# ---- the results
 
 # By measure, the field of a point that has its value for each episode.
 MEASURES = {
@@ -261,8 +260,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 def flat(point: dict) -> dict:
     """A point with the verdicts' shares and the accuracy at turns as fields of their names."""
-    actions = point.get("step_accuracy_by_action")
-    turns = {"turn_accuracy": actions.get("turn")} if actions else {}
+    actions = point.get("step_accuracy_by_action", {})
+    turns = {"turn_accuracy": actions["turn"]} if "turn" in actions else {}
     return point.get("verdicts", {}) | turns | point
 
 
@@ -289,8 +288,7 @@ def final_points(points: Sequence[dict], arm: str, **wanted) -> list[dict]:
         measured = find(points, arm=name, seed=seed)
         steps = sorted({p["step"] for p in measured})  # greedily only the last checkpoint is measured
         if best and (valid := find(measured, variant="id", series="valid")):
-            headline = envs.task_class(valid[0]["task"]).headline
-            steps = [max(valid, key=lambda p: p[headline])["step"]]
+            steps = [max(valid, key=lambda p: p.get("step_accuracy", p["success"]))["step"]]
         elif number:
             steps = steps[int(number) - 1 : int(number)]
         final += find(measured, step=tuple(steps), **wanted)[-1:]
@@ -318,8 +316,7 @@ class Results:
         temporary.replace(self.path)
 
 
-# ------------------------------------------------------------------------------------------------- the claims
-
+# ---- the claims
 
 # The other experiments, each with its question.
 SECTIONS = {
@@ -370,7 +367,7 @@ PAPER = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- the report
+# ---- the report
 
 # Columns of the table of checkpoints, each where it was measured.
 COLUMNS = ("step_accuracy", "first_step_accuracy", "turn_accuracy", "success", "first_success", "unparsed")
@@ -428,8 +425,6 @@ class Report:
     def final(self, arm: str, **fields) -> list[dict]:
         """`final_points` as in the main comparison but for `fields`."""
         return final_points(self.points, arm, **self.usual | fields)
-
-    # ---- the text
 
     def write(self) -> list[str]:
         """Returns the lines of the table of claims."""
@@ -554,8 +549,6 @@ class Report:
                 rows.append([arm, f"{same[0][0]:.2f}", *spread])
         return table(["arm", "compute, 10^12 FLOP", *self.where.values()], rows)
 
-    # ---- the data of figures
-
     def curve(self, arm: str, variant: str, key: str = "") -> list[tuple[float, list[float]]]:
         """An arm at temperature 1, the init first: (10^12 FLOP after it, `key` or the main measure
         of each seed), on the episodes that points between were measured on."""
@@ -612,7 +605,7 @@ class Report:
         return lines
 
 
-# ------------------------------------------------------------------------------------------------ the figures
+# ---- the figures
 
 # Labels of the axes; y is the main measure unless there is another one.
 AXES = {
