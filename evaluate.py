@@ -446,6 +446,8 @@ class Report:
             *["## Checkpoints", "", *self.checkpoints([("base", {}), *MAIN]), ""],
             *["## Curves", "", *self.curves(), ""],
         ]
+        if "visual" in self.where:
+            lines += ["![success against recognition](figures/recognition.png)", ""]
         for name in (name for name in SECTIONS if name in self.experiments):
             lines += [f"## {name}", "", SECTIONS[name], "", *self.section(name), ""]
             lines += [f"![{name}](figures/{name}.png)", ""]
@@ -490,7 +492,8 @@ class Report:
                 for arm in fnmatch.filter(arms, claim[2]) or [claim[2]]:
                     rows += self.row(claim, arm, variant, measure)
         head = ["difference [95% over episodes]", "each seed [95% over seeds]"]
-        return table(["claim", "temperature 1", *head, "greedy", *head, "verdict", "paper"], rows)
+        head = ["claim", "temperature 1", *head, "greedy", *head, "verdict", "paper"]
+        return table(head, rows) if rows else []
 
     def row(self, claim: tuple, arm: str, variant: str, measure: str) -> list[list[str]]:
         """A row of the table of claims, if both arms were measured."""
