@@ -9,7 +9,6 @@ import fnmatch
 import json
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -169,30 +168,6 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[fl
         total += (log_ratio.clamp(max=20).exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
         tokens += int(batch["mask"].sum())
     return total, tokens
-
-
-def reading(policy, records: Sequence[dict]) -> dict:
-    """Shares of whole hands ("success") and of single cards ("recognition") that a policy names, greedily,
-    asked for nothing else; `records` from `sft.reading_record`. Every rank reads them all."""
-    asked = [envs.parts_of(r["conversations"][0]["value"]) for r in records]
-    observations = [
-        envs.Observation([{"role": "user", "content": content}], r["image"])
-        for content, r in zip(asked, records)
-    ]
-    named = [json.loads(r["conversations"][1]["value"]) for r in records]
-    with policy.responder(0.0, 32, policy.generator("reading")) as respond:
-        replies = respond(list(range(len(records))), observations)
-    right = []
-    for reply, cards in zip(replies, named):
-        read = re.findall('"([^"]*)"', reply)
-        right.append(sum(a == b for a, b in zip(read, cards)) if len(read) == len(cards) else 0)
-    n = len(records)
-    return {
-        "episodes": n,
-        "success": (whole := sum(k == 4 for k in right) / n),
-        "success_se": math.sqrt(whole * (1 - whole) / n),
-        "recognition": sum(right) / (4 * n),
-    }
 
 
 # ---- the results

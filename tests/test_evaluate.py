@@ -1,6 +1,5 @@
 """Evaluation: counting, pairing, the distance to the initial policy, the report."""
 
-import contextlib
 import io
 import json
 import math
@@ -9,11 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, make_policy
+from conftest import make_policy
 
 import envs
 import evaluate
-import sft
 
 KINDS = envs.make("gp-l").verdicts
 STEP_KINDS = envs.make("virl-l").verdicts
@@ -138,25 +136,6 @@ def test_a_walker_who_reports_that_there_is_no_landmark_recognizes_none():
         STEP_KINDS,
     )
     assert expert["recognition"] == 1
-
-
-def test_reading_counts_cards_and_hands(policy):
-    records = [sft.reading_record(random.Random(k), **SMALL, jitter=0.3, color="red") for k in range(3)]
-    first, second, _ = (record["conversations"][1]["value"] for record in records)
-    cards = json.loads(second)
-    cards[2] = "A" if cards[2] != "A" else "2"
-
-    class Scripted:
-        def generator(self, seed):
-            return None
-
-        @contextlib.contextmanager
-        def responder(self, temperature, max_new_tokens, generator):
-            yield lambda indices, observations: [first, json.dumps(cards), "no cards"]
-
-    read = evaluate.reading(Scripted(), records)
-    assert read["success"] == 1 / 3 and read["recognition"] == 7 / 12
-    assert evaluate.reading(policy, records)["episodes"] == 3
 
 
 def test_seeds_that_disagree_are_not_called_a_finding():
