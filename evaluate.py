@@ -1,10 +1,8 @@
-"""Evaluation: success under one variant, the distance to the initial policy, and the study's report and
-figures.
+"""Evaluation: what a checkpoint solves under one variant, its distance to the initial policy, and the report
+and figures of a study.
 
-Every checkpoint is asked the same deals (seeds "test/0", "test/1", ...), so the difference between two
-checkpoints is a paired one. Training deals and those for choices ("valid/...") have other seeds. There are
-only 1,820 sets of four ranks, so under the training rule most sets were seen in training; what is held out is
-the other rule.
+All checkpoints play the same episodes (seeds "test/0", "test/1", ...), so the difference of two checkpoints
+is a paired one. Training and validation ("valid/...") have other seeds.
 """
 
 import fnmatch
@@ -13,8 +11,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import cycle
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
@@ -24,19 +22,13 @@ from PIL import Image
 
 import envs
 
-
-def standard_error(p: float, n: int) -> float:
-    """sqrt(p (1 - p) / N), of a share p of N (paper, section 4)."""
-    return math.sqrt(p * (1 - p) / n) if n else 0.0
-
-
 PICTURES = ("own", "blank", "shuffled")
 
 
 @dataclass
 class Reference:
-    """The policy from which distances are measured, and what it says itself: by variant and number the first
-    conversations, once they were sampled."""
+    """The policy from which distances are measured, and the conversations that it sampled, by variant and
+    number of episodes."""
 
     policy: Any
     conversations: dict[tuple[str, int], list] = field(default_factory=dict)
@@ -52,13 +44,12 @@ def evaluate(
     pictures: str = "own",
     watch: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict, list[envs.Episode]]:
-    """Plays one episode per environment, shared out over the ranks; environment i plays hand i of the series,
+    """Plays one episode per environment, divided among the ranks; environment i plays hand i of the series,
     or walks route i of its world.
 
-    Temperature 0 is greedy. `pictures`: as a control, others than the policy's "own", see `Disguise`. With a
-    `reference` the result holds the `distances` to it. `outcomes` holds for each hand the number of the reply
-    that solved it, 0 if none did; for a route, of the waypoint that took most replies. `watch` is told how
-    many of this rank's episodes have ended.
+    Temperature 0 is greedy. `pictures`: the task's "own", or a control, see `image_control`. Returns the
+    `summary`, with a `reference` also the `distances` to it, and all episodes. `watch` is called with the
+    number of this rank's finished episodes.
     """
     for env in environments:
         env.continue_after_failure = (
@@ -68,11 +59,11 @@ def evaluate(
     result = {}
     if reference is not None:
         first = environments[: SAMPLED_FOR_KL * policy.world]
-        which = first[0].variant, len(first)
-        if which not in reference.conversations:
-            own, _ = sampled(reference.policy, first, 1.0, max_new_tokens, series)
-            reference.conversations[which] = own
-        result = distances(policy, reference.policy, streams, reference.conversations[which])
+        key = first[0].variant, len(first)
+        if key not in reference.conversations:
+            initial, _ = sampled(reference.policy, first, 1.0, max_new_tokens, series)
+            reference.conversations[key] = initial
+        result = distances(policy, reference.policy, streams, reference.conversations[key])
     episodes = policy.gather(episodes)
     measured = summary(episodes, environments[0].verdicts)
     return measured | environments[0].measures(episodes) | result, episodes
@@ -81,41 +72,40 @@ def evaluate(
 def sampled(
     policy,
     environments: Sequence,
-    temperature: float,
-    max_new_tokens: int,
-    series: str,
-    pictures: str = "own",
-    watch: Callable[[int], None] = lambda done: None,
+    temperature,
+    max_new_tokens,
+    series,
+    pictures="own",
+    watch=lambda done: None,
 ) -> tuple[list, list[envs.Episode]]:
-    """Lets the policy play this rank's share of the episodes: its conversations as streams, and the
-    episodes."""
+    """This rank's share of `evaluate`'s episodes: their conversations as streams, and the episodes."""
     n, k, world = len(environments), policy.rank, policy.world
     if n < world:
         raise ValueError(f"{n} episodes cannot be shared by {world} ranks")
-    own = range(n * k // world, n * (k + 1) // world)
-    seeds, options = zip(*environments[0].starts(series, n)[own.start : own.stop])
+    part = range(n * k // world, n * (k + 1) // world)
+    seeds, options = zip(*environments[0].starts(series, n)[part.start : part.stop])
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
-        shown = respond if pictures == "own" else Disguise(respond, pictures)
-        mine = [environments[i] for i in own]
-        episodes = envs.play(mine, shown, seeds, options, policy.rollout_batch, watch)
-    return [stream for i in range(len(own)) for stream in respond.streams[i]], episodes
+        reply = respond if pictures == "own" else image_control(respond, pictures)
+        mine = [environments[i] for i in part]
+        episodes = envs.play(mine, reply, seeds, options, policy.rollout_batch, watch)
+    return [stream for i in range(len(part)) for stream in respond.streams[i]], episodes
 
 
 SAMPLED_FOR_KL = 128  # conversations of each rank, or as many as every rank has
 
 
 def distances(policy, initial, streams: list, initial_streams: list) -> dict:
-    """How far a policy has gone from the initial one: `kl_to_init`, the k3 estimate of
-    KL(policy || initial) in nats per reply token, from `streams` that the policy sampled at temperature 1;
-    `kl_from_init`, KL(initial || policy), from those of the initial one; `changed`, the share of weights that
-    differ after rounding to bf16."""
+    """Distance to the initial policy: `kl_to_init` and `kl_from_init`, the k3 estimates of
+    KL(policy || initial) and KL(initial || policy) in nats per reply token, from streams that the first one
+    of the two sampled at temperature 1; `changed`, the share of weights that differ in bf16."""
     result = {}
-    for name, p, q, own in (
+    for name, p, q, conversations in (
         ("kl_to_init", policy, initial, streams),
         ("kl_from_init", initial, policy, initial_streams),
     ):
-        fewest = -int(policy.largest(-len(own)))  # shards want as many forward passes on every rank
-        total, tokens = policy.sum(*kl_sums(p, q, own[: min(SAMPLED_FOR_KL, fewest)]))
+        # Shards want as many forward passes on every rank.
+        fewest = -int(policy.largest(-len(conversations)))
+        total, tokens = policy.sum(*kl_sums(p, q, conversations[: min(SAMPLED_FOR_KL, fewest)]))
         result[name] = total / tokens
     differ = count = 0
     for p, q in zip(policy.model.parameters(), initial.model.parameters()):
@@ -125,56 +115,45 @@ def distances(policy, initial, streams: list, initial_streams: list) -> dict:
     return result | {"changed": differ / count}
 
 
-class Disguise:
-    """Plays like `respond`, which is shown grey pictures ("blank") or, of those seen so far, any of other
-    episodes ("shuffled"): what a policy can do without seeing. Raises ValueError where there are no
-    pictures, or those of a single episode."""
+def image_control(respond: Callable, kind: str) -> Callable:
+    """A responder that sees grey pictures ("blank") or recent ones of other episodes ("shuffled"): what a
+    policy can do without seeing. Raises ValueError where there are no pictures, or those of one episode."""
+    generator = random.Random(0)
+    recent: list[tuple[int, Image.Image]] = []  # environment and picture
+    originals: dict[int, Image.Image] = {}  # by environment
+    substitutes: dict[int, Image.Image] = {}
 
-    def __init__(self, respond: Callable, how: str):
-        self.respond, self.how, self.random = respond, how, random.Random(0)
-        self.seen: list[tuple[int, Image.Image]] = []  # the newest: environment and picture
-        # By environment: its own picture and the one it is shown.
-        self.instead: dict[int, tuple[Image.Image, Image.Image]] = {}
-
-    def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str]:
-        new = [
-            (i, o.image)
-            for i, o in zip(indices, observations)
-            if i not in self.instead or self.instead[i][0] is not o.image
-        ]
-        self.seen = (self.seen + new)[-512:]
+    def controlled(indices: list[int], observations: list[envs.Observation]) -> list[str]:
+        images = [(i, o.image) for i, o in zip(indices, observations)]
+        new = [(i, image) for i, image in images if image is None or originals.get(i) is not image]
+        recent[:] = (recent + new)[-512:]
         for i, image in new:
-            others = [other for k, other in self.seen if k != i]
+            others = [other for k, other in recent if k != i]
             if image is None or not others:
-                raise ValueError(f"{self.how} pictures need a task with pictures and at least two episodes")
-            shown = (
-                Image.new("RGB", image.size, "grey")
-                if self.how == "blank"
-                else self.random.choice(others).copy()
-            )
-            self.instead[i] = image, shown
-        return self.respond(
-            indices, [envs.Observation(o.messages, self.instead[i][1]) for i, o in zip(indices, observations)]
-        )
+                raise ValueError(f"{kind} pictures need a task with pictures and at least two episodes")
+            blank, originals[i] = Image.new("RGB", image.size, "grey"), image
+            substitutes[i] = blank if kind == "blank" else generator.choice(others).copy()
+        replaced = [envs.Observation(o.messages, substitutes[i]) for i, o in zip(indices, observations)]
+        return respond(indices, replaced)
+
+    return controlled
 
 
 def summary(episodes: Sequence[envs.Episode], kinds: Sequence[str]) -> dict:
-    """Success within the budget and at the first reply (of each waypoint) with standard errors, shares of the
-    verdicts, which are of `kinds`, and of replies that were parsed and name the dealt cards, or at
-    waypoints with a landmark that landmark; `recognized` has the latter for each hand."""
-    n, shown = len(episodes), [[turn.recognized for turn in e.turns if turn.landmark] for e in episodes]
+    """What all tasks measure (docs/metrics.md lists the fields); `kinds`: the task's verdicts."""
+    n, named = len(episodes), [[turn.recognized for turn in e.turns if turn.landmark] for e in episodes]
     outcomes = [e.most_tries() if e.success else 0 for e in episodes]
     success, first = sum(o > 0 for o in outcomes) / n, sum(o == 1 for o in outcomes) / n
     verdicts = Counter(turn.verdict for e in episodes for turn in e.turns)
     return {
         "episodes": n,
         "success": success,
-        "success_se": standard_error(success, n),
+        "success_se": math.sqrt(success * (1 - success) / n),
         "first_success": first,
-        "first_success_se": standard_error(first, n),
+        "first_success_se": math.sqrt(first * (1 - first) / n),
         "turns": verdicts.total() / n,
-        "recognition": sum(map(sum, shown)) / max(1, sum(map(len, shown))),
-        "recognized": [round(sum(named) / max(1, len(named)), 3) for named in shown],
+        "recognition": sum(map(sum, named)) / max(1, sum(map(len, named))),
+        "recognized": [round(sum(replies) / max(1, len(replies)), 3) for replies in named],
         "verdicts": {kind: verdicts[kind] / verdicts.total() for kind in kinds},
         "outcomes": outcomes,
     }
@@ -193,44 +172,42 @@ def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[fl
     return total, tokens
 
 
-# ------------------------------------------------------------------------------------------------ the results
+# ---- the results
 
-
-# By measure, the field of a point that has it for each hand or route; a route without turns has None in
-# "at_turns".
+# By measure, the field of a point that has its value for each episode.
 MEASURES = {
     "success": "outcomes",
     "recognition": "recognized",
     "step_accuracy": "steps",
-    "turn_accuracy": "at_turns",
+    "turn_accuracy": "at_turns",  # None on a route without turns
 }
 
 
-def of_hands(point: dict, key: str) -> list[float | None]:
-    """What a point measured of each hand; None on a route without turns."""
-    values = point[MEASURES[key]]
-    return [outcome > 0 for outcome in values] if key == "success" else values
+def of_episodes(point: dict, measure: str) -> list[float | None]:
+    """A measure's value for each episode; None on a route without turns."""
+    values = point[MEASURES[measure]]
+    return [outcome > 0 for outcome in values] if measure == "success" else values
 
 
-def over_hands(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Mean, and half of its 95% interval over hands. A row has one seed's values, of the same hands in all
-    rows, or of the first of them; each hand's are averaged over seeds first."""
-    hands = [mean(column) for column in zip(*rows)]
-    return mean(hands), 1.96 * stdev(hands) / math.sqrt(len(hands))
+def over_episodes(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean, and half of its 95% interval over episodes. Each row has one seed's values of the same episodes
+    (or of the first of them), which are averaged over seeds first."""
+    averages = [mean(column) for column in zip(*rows)]
+    return mean(averages), 1.96 * stdev(averages) / math.sqrt(len(averages))
 
 
-def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> dict:
-    """Paired difference a - b of success or another of MEASURES. Points of the same seeds on the same hands
-    or routes; where one was measured on fewer, on those.
+def difference(a: Sequence[dict], b: Sequence[dict], measure: str = "success") -> dict:
+    """Paired difference a - b of points of the same seeds on the same episodes; where one was measured on
+    fewer, on those.
 
-    `interval`, over hands, speaks of these seeds' checkpoints and other deals. `seed_interval`: Student's t
-    over the seeds' differences; it speaks of other seeds after the same base."""
+    `interval`, over episodes, holds for these checkpoints and other episodes. `seed_interval`, Student's t
+    over the seeds' differences, holds for other seeds after the same base."""
     rows = [
-        [x - y for x, y in zip(of_hands(p, key), of_hands(q, key)) if x is not None]
+        [x - y for x, y in zip(of_episodes(p, measure), of_episodes(q, measure)) if x is not None]
         for p, q in zip(a, b, strict=True)
     ]
     seeds = [mean(row) for row in rows]
-    middle, half = over_hands(rows)
+    middle, half = over_episodes(rows)
     out = {"mean": middle, "interval": (middle - half, middle + half), "seeds": seeds, "seed_interval": None}
     if len(seeds) > 1:
         half = _T95[min(len(seeds) - 1, len(_T95)) - 1] * stdev(seeds) / math.sqrt(len(seeds))
@@ -242,223 +219,8 @@ def difference(a: Sequence[dict], b: Sequence[dict], key: str = "success") -> di
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-class Results:
-    """The measured points of a study: `results.jsonl`, one line each."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def add(self, point: dict, write: bool = True) -> None:
-        """Appends a point; the file is replaced whole, so a reader never sees half a line. Under torchrun
-        one rank writes."""
-        self.points.append(point)
-        if not write:
-            return
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(p) + "\n" for p in self.points))
-        aside.replace(self.path)
-
-    def of(self, seeds: Sequence[int], hands: Sequence[int]) -> "Results":
-        """The points of some seeds (and of the base, whose seed is -1) on one of these numbers of hands."""
-        chosen = Results(self.path)
-        chosen.points = [p for p in self.points if p["episodes"] in hands and p["seed"] in (-1, *seeds)]
-        return chosen
-
-    def find(self, **wanted) -> list[dict]:
-        """Points whose fields equal the wanted ones, in the order of seed and step."""
-        found = [p for p in self.points if all(p.get(k) == v for k, v in wanted.items())]
-        return sorted(found, key=lambda p: (p["seed"], p["step"]))
-
-    def curve(self, arm: str, few: bool = False, **place) -> list[dict]:
-        """The points of an arm on test hands, at temperature 1 unless `place` says otherwise; of each
-        checkpoint the one on most hands, or with `few` on fewest, as all points between are measured."""
-        place = {"series": "test", "temperature": 1.0, "pictures": "own"} | place
-        points = sorted(self.find(arm=arm, **place), key=lambda p: p["episodes"], reverse=few)
-        one = {(p["seed"], p["step"]): p for p in points}
-        return [one[which] for which in sorted(one)]
-
-    def ends(self, arm: str, **place) -> list[dict]:
-        """One point per seed: of an arm's last checkpoint; of "ARM best", its best by success on validation
-        hands (ID, temperature 1); of "ARM@K", its checkpoint number K."""
-        name, best, _ = arm.partition(" best")
-        name, number, k = name.partition("@")
-        points = []
-        for seed in sorted({p["seed"] for p in self.find(arm=name)}):
-            curve = self.curve(name, **place, seed=seed)
-            if best and curve:
-                valid = self.find(arm=name, seed=seed, variant="id", series="valid")
-                step = max(valid, key=lambda p: p[envs.task_class(p["task"]).headline])["step"]
-                curve = [p for p in curve if p["step"] == step]
-            elif number:  # counted over all that was measured, as greedily only the last one is
-                steps = sorted({p["step"] for p in self.find(arm=name, seed=seed)})
-                curve = [p for p in curve if p["step"] in steps[int(k) - 1 : int(k)]]
-            points += curve[-1:]
-        return points
-
-
-# ------------------------------------------------------------------------------------------------- the claims
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That `arm` ends above (sign +1) or below (-1) `other`; both as `Results.ends` names them."""
-
-    text: str
-    arm: str
-    other: str
-    sign: int
-    variant: str
-    temperature: float = 1.0
-    measure: str = "success"
-    place: dict = field(default_factory=dict)  # how both were measured
-    paper: str = "-"  # what it reports
-
-
-def main_claims(task: str, where: dict[str, str], headline: str) -> list[Claim]:
-    """What the paper found; `where`: the variants and what the report calls them."""
-    claims = []
-
-    def claim(text: str, variant: str, arm: str, other: str, sign: int, measure: str = headline, greedy=True):
-        paper = PAPER.get((task, variant, measure), {})
-        shown = f"{paper[arm]} against {paper[other]}" if other in paper else "-"
-        words = f"{text} {where[variant]}"
-        words += ", whole routes" if measure == "success" != headline else ""
-        claims.append(Claim(words, arm, other, sign, variant, 1.0, measure, paper=shown))
-        if greedy:
-            claims.append(Claim(f"{words}, greedy", arm, other, sign, variant, 0.0, measure))
-
-    for variant in where:
-        # In other cities the paper counts whole routes.
-        measures = ["success", headline] if variant == "visual" else [headline]
-        for measure in dict.fromkeys(measures):
-            claim("RL ends above init", variant, "rl", "init", +1, measure)
-            if variant == "id":
-                claim("SFT ends above init", variant, "sft", "init", +1)
-                continue
-            claim("SFT ends below init", variant, "sft", "init", -1, measure)
-            claim("RL ends above SFT", variant, "rl", "sft", +1, measure)
-            claim("RL ends above SFT's best checkpoint", variant, "rl", "sft best", +1, measure, greedy=False)
-        if variant == "rule" and headline == "step_accuracy":  # the rest of a walk is the same under both
-            claim("RL ends above init at turns", variant, "rl", "init", +1, "turn_accuracy")
-            claim("SFT ends below init at turns", variant, "sft", "init", -1, "turn_accuracy")
-            claim("RL ends above SFT at turns", variant, "rl", "sft", +1, "turn_accuracy")
-        if "visual" in where and variant != "rule":
-            claim("RL raises recognition", variant, "rl", "init", +1, "recognition")
-            claim("SFT lowers recognition", variant, "sft", "init", -1, "recognition")
-    return claims
-
-
-# What the paper reports of init, SFT and RL in percent, by (task, variant, measure); its temperature is .2.
-PAPER = {
-    ("gp-l", "rule", "success"): {"init": 11.5, "sft": 3.4, "rl": 15.0},
-    ("gp-vl", "rule", "success"): {"init": 11.2, "sft": 5.6, "rl": 14.2},
-    ("gp-vl", "visual", "success"): {"init": 23.6, "sft": 13.7, "rl": 41.2},
-    ("virl-l", "rule", "step_accuracy"): {"init": 80.8, "sft": 1.3, "rl": 91.8},
-    ("virl-vl", "rule", "step_accuracy"): {"init": 35.7, "sft": 2.5, "rl": 45.0},
-    ("virl-vl", "visual", "success"): {"init": 16.7, "sft": 11.1, "rl": 77.8},
-}
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the report says of an experiment: a question, and claims about its arms. Each claim is (text, arm,
-    compared with, sign, paper), "*" in a name stands for anything."""
-
-    question: str
-    claims: Sequence[tuple[str, str, str, int, str]] = ()
-    figure: str = "ends"  # or "budgets", "starts", "distances", "none"
-
-
-SECTIONS = {
-    "no-init": Section(
-        "Does RL need the init? Here it starts from the base, at three rates. `unparsed` are replies that "
-        "are not in the form asked for.",
-        [("RL from the base, {arm}, ends below RL from the init", "no-init-*", "rl", -1, "yes")],
-        "none",
-    ),
-    "verification": Section(
-        "Do more replies per hand help RL? It trains with 1, 3, 5 or 10 at equal compute; one evaluation "
-        "with 10 replies tells all smaller budgets. So the shares of verdicts are of up to 10 replies here.",
-        [
-            ("{arm} ends above init", "rl-budget-*", "init", +1, "+0.5, +2.2, +3.0, +6.0 for 1, 3, 5, 10"),
-            ("a budget of 10 ends above one of 1", "rl-budget-10", "rl-budget-1", +1, "yes"),
-        ],
-        "budgets",
-    ),
-    "start": Section(
-        "From where does RL still heal what SFT forgot? RL starts from SFT's checkpoints, the later the more "
-        "overfitted. A start was measured on a quarter of the hands, and differences are taken on those.",
-        [("{arm} ends above its start", "rl-from-sft-*", "sft@*", +1, "not from an overfitted start")],
-        "starts",
-    ),
-    "recognition": Section(
-        "Do the policies look at the cards? They are shown grey pictures (`blank`), or those of other hands "
-        "(`shuffled`), which name the same number of cards.",
-        figure="none",
-    ),
-    "revision-sft": Section(
-        "Is it the single turn that makes SFT forget? Here it learns from conversations with errors and the "
-        "verifier's feedback.",
-        [("SFT on revisions ends below init", "sft-revision", "init", -1, "yes")],
-    ),
-    "sft-search": Section("Does another rate, or a frozen part, save SFT? The paper: none passes 30% ID."),
-    "reply-ratio": Section(
-        "The paper's PPO has one ratio, value and advantage for each reply, half the weight for what stands "
-        "before the answer, a value head that trains the trunk and a clip range of .1; ours a ratio for each "
-        "token, a detached value head and .2.",
-        [
-            ("reply-level RL ends above init", "rl-reply", "init", +1, "yes"),
-            ("token-level RL ends above reply-level RL", "rl", "rl-reply", +1, "-"),
-        ],
-    ),
-    "rivals": Section(
-        "What else keeps the other rule? All have the same compute and the same search for rates: DFT "
-        "weights each token's loss by its probability, sft-at-dft-rate has DFT's rate alone; self-SFT "
-        "samples as RL does and learns the replies that the verifier accepts; diverse arms are trained with "
-        "J, Q, K counting anything from 1 to 10 in each hand, never 11 to 13; rl-kl has a KL penalty to the "
-        "init.",
-        [
-            ("{arm} ends above init", "dft", "init", +1, "-"),
-            ("{arm} ends above init", "self-sft", "init", +1, "-"),
-            ("{arm} ends above init", "diverse-*", "init", +1, "-"),
-            ("{arm} ends above init", "rl-kl", "init", +1, "-"),
-            ("{arm} ends above {other}", "dft", "sft-at-dft-rate", +1, "-"),
-            ("RL ends above {other}", "rl", "dft", +1, "-"),
-            ("RL ends above {other}", "rl", "self-sft", +1, "-"),
-            ("RL ends above {other}", "rl", "diverse-sft", +1, "-"),
-            ("RL ends above {other}", "rl", "diverse-rl", +1, "-"),
-            ("RL ends above {other}", "rl", "rl-kl", +1, "-"),
-        ],
-    ),
-    "forgetting": Section(
-        "Does the distance to the init predict what is forgotten? If so (2509.04259: the more KL(init, "
-        "policy), the more is forgotten), the correlation with the change under the other rule is negative. "
-        "One dot for every measured checkpoint: KL(p, q) in nats per reply token, in distribution, on "
-        "replies of p; weights that changed after rounding to bf16.",
-        figure="distances",
-    ),
-}
-
-
-def section_claims(results: Results, name: str, variant: str, where: str, headline: str) -> list[Claim]:
-    """The claims of an experiment under one variant, at temperature 1 and greedily, one for each arm that a
-    "*" stands for."""
-    budget = {"verify_iter": 10} if name == "verification" else {}
-    names = list(dict.fromkeys(p["arm"] for p in results.points))
-    claims = []
-    for text, pattern, other, sign, paper in SECTIONS[name].claims:
-        for arm in fnmatch.filter(names, pattern):
-            against = other.replace("*", arm.rpartition("-")[2])
-            words = f"{text.format(arm=arm, other=against)} {where}"
-            claim = Claim(words, arm, against, sign, variant, 1.0, headline, place=budget, paper=paper)
-            claims += [claim, replace(claim, text=f"{words}, greedy", temperature=0.0, paper="-")]
-    return claims
-
-
 def verdict(d: dict, sign: int) -> str:
-    """What a difference says of a claim that expects `sign`: by the interval over hands, and every seed must
-    agree in sign."""
+    """Verdict of a `difference` on a claim that expects `sign`; every seed must agree in sign."""
     low, high = d["interval"]
     if low <= 0 <= high:
         return "not significant"
@@ -467,7 +229,136 @@ def verdict(d: dict, sign: int) -> str:
     return "holds" if d["mean"] * sign > 0 else "does not hold"
 
 
-# ------------------------------------------------------------------------------------------------- the report
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rho."""
+    ranks = [[mean((sum(b < a for b in z), sum(b <= a for b in z) - 1)) for a in z] for z in (x, y)]
+    return correlation(*ranks) if len(set(x)) > 1 and len(set(y)) > 1 else math.nan
+
+
+def flat(point: dict) -> dict:
+    """A point with the verdicts' shares and the accuracy at turns as fields of their names."""
+    actions = point.get("step_accuracy_by_action", {})
+    turns = {"turn_accuracy": actions["turn"]} if "turn" in actions else {}
+    return point.get("verdicts", {}) | turns | point
+
+
+def average(points: Sequence[dict], key: str) -> float:
+    """Mean of a field over points."""
+    return mean(p[key] for p in points)
+
+
+def find(points: Sequence[dict], **wanted) -> list[dict]:
+    """Points whose fields equal the wanted values, or are among them where a tuple is wanted, by seed, step
+    and number of episodes."""
+    options = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
+    found = [p for p in points if all(p.get(key) in values for key, values in options.items())]
+    return sorted(found, key=lambda p: (p["seed"], p["step"], p["episodes"]))
+
+
+def final_points(points: Sequence[dict], arm: str, **wanted) -> list[dict]:
+    """One point per seed, on most episodes: of an arm's last checkpoint; of "ARM best", its best by success
+    on validation episodes (ID, temperature 1); of "ARM@K", its checkpoint number K."""
+    name, best, _ = arm.partition(" best")
+    name, _, number = name.partition("@")
+    final = []
+    for seed in sorted({p["seed"] for p in points if p["arm"] == name}):
+        measured = find(points, arm=name, seed=seed)
+        steps = sorted({p["step"] for p in measured})  # greedily only the last checkpoint is measured
+        if best and (valid := find(measured, variant="id", series="valid")):
+            steps = [max(valid, key=lambda p: p.get("step_accuracy", p["success"]))["step"]]
+        elif number:
+            steps = steps[int(number) - 1 : int(number)]
+        final += find(measured, step=tuple(steps), **wanted)[-1:]
+    return final
+
+
+class Results:
+    """The measured points of a study: `results.jsonl`, one line each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def find(self, **wanted) -> list[dict]:
+        """`find` among these points."""
+        return find(self.points, **wanted)
+
+    def add(self, point: dict, write: bool = True) -> None:
+        """Appends a point and replaces the file as a whole; under torchrun one rank writes."""
+        self.points.append(point)
+        if not write:
+            return
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(p) + "\n" for p in self.points))
+        temporary.replace(self.path)
+
+
+# ---- the claims
+
+# The other experiments, each with its question.
+SECTIONS = {
+    "no-init": "Does RL need the init? Here it starts from the base.",
+    "verification": "Do more replies per hand help RL, at equal compute? All are tested with 10.",
+    "start": "From which checkpoints of SFT does RL recover what SFT forgot?",
+    "recognition": "Do the policies look? They play with grey pictures, and with those of other episodes.",
+    "revision-sft": "Does SFT forget because it sees single turns? Here it sees errors and feedback.",
+    "sft-search": "Does another rate, or a frozen part, keep SFT from forgetting?",
+    "reply-ratio": "Does the paper's PPO, with one ratio, value and advantage per reply, do as well?",
+    "rivals": "What else keeps the other rule, at equal compute?",
+    "forgetting": "Does the distance to the init, in distribution, predict the change under the other rule?",
+}
+
+# Claims: topic ("main ..." or a section), text, arm, other arm, sign of the difference, the paper's result
+# ("": see PAPER). Arms are named as by `final_points`; "*" is every matching arm of the section, in the name
+# of the other arm the end of that name.
+CLAIMS = (
+    ("main id", "RL ends above init", "rl", "init", +1, ""),
+    ("main id", "SFT ends above init", "sft", "init", +1, ""),
+    ("main ood", "RL ends above init", "rl", "init", +1, ""),
+    ("main ood", "SFT ends below init", "sft", "init", -1, ""),
+    ("main ood", "RL ends above SFT", "rl", "sft", +1, ""),
+    ("main ood", "RL ends above SFT's best checkpoint", "rl", "sft best", +1, ""),
+    ("main recognition", "RL raises recognition", "rl", "init", +1, ""),
+    ("main recognition", "SFT lowers recognition", "sft", "init", -1, ""),
+    ("no-init", "{arm} ends below RL", "*", "rl", -1, "yes"),
+    ("verification", "{arm} ends above init", "rl-*", "init", +1, "by .5, 2.2, 3.0, 6.0"),
+    ("verification", "{arm} ends above {other}", "rl-budget-10", "rl-budget-1", +1, "yes"),
+    ("start", "{arm} ends above its start", "*", "sft@*", +1, "not from an overfitted start"),
+    ("revision-sft", "{arm} ends below init", "*", "init", -1, "yes"),
+    ("sft-search", "{arm} ends above init", "*", "init", +1, "none passes 30% ID"),
+    ("reply-ratio", "{arm} ends above init", "*", "init", +1, "yes"),
+    ("reply-ratio", "{arm} ends below RL", "*", "rl", -1, ""),
+    ("rivals", "{arm} ends above init", "*", "init", +1, ""),
+    ("rivals", "{arm} ends below RL", "*", "rl", -1, ""),
+    ("rivals", "{arm} ends above {other}", "dft", "sft-at-dft-rate", +1, ""),
+)
+
+# What the paper reports of init, SFT and RL in percent, by (task, variant, measure); its temperature is .2.
+PAPER = {
+    ("gp-l", "rule", "success"): (11.5, 3.4, 15.0),
+    ("gp-vl", "rule", "success"): (11.2, 5.6, 14.2),
+    ("gp-vl", "visual", "success"): (23.6, 13.7, 41.2),
+    ("virl-l", "rule", "step_accuracy"): (80.8, 1.3, 91.8),
+    ("virl-vl", "rule", "step_accuracy"): (35.7, 2.5, 45.0),
+    ("virl-vl", "visual", "success"): (16.7, 11.1, 77.8),
+}
+
+
+# ---- the report
+
+# Columns of the table of checkpoints, each where it was measured.
+COLUMNS = ("step_accuracy", "first_step_accuracy", "turn_accuracy", "success", "first_success", "unparsed")
+COLUMNS += ("illegal", "wrong_numbers", "recognition")
+DISTANCES = {
+    "kl_to_init": "KL(policy, init)",
+    "kl_from_init": "KL(init, policy)",
+    "changed": "weights changed",
+}
+MAIN = [(arm, {}) for arm in ("init", "sft", "sft best", "rl")]
+
+
+def _label(key: str) -> str:
+    return DISTANCES.get(key, key.replace("_", " "))
 
 
 def _percent(x: float) -> str:
@@ -475,7 +366,7 @@ def _percent(x: float) -> str:
 
 
 def _interval(pair: tuple[float, float] | None) -> str:
-    return "-" if pair is None else f"[{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
+    return "" if pair is None else f" [{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -483,444 +374,295 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-# Words of the report, by class of the task.
-WORDS = {
-    envs.Environment: {
-        "hands": "episodes",
-        "measure": "success",
-        "columns": ("success", "first reply"),  # measures
-        "last": "first reply",
-        "cells": "First reply is the share of episodes solved by the first reply",
-        "reads": "name what is shown",
-    },
-    envs.GeneralPoints: {
-        "id": "In distribution: J, Q, K count 10, as in training.",
-        "rule": "Other rule: 11, 12, 13, and every hand holds a face card.",
-        "visual": "Other colour: red suits, the training rule.",
-        "hands": "hands",
-        "columns": ("success", "first reply", "illegal"),
-        "last": "wrong numbers",
-        "cells": "Illegal are the replies in form, in percent, with no legal equation, such as those with an "
-        "x for a product (the tiny corpus's bad habit); wrong numbers are replies with a number which the "
-        "rule in force does not give",
-        "reads": "name the cards",
-    },
-    envs.VIRL: {
-        "id": "In distribution: turns by the compass, on routes that training never walks.",
-        "rule": "Other rule: left and right, on the same routes.",
-        "visual": "Other cities: the training rule in nine cities that post-training never sees.",
-        "hands": "routes",
-        "measure": "per-step accuracy",
-        "columns": ("steps", "first reply of each step", "routes"),
-        "last": "turns",
-        "cells": "Steps is the share of waypoints with the expert's action within the budget, turns that of "
-        "the waypoints where one must turn, routes the share of routes with all of them",
-        "reads": "name the landmark, where there is one",
-    },
-}
-
-
-def words_of(cls: type[envs.Environment]) -> dict:
-    """The words of the first base of a class that has some."""
-    return WORDS[envs.Environment] | next(WORDS[base] for base in cls.__mro__ if base in WORDS)
-
-
 @dataclass
 class Report:
     """Writes report.md and, where matplotlib is installed, figures/*.png.
 
-    `experiments`: by name, what was measured of each arm, as (arm, place) for `Results.ends`."""
+    Args:
+        points: lines of `results.jsonl`.
+        folder: of the study.
+        settings: `task`, `model`, `parameters`, `verify_iter`, `arms` (rows of a table), and a `note`.
+        experiments: by name, each arm and the fields of its points that are not as in the main comparison.
+    """
 
-    results: Results
+    points: Sequence[dict]
     folder: Path
-    settings: dict  # of the study
+    settings: dict
     experiments: dict[str, list[tuple[str, dict]]]
 
     def __post_init__(self):
-        self.task = self.settings["task"]
+        self.points, self.task = [flat(p) for p in self.points], self.settings["task"]
         cls = envs.task_class(self.task)
-        self.words, self.headline = words_of(cls), cls.headline
-        self.usual = {"verify_iter": self.settings["verify_iter"]}
-        self.where = {v: text for v, text in cls.variants.items() if self.ends("init", v)}
-        self.last = "rule" if "rule" in self.where else "id"
+        self.headline, self.label = cls.headline, _label(cls.headline)
+        self.usual = {"series": "test", "temperature": 1.0, "pictures": "own"}
+        self.usual["verify_iter"] = self.settings["verify_iter"]
+        self.where = {v: text for v, text in cls.variants.items() if self.final("init", variant=v)}
+        self.ood = "rule" if "rule" in self.where else "id"
 
-    def ends(self, arm: str, variant: str, temperature: float = 1.0, **place) -> list[dict]:
-        """`Results.ends`, measured as usual but for `place`."""
-        return self.results.ends(arm, variant=variant, temperature=temperature, **self.usual | place)
+    def final(self, arm: str, **fields) -> list[dict]:
+        """`final_points` as in the main comparison but for `fields`."""
+        return final_points(self.points, arm, **self.usual | fields)
 
     def write(self) -> list[str]:
         """Returns the lines of the table of claims."""
-        claims = self.claims_table(main_claims(self.task, self.where, self.headline))
-        lines = [*self.first_page(claims), *self.checkpoints()]
-        for name in self.experiments:
-            if name in SECTIONS:
-                lines += self.section(name)
-        lines += [
-            "## Settings",
-            "",
-            "Compute counts processed tokens: 6 N per trained token, 2 N per generated or scored one. All "
-            "arms get the same, and end with the step or update that reaches it: RL overshoots by up to one "
-            "update.",
-            "",
-            "Every number is a mean over lines of `results.jsonl`: those of its arm, variant, temperature, "
-            "`verify_iter` and `pictures`, of series `test`, at the last step of each seed.",
-            "",
-            "The arms, each with its settings where they are not the defaults of `sftrl sft` or `sftrl ppo`:",
-            "",
-            *table(["arm", "start", "algorithm", "settings"], self.settings["arms"]),
-            "",
-        ]
-        (self.folder / "report.md").write_text("\n".join(lines), "utf-8")
-        Figures(self).draw()
-        return claims
-
-    def first_page(self, claims: list[str]) -> list[str]:
-        """Question, set-up, claims and curves of the main comparison."""
-        words, first = self.words, self.ends("init", "id")
-        seeds, n = ", ".join(str(p["seed"]) for p in first), first[0]["episodes"]
-        others = ", ".join(text for v, text in self.where.items() if v != "id")
-        counted = ["waypoints"] * (self.headline == "step_accuracy")
-        counted += ["replies, for recognition"] * ("visual" in self.where)
-        weighed = f" Differences average {words['hands']}, the shares before them {' and '.join(counted)}."
-        weighed = weighed if counted else ""
-        return [
+        claims, settings, init = self.claims(self.topics()), self.settings, self.final("init", variant="id")
+        lines = [
             f"# Study {self.task}: does post-training teach the rule, or only its examples?",
             "",
-            "```",
-            f"base --> init: a short SFT --+--> SFT: demonstrations    --+--> tested {self.where['id']},",
-            f"                             +--> RL: PPO and a verifier --+    {others}",
-            "```",
+            "SFT on demonstrations and RL (PPO) start from one init, a short SFT, and have equal compute; "
+            f"they are tested {', '.join(self.where.values())}. Numbers are {self.label} in percent, within "
+            f"{settings['verify_iter']} replies, on the same {init[0]['episodes']} evaluation episodes, "
+            f"means over seeds {', '.join(str(p['seed']) for p in init)}. The model, {settings['model']}, "
+            f"has {settings['parameters'] / 1e6:,.1f}M parameters, the paper's 11B. {settings['note']}",
             "",
-            f"Seeds {seeds}; {n} evaluation {words['hands']} per end of an arm, the same for "
-            f"all, and a quarter of them between; {words['measure']} in percent within "
-            f"{self.settings['verify_iter']} replies. "
-            + " ".join(words[v] for v in self.where if v in words),
-            "",
-            f"The model, {self.settings['model']}, has {self.settings['parameters'] / 1e6:,.1f}M parameters "
-            "and is sampled at temperature 1 and greedily; the paper's has 11B, and a temperature of .2. "
-            + self.settings["note"],
-            "",
-            "## Claims",
-            "",
-            *claims,
-            "",
-            f"A claim *holds* if the paired interval over {words['hands']} excludes 0 on the expected side "
-            "and every seed's difference has that sign; it *does not hold* if all that is so on the other "
-            "side. *Seeds disagree*: the interval excludes 0, but the signs differ. *Not significant*: the "
-            "interval holds 0. That interval speaks of these checkpoints; the one over seeds (Student's t) "
-            "speaks of other seeds after the same base. All speak of the learning rates in force." + weighed,
+            *["## Claims", "", *claims, ""],
+            "docs/metrics.md explains verdicts, intervals and columns.",
             "",
             "![success against compute](figures/curves.png)",
             "",
-            "Lines are means over seeds, bands reach from the lowest seed to the highest.",
-            "",
+            *["## Checkpoints", "", *self.checkpoints([("base", {}), *MAIN]), ""],
+            *["## Curves", "", *self.curves(), ""],
         ]
-
-    def checkpoints(self) -> list[str]:
-        """The main comparison in numbers: ends and curves."""
-        words, best = self.words, ", ".join(str(p["step"]) for p in self.ends("sft best", "id"))
-        recognition = (
-            f"; recognition counts the replies that {words['reads']}" if "visual" in self.where else ""
-        )
-        return [
-            "## Checkpoints",
-            "",
-            f"Means over seeds. {words['cells']}; KL is KL(policy || init) in nats per reply token on the "
-            f"policy's own replies{recognition}.",
-            "",
-            *self.ends_table([("base", {}), *MAIN]),
-            "",
-            "SFT's best checkpoint is the one with the highest ID success on validation deals (seeds of "
-            f"their own). Steps: {best}.",
-            "",
-            "## Curves",
-            "",
-            f"{words['measure'].capitalize()} at temperature 1, mean over seeds [lowest, highest]. Points "
-            f"between are measured on a quarter of the {words['hands']}.",
-            "",
-            *self.curves_table(),
-            "",
-        ]
+        if "visual" in self.where:
+            lines += ["![success against recognition](figures/recognition.png)", ""]
+        for name in (name for name in SECTIONS if name in self.experiments):
+            lines += [f"## {name}", "", SECTIONS[name], "", *self.section(name), ""]
+            lines += [f"![{name}](figures/{name}.png)", ""]
+        lines += ["## Settings", "", *table(["arm", "start", "algorithm", "settings"], settings["arms"]), ""]
+        (self.folder / "report.md").write_text("\n".join(lines), "utf-8")
+        draw(self)
+        return claims
 
     def section(self, name: str) -> list[str]:
-        """One experiment: its question, claims, ends and figure."""
-        claims = []
-        for variant in (v for v in self.where if v != "id"):
-            claims += section_claims(self.results, name, variant, self.where[variant], self.headline)
-        lines = [f"## {name}", "", SECTIONS[name].question, ""]
-        lines += [*self.claims_table(claims), ""] if claims else []
+        """The tables of one experiment."""
         if name == "forgetting":
-            lines += [*self.distances_table(), ""]
-        else:
-            main = MAIN if SECTIONS[name].figure == "ends" else []
-            lines += [*self.ends_table(main + self.experiments[name], SECTIONS[name]), ""]
-        return lines + ([f"![{name}](figures/{name}.png)", ""] if SECTIONS[name].figure != "none" else [])
+            changes = self.changes
+            change = [x for *_, x in changes]
+            rhos = [rank_correlation([p[key] for _, p, _ in changes], change) for key in DISTANCES]
+            row = [f"{len(changes)} checkpoints", *(f"{rho:+.2f}" for rho in rhos)]
+            arms = [(arm, {}) for arm in dict.fromkeys(arm for arm, *_ in changes)]
+            return [*table(["rank correlation", *DISTANCES.values()], [row]), "", *self.checkpoints(arms)]
+        claims = self.claims([(name, variant, self.headline) for variant in self.where if variant != "id"])
+        return [*claims, "", *self.checkpoints(self.experiments[name])]
 
-    def claims_table(self, claims: Sequence[Claim]) -> list[str]:
-        """One row for each claim whose arms were measured."""
+    def topics(self) -> list[tuple[str, str, str]]:
+        """What the main claims are about: (topic, variant, measure)."""
+        topics = []
+        for variant in self.where:
+            measures = [self.headline]
+            if self.headline == "step_accuracy" and variant == "rule":
+                measures += ["turn_accuracy"]  # the rest of a walk is the same under both rules
+            if self.headline == "step_accuracy" and variant == "visual":
+                measures = ["success", *measures]  # in other cities the paper counts whole routes
+            topic = "main id" if variant == "id" else "main ood"
+            topics += [(topic, variant, measure) for measure in measures]
+            if "visual" in self.where and variant != "rule":
+                topics.append(("main recognition", variant, "recognition"))
+        return topics
+
+    def claims(self, topics: Sequence[tuple[str, str, str]]) -> list[str]:
+        """The table of claims about some topics: a row for each arm that a claim is about."""
         rows = []
-        for c in claims:
-            a, b = (self.ends(arm, c.variant, c.temperature, **c.place) for arm in (c.arm, c.other))
-            shared = {p["seed"] for p in a} & {p["seed"] for p in b}
-            a, b = ([p for p in points if p["seed"] in shared] for points in (a, b))
-            if not shared:
-                continue
-            d = difference(a, b, c.measure)
-            rows.append(
-                [
-                    c.text,
-                    f"{_percent(_mean(a, c.measure))} against {_percent(_mean(b, c.measure))}",
-                    f"{100 * d['mean']:+.1f} {_interval(d['interval'])}",
-                    _interval(d["seed_interval"]),
-                    ", ".join(f"{100 * s:+.1f}" for s in d["seeds"]),
-                    f"**{verdict(d, c.sign)}**",
-                    c.paper,
-                ]
+        for topic, variant, measure in topics:
+            arms = [arm for arm, _ in self.experiments.get(topic, [])]
+            for claim in (claim for claim in CLAIMS if claim[0] == topic):
+                for arm in fnmatch.filter(arms, claim[2]) or [claim[2]]:
+                    rows += self.row(claim, arm, variant, measure)
+        head = ["difference [95% over episodes]", "each seed [95% over seeds]"]
+        head = ["claim", "temperature 1", *head, "greedy", *head, "verdict", "paper"]
+        return table(head, rows) if rows else []
+
+    def row(self, claim: tuple, arm: str, variant: str, measure: str) -> list[list[str]]:
+        """A row of the table of claims, if both arms were measured."""
+        topic, text, _, other, sign, finding = claim
+        other = other.replace("*", arm.rpartition("-")[2])
+        fields, cells, verdicts = dict(self.experiments.get(topic, [])), [], []
+        for t in (1.0, 0.0):
+            a, b = (
+                self.final(name, variant=variant, temperature=t, **fields.get(name, {}))
+                for name in (arm, other)
             )
-        over = f"difference, 95% over {self.words['hands']}"
-        return table(["claim", "measured", over, "95% over seeds", "each seed", "verdict", "paper"], rows)
+            seeds = tuple({p["seed"] for p in a} & {p["seed"] for p in b})
+            if not seeds:
+                cells += ["", "", ""]
+                continue
+            a, b = find(a, seed=seeds), find(b, seed=seeds)
+            d = difference(a, b, measure)
+            cells += [
+                f"{_percent(average(a, measure))} against {_percent(average(b, measure))}",
+                f"{100 * d['mean']:+.1f}{_interval(d['interval'])}",
+                ", ".join(f"{100 * x:+.1f}" for x in d["seeds"]) + _interval(d["seed_interval"]),
+            ]
+            verdicts.append(f"**{verdict(d, sign)}**")
+        text = f"{text.format(arm=arm, other=other)} {self.where[variant]}"
+        if topic == "main ood" and measure != self.headline:
+            text += f", {_label(measure)}"
+        paper = dict(zip(("init", "sft", "rl"), PAPER.get((self.task, variant, measure), ())))
+        if not finding and arm in paper and other in paper:
+            finding = f"{paper[arm]} against {paper[other]}"
+        return [[text, *cells, "; greedy ".join(dict.fromkeys(verdicts)), finding]] if verdicts else []
 
-    def ends_table(self, arms: Sequence[tuple[str, dict]], section: Section | None = None) -> list[str]:
-        """What was measured of arms at their ends, by decoding."""
-        columns = [*self.words["columns"], "KL"] + ["recognition"] * ("visual" in self.where)
-        columns += ["unparsed"] * (section is SECTIONS["no-init"])
-        head = [f"{text}: {c}" if not i else c for text in self.where.values() for i, c in enumerate(columns)]
-        names = {"sft": "SFT, last", "sft best": "SFT, best by ID validation", "rl": "RL, last"}
+    def checkpoints(self, arms: Sequence[tuple[str, dict]]) -> list[str]:
+        """What was measured of arms at their ends, at temperature 1 / greedy."""
+        measured = self.final("init", variant="id")[0]
+        columns = [key for key in (*COLUMNS, *DISTANCES) if key in measured]
         rows = []
-        for arm, place in arms:
-            for t in (1.0, 0.0):
-                points = {v: self.ends(arm, v, t, **place) for v in self.where}
-                if all(points.values()):
-                    how = [place["pictures"]] if place.get("pictures", "own") != "own" else []
-                    cells = [_cell(own, column) for own in points.values() for column in columns]
-                    label = ", ".join([names.get(arm, arm), *how])
-                    cells.append(_cell(points[self.last], self.words["last"]))
-                    rows.append([label, "temperature 1" if t else "greedy", *cells])
-        return table(
-            ["checkpoint", "decoding", *head, f"{self.where[self.last]}: {self.words['last']}"], rows
-        )
+        for arm, fields in arms:
+            for variant, text in self.where.items():
+                decodings = [self.final(arm, variant=variant, temperature=t, **fields) for t in (1.0, 0.0)]
+                if not (decodings := [points for points in decodings if points]):
+                    continue
+                unusual = [f"{key} {value}" for key, value in fields.items() if value != self.usual[key]]
+                row = [", ".join([arm, *unusual]), ", ".join(str(p["step"]) for p in decodings[0]), text]
+                for key in columns:
+                    means = [average(points, key) for points in decodings if key in points[0]]
+                    row.append(" / ".join(f"{x:.3f}" if key in DISTANCES else _percent(x) for x in means))
+                rows.append(row)
+        return table(["checkpoint", "steps", "tested (temperature 1 / greedy)", *map(_label, columns)], rows)
 
-    def curves(self, arm: str, variant: str, key: str) -> list[tuple[float, list[float]]]:
-        """An arm at temperature 1, seeds side by side, the init first: (compute, values of the seeds). All
-        points between are on the same hands."""
-        init = self.results.curve("init", few=True, variant=variant, **self.usual)
-        points = [(0.0, [p[key] for p in init])]
-        by_seed: dict[int, list[dict]] = {}
-        for p in self.results.curve(arm, few=True, variant=variant, **self.usual):
-            by_seed.setdefault(p["seed"], []).append(p)
-        return points + [
-            (mean(p["flops"] for p in same), [p[key] for p in same]) for same in zip(*by_seed.values())
-        ]
-
-    def curves_table(self) -> list[str]:
+    def curves(self) -> list[str]:
         """The main comparison's arms by compute."""
         rows = []
         for arm in ("sft", "rl"):
-            sides = [self.curves(arm, v, self.headline) for v in self.where]
-            for same in zip(*sides):
+            for same in zip(*(self.curve(arm, v) for v in self.where)):
                 spread = [f"{_percent(mean(x))} [{_percent(min(x))}, {_percent(max(x))}]" for _, x in same]
-                rows.append([arm, f"{same[0][0] / 1e12:.2f}", *spread])
+                rows.append([arm, f"{same[0][0]:.2f}", *spread])
         return table(["arm", "compute, 10^12 FLOP", *self.where.values()], rows)
 
-    def distances(self) -> list[tuple[str, dict, float]]:
-        """Of every checkpoint after the init: arm, its point in distribution, and the change since the init
-        under the other rule. Arms straight from the base have left no init."""
-        start = {p["seed"]: p for p in self.ends("init", self.last)}
-        others = {"init"} | {arm for arm, _ in self.experiments.get("no-init", [])}
-        arms = sorted({p["arm"] for p in self.results.points if p["seed"] >= 0} - others)
-        found = []
-        for arm in arms:
-            there = {(p["seed"], p["step"]): p for p in self.results.curve(arm, variant="id", **self.usual)}
-            for p in self.results.curve(arm, variant=self.last, **self.usual):
-                here = there.get((p["seed"], p["step"]))
-                if here and "changed" in here and p["seed"] in start:
-                    change = difference([p], [start[p["seed"]]], self.headline)["mean"]
-                    found.append((arm, here, change))
-        return found
+    def curve(self, arm: str, variant: str, key: str = "") -> list[tuple[float, list[float]]]:
+        """An arm at temperature 1, the init first: (10^12 FLOP after it, `key` or the main measure
+        of each seed), on the episodes that points between were measured on."""
+        curve = []
+        for name in dict.fromkeys(["init", arm]):
+            found = find(self.points, arm=name, variant=variant, **self.usual)
+            fewest = {(p["seed"], p["step"]): p for p in reversed(found)}
+            by_seed: dict[int, list[dict]] = {}
+            for seed, step in sorted(fewest):
+                by_seed.setdefault(seed, []).append(fewest[seed, step])
+            for points in zip(*by_seed.values()):
+                flops = 0.0 if name == "init" else average(points, "flops") / 1e12
+                curve.append((flops, [p[key or self.headline] for p in points]))
+        return curve
 
-    def distances_table(self) -> list[str]:
-        """Each arm at its end, and how well the distances' ranks tell those of the change."""
-        found = self.distances()
-        rows = []
-        for arm in dict.fromkeys(arm for arm, *_ in found):
-            ends = {p["seed"]: (p, change) for name, p, change in found if name == arm}.values()
-            cells = [f"{mean(p[key] for p, _ in ends):.3f}" for key in DISTANCES]
-            changes = [100 * change for _, change in ends]
-            rows.append([arm, *cells, f"{mean(changes):+.1f}", ", ".join(f"{x:+.1f}" for x in changes)])
-        change = [x for *_, x in found]
-        told = [f"{rank_correlation([p[key] for _, p, _ in found], change):+.2f}" for key in DISTANCES]
-        rows.append([f"rank correlation with the change, {len(found)} checkpoints", *told, "", ""])
-        head = f"change {self.where[self.last]}"
-        return table(["arm at its end", *DISTANCES.values(), head, "each seed"], rows)
+    @cached_property
+    def changes(self) -> list[tuple[str, dict, float]]:
+        """Of every later checkpoint: arm, its point in distribution, the change under the other rule."""
+        here, there = (
+            {(p["arm"], p["seed"], p["step"]): p for p in find(self.points, variant=v, **self.usual)}
+            for v in ("id", self.ood)
+        )
+        init = {p["seed"]: p for p in self.final("init", variant=self.ood)}
+        others = {"init", *(arm for arm, _ in self.experiments.get("no-init", []))}
+        changes = []
+        for arm, seed, step in sorted(here.keys() & there.keys()):
+            p, q = here[arm, seed, step], there[arm, seed, step]
+            if arm not in others and seed in init and "changed" in p:
+                changes.append((arm, p, difference([q], [init[seed]], self.headline)["mean"]))
+        return changes
+
+    def series(self, name: str, part: str) -> list[tuple[str, list[tuple[float, list[float]]]]]:
+        """The lines of a figure's panel, which is for a variant or, of forgetting, for a distance: (arm,
+        [(x, value of each seed)])."""
+        if name == "curves":
+            return [(arm, self.curve(arm, part)) for arm in ("init", "sft", "rl")]
+        if name == "forgetting":
+            return [(arm, [(p[part], [change])]) for arm, p, change in self.changes]
+        lines = []
+        if name == "recognition":
+            for arm in ("sft", "rl"):
+                x, y = self.curve(arm, part, "recognition"), self.curve(arm, part)
+                lines.append((arm, [(100 * mean(a), [mean(b)]) for (_, a), (_, b) in zip(x, y)]))
+        if name == "verification":
+            for arm, fields in self.experiments[name]:
+                points = self.final(arm, variant=part, **fields)
+                shares = [[mean(0 < o <= k for o in p["outcomes"]) for p in points] for k in range(1, 11)]
+                lines.append((arm, list(enumerate(shares, 1))))
+        if name == "start":
+            # RL from the init and from each of SFT's checkpoints, over the compute of SFT before it
+            curve, arms = self.curve("sft", part), ["rl", *(arm for arm, _ in self.experiments[name])]
+            ends = [[p[self.headline] for p in self.final(arm, variant=part)] for arm in arms]
+            lines = [("sft", curve), ("rl", [(x, y) for (x, _), y in zip(curve, ends) if y])]
+        return lines
 
 
-# The main comparison's ends, as measured usually.
-MAIN: list[tuple[str, dict]] = [("init", {}), ("sft", {}), ("sft best", {}), ("rl", {})]
-DISTANCES = {
-    "kl_to_init": "KL(policy, init)",
-    "kl_from_init": "KL(init, policy)",
-    "changed": "weights changed",
+# ---- the figures
+
+# Labels of the axes; y is the main measure unless there is another one.
+AXES = {
+    "curves": ("compute after init, 10$^{12}$ FLOP", None),
+    "recognition": ("recognition, %", None),
+    "verification": ("replies", "solved within so many replies, %"),
+    "start": ("compute of SFT before RL, 10$^{12}$ FLOP", None),
+    "forgetting": ("distance to init", "change since init, points"),
 }
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rho."""
-    ranks = [[mean((sum(b < a for b in own), sum(b <= a for b in own) - 1)) for a in own] for own in (x, y)]
-    return correlation(*ranks) if len(set(x)) > 1 and len(set(y)) > 1 else math.nan
+def draw(report: Report) -> None:
+    """Writes figures/*.png of what was measured; without matplotlib nothing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    (report.folder / "figures").mkdir(exist_ok=True)
+    looks = {"init": ("C7", "*"), "sft": ("C1", "o"), "rl": ("C0", "s")}
+    others = sorted({p["arm"] for p in report.points} - looks.keys())
+    looks |= {arm: (f"C{'2345689'[i % 7]}", "^vDPX"[i % 5]) for i, arm in enumerate(others)}
+    names = ["curves", *["recognition"] * ("visual" in report.where), *report.experiments]
+    for name in dict.fromkeys(names):
+        (lines if name in AXES else ends)(report, name, looks)
 
 
-def _mean(points: Sequence[dict], key: str = "success") -> float:
-    if key == "turn_accuracy":
-        return mean(p["step_accuracy_by_action"]["turn"] for p in points)
-    return mean(p[key] for p in points)
+def panels(report: Report, name: str, parts: dict[str, str], x: str, y: str):
+    """Yields (axis, part) for each panel of a figure, then saves it; `parts`: panels with their titles."""
+    import matplotlib.pyplot as plt
+
+    size = {"figsize": (4.5 * len(parts) + 1.5, 3.6), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(parts), sharey=True, **size)
+    for axis, (part, title) in zip(axes[0], parts.items()):
+        axis.set(title=title, xlabel=x)
+        axis.grid(alpha=0.3)
+        yield axis, part
+    axes[0, 0].set_ylabel(y)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles))
+    if by_label:
+        figure.legend(by_label.values(), by_label, loc="outside right upper", fontsize=8)
+    figure.savefig(report.folder / "figures" / f"{name}.png", dpi=120)
+    plt.close(figure)
 
 
-def _cell(points: Sequence[dict], column: str) -> str:
-    """One number of the table of ends."""
-    if column in ("illegal", "wrong numbers", "unparsed"):
-        return _percent(mean(p["verdicts"][column.replace(" ", "_")] for p in points))
-    if column == "KL":
-        return f"{_mean(points, 'kl_to_init'):.3f}" if all("kl_to_init" in p for p in points) else "-"
-    names = {
-        "turns": "turn_accuracy",
-        "first reply": "first_success",
-        "steps": "step_accuracy",
-        "first reply of each step": "first_step_accuracy",
-        "routes": "success",
-    }
-    return _percent(_mean(points, names.get(column, column)))
-
-
-class Figures:
-    """Draws figures/*.png of a report; without matplotlib nothing."""
-
-    looks = {
-        "init": {"color": "tab:gray", "marker": "*", "label": "init"},
-        "sft": {"color": "tab:orange", "marker": "o", "label": "SFT"},
-        "rl": {"color": "tab:blue", "marker": "s", "label": "RL (PPO)"},
-    }
-
-    def __init__(self, report: Report):
-        self.report = report
-        others = sorted({p["arm"] for p in report.results.points} - self.looks.keys())
-        free = zip(others, cycle(("C2", "C3", "C4", "C5", "C6", "C8", "C9")), cycle("^vDPX"))
-        self.looks = self.looks | {
-            arm: {"color": color, "marker": marker, "label": arm} for arm, color, marker in free
-        }
-
-    def draw(self) -> None:
-        """All figures of the experiments that were measured."""
-        try:
-            import matplotlib
-        except ImportError:
-            return
-        matplotlib.use("Agg")
-        report, variants = self.report, list(self.report.where)
-        (report.folder / "figures").mkdir(exist_ok=True)
-        success = f"{report.words['measure']} within budget, %"
-        self.panels("curves", variants, "compute after init, 10$^{12}$ FLOP", success, self.curve)
-        if "visual" in variants:
-            reads = f"replies that {report.words['reads']}, %"
-            self.panels("recognition", variants, reads, success, self.path)
-        labels = {
-            "ends": (variants, f"{success} [95% over {report.words['hands']}]", ""),
-            "budgets": (variants, "replies per hand", "solved within so many replies, %"),
-            "starts": (variants, "compute of SFT before, 10$^{12}$ FLOP", success),
-        }
-        for name in report.experiments:
-            kind = SECTIONS[name].figure if name in SECTIONS else None
-            if kind == "distances":
-                change = f"change {report.where[report.last]}, points"
-                self.panels(name, list(DISTANCES), "distance to init", change, self.scatter)
-            elif kind in labels:
-                self.panels(name, *labels[kind], lambda axis, v: getattr(self, kind)(axis, v, name))
-
-    def panels(self, name: str, parts: Sequence[str], x: str, y: str, draw: Callable) -> None:
-        """One figure: a panel for each of `parts`, into which `draw(axis, part)` draws."""
-        import matplotlib.pyplot as plt
-
-        size = {"figsize": (4.5 * len(parts) + 1.5, 3.6), "squeeze": False, "layout": "constrained"}
-        figure, axes = plt.subplots(1, len(parts), sharey=True, **size)
-        for axis, part in zip(axes[0], parts):
-            axis.set(title=self.report.where.get(part) or DISTANCES[part], xlabel=x)
-            draw(axis, part)
-            axis.grid(alpha=0.3)
-        axes[0, 0].set_ylabel(y)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        if labels:
-            figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-        figure.savefig(self.report.folder / "figures" / f"{name}.png", dpi=120)
-        plt.close(figure)
-
-    def curve(self, axis, variant: str) -> None:
-        """Both arms against compute, a band from the lowest to the highest seed."""
-        for arm in ("sft", "rl"):
-            look = self.looks[arm]
-            points = self.report.curves(arm, variant, self.report.headline)
-            x = [flops / 1e12 for flops, _ in points]
+def lines(report: Report, name: str, looks: dict) -> None:
+    """Lines through means over seeds, with bands from the lowest seed to the highest. The init alone is a
+    dashed line, a checkpoint in forgetting a dot."""
+    dots, (x_label, y_label) = name == "forgetting", AXES[name]
+    parts = DISTANCES if dots else report.where
+    for axis, part in panels(report, name, parts, x_label, y_label or f"{report.label}, %"):
+        for arm, points in report.series(name, part):
+            x, (color, marker) = [x for x, _ in points], looks[arm]
             low, middle, high = ([100 * f(values) for _, values in points] for f in (min, mean, max))
-            axis.plot(x, middle, markersize=4, ls="-" if len(x) > 2 else "", **look)
-            axis.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0)
-        axis.axhline(middle[0], color="gray", lw=1, ls="--", label="SFT init")
-        axis.set_ylim(0, None)
+            if arm == "init" and len(x) == 1:
+                axis.axhline(middle[0], ls="--", lw=1, color=color, label=arm)
+                continue
+            style = {"color": color, "marker": marker, "label": arm, "ls": "" if dots else "-"}
+            axis.plot(x, middle, markersize=4, **style)
+            axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+            if name == "recognition":
+                axis.annotate("end", (x[-1], middle[-1]), color=color)
+        if not dots:
+            axis.set_ylim(0, None)
+        elif part != "changed":
+            axis.set_xscale("log")
 
-    def path(self, axis, variant: str) -> None:
-        """Success against recognition along both arms."""
-        for arm in ("sft", "rl"):
-            look = self.looks[arm]
-            x, y = (
-                [100 * mean(values) for _, values in self.report.curves(arm, variant, key)]
-                for key in ("recognition", self.report.headline)
-            )
-            axis.plot(x, y, markersize=4, alpha=0.8, **look)
-            axis.annotate("end", (x[-1], y[-1]), color=look["color"])
 
-    def ends(self, axis, variant: str, name: str) -> None:
-        """A dot for each arm's end, with 95% over hands."""
-        report = self.report
-        for arm, place in MAIN + report.experiments[name]:
-            points = report.ends(arm, variant, **place)
-            if points:
-                middle = _mean(points, report.headline)
-                _, half = over_hands([of_hands(p, report.headline) for p in points])
-                look = self.looks[arm.removesuffix(" best")] | {"label": None}
-                axis.errorbar(100 * middle, arm, xerr=100 * half, capsize=3, **look)
+def ends(report: Report, name: str, looks: dict) -> None:
+    """A dot for the end of each arm, with its 95% interval over episodes."""
+    for axis, part in panels(report, name, report.where, f"{report.label}, % [95% over episodes]", ""):
+        for arm, fields in MAIN + report.experiments[name]:
+            if points := report.final(arm, variant=part, **fields):
+                _, half = over_episodes([of_episodes(p, report.headline) for p in points])
+                color, marker = looks[arm.removesuffix(" best")]
+                middle = average(points, report.headline)
+                axis.errorbar(100 * middle, arm, xerr=100 * half, color=color, marker=marker, capsize=3)
         axis.set_xlim(left=-2)
         axis.yaxis.set_inverted(True)
-
-    def budgets(self, axis, variant: str, name: str) -> None:
-        """Of each arm, hands solved within 1 to 10 replies."""
-        for arm, place in self.report.experiments[name]:
-            points = self.report.ends(arm, variant, **place)
-            shares = [
-                100 * mean(mean(0 < o <= k for o in p["outcomes"]) for p in points) for k in range(1, 11)
-            ]
-            axis.plot(range(1, 11), shares, markersize=4, **self.looks[arm])
-        axis.set_ylim(0, None)
-
-    def starts(self, axis, variant: str, name: str) -> None:
-        """SFT's checkpoints, and where RL from them ends."""
-        report, rows = self.report, []
-        for arm, place in report.experiments[name]:
-            before = report.ends(arm.replace("rl-from-sft-", "sft@"), variant)
-            after = report.ends(arm, variant, **place)
-            if before and after:  # a short run has fewer checkpoints
-                rows.append((mean(p["flops"] for p in before) / 1e12, before, after))
-        x = [flops for flops, *_ in rows]
-        for k, look in ((1, self.looks["sft"]), (2, self.looks["rl"] | {"label": "RL from there"})):
-            axis.plot(x, [100 * _mean(row[k], report.headline) for row in rows], **look)
-        axis.axhline(
-            100 * _mean(report.ends("init", variant), report.headline), color="gray", ls="--", label="init"
-        )
-        axis.set_ylim(0, None)
-
-    def scatter(self, axis, key: str) -> None:
-        """Change under the other rule against a distance, one dot per checkpoint."""
-        found = self.report.distances()
-        for arm in dict.fromkeys(arm for arm, *_ in found):
-            dots = [(p[key], 100 * change) for name, p, change in found if name == arm]
-            axis.scatter(*zip(*dots), s=12, **self.looks[arm])
-        if key != "changed":
-            axis.set_xscale("log", subs=())
-            axis.xaxis.get_major_locator().set_params(subs=(1, 3))
-            axis.xaxis.set_major_formatter("{x:g}")

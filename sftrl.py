@@ -938,7 +938,7 @@ class Study:
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
     options: dict = field(default_factory=dict)  # of the environments: small enough for the tiny model
-    # Learning rates by arm, see docs/rates.md; other arms take that of "sft" or "rl".
+    # Learning rates by arm, see docs/results.md; other arms take that of "sft" or "rl".
     rates: dict = field(default_factory=dict)
     grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # for all arms' search
 
@@ -1217,16 +1217,16 @@ class StudyRun:
 
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
         """Writes the report of what was measured, with a `note` on page one; returns its table of claims."""
-        results = self.results.of(seeds, (self.hands, self.quarter))
+        points = self.results.find(seed=(-1, *seeds), episodes=(self.hands, self.quarter))
         measured, trained = {}, {arm.name: arm for arm in main_arms(self.study)}
         for name in experiments_of(self.cls)[1:]:
             arms = arms_of(self.study, name, self.cls)
-            if arms and not results.find(experiment=name):
+            if arms and not evaluate.find(points, experiment=name):
                 continue
             measured[name] = []
             for arm in arms:
                 key = {"pictures": arm.pictures, "verify_iter": arm.verify_iter or self.study.verify_iter}
-                if all(results.find(arm=arm.name, variant=v, **key) for v in self.variants):
+                if all(evaluate.find(points, arm=arm.name, variant=v, **key) for v in self.variants):
                     measured[name].append((arm.name, key))
                     trained[arm.name] = arm
         model = self.study.tiny if self.tiny else self.model
@@ -1238,7 +1238,7 @@ class StudyRun:
             "arms": [self.row_of(arm) for arm in trained.values()],
             "note": note,
         }
-        claims = evaluate.Report(results, self.out, settings, measured).write()
+        claims = evaluate.Report(points, self.out, settings, measured).write()
         return [*claims, "", f"report: {self.out / 'report.md'}"]
 
     def row_of(self, arm: Arm) -> list[str]:
@@ -1454,7 +1454,7 @@ def environment_of(args: argparse.Namespace) -> envs.Environment:
 def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     """The settings that a command line asks for, and a note on them for the report."""
     study, cls = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale), envs.task_class(args.task)
-    note = "How the learning rates were chosen: docs/rates.md."
+    note = "How the learning rates were chosen: docs/results.md."
     if args.model not in ("tiny", study.tiny):
         study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
         note = "Learning rates: those of sftrl sft and ppo."

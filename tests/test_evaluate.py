@@ -98,9 +98,9 @@ def test_seeds_on_the_same_hands_are_not_more_hands():
     """Two seeds that solve the same hands tell as much as one, two that differ at random more."""
     rng = np.random.default_rng(0)
     a, b = (rng.random((2, 1000)) < 0.3).astype(float)
-    middle, half = evaluate.over_hands([a, a])
+    middle, half = evaluate.over_episodes([a, a])
     assert middle == pytest.approx(a.mean()) and half == pytest.approx(1.96 * a.std(ddof=1) / 1000**0.5)
-    _, both = evaluate.over_hands([a, b])
+    _, both = evaluate.over_episodes([a, b])
     assert both == pytest.approx(1.96 * ((a + b) / 2).std(ddof=1) / 1000**0.5)
     assert both < 0.8 * half
 
@@ -288,38 +288,37 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
         "parameters": 2_500_000,
         "arms": [],
     }
-    report = evaluate.Report(results, tmp_path, settings, {})
+    report = evaluate.Report(results.points, tmp_path, settings, {})
     # The encoding of files where none is named, in a locale of old.
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *level: encoding or "ascii")
     claims = report.write()
     assert "modèle" in (tmp_path / "report.md").read_text("utf-8")
-    said = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
-    assert (
-        "**holds**" in said["RL ends above init under the other rule"]
-        and "**holds**" in said["SFT ends below init under the other rule"]
-    )
-    assert [p["step"] for p in results.ends("sft best", variant="rule")] == [1, 1]
-    assert [p["step"] for p in results.ends("sft", variant="rule")] == [2, 2]
-    assert [p["step"] for p in results.ends("sft@1", variant="rule")] == [1, 1]
+    rows = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
+    assert "| **holds** | 15.0 against 11.5 |" in rows["RL ends above init under the other rule"]
+    assert "| **holds** | 3.4 against 11.5 |" in rows["SFT ends below init under the other rule"]
+
+    def steps(arm, **fields):
+        return [p["step"] for p in evaluate.final_points(results.points, arm, variant="rule", **fields)]
+
+    assert steps("sft best") == [1, 1] and steps("sft") == [2, 2] and steps("sft@1") == [1, 1]
     assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
     # Greedily only last checkpoints are measured; their numbers stay.
     results.points = [p for p in results.points if p["temperature"] or p["step"] != 1]
-    assert [p["step"] for p in results.ends("sft@2", variant="rule", temperature=0.0)] == [2, 2]
-    assert results.ends("sft@1", variant="rule", temperature=0.0) == []
-    curve = report.curves("rl", "rule", "success")
-    assert [flops for flops, _ in curve] == [0, 1e12, 2e12] and len(curve[1][1]) == 2
+    assert steps("sft@2", temperature=0.0) == [2, 2] and steps("sft@1", temperature=0.0) == []
+    curve = report.curve("rl", "rule")
+    assert [compute for compute, _ in curve] == [0, 1, 2] and len(curve[1][1]) == 2  # in 10^12 FLOP
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_controls_show_grey_pictures_or_those_of_other_episodes():
-    shown, environments = (
+    observed, environments = (
         [],
         [envs.make("virl-vl", view_size=16, turns=1, points_per_leg=0, verify_iter=2) for _ in range(3)],
     )
 
     def expert(indices, observations):
-        shown.extend(
+        observed.extend(
             (i, environments[i].decision, environments[i].observe().image, o.image)
             for i, o in zip(indices, observations)
         )
@@ -329,20 +328,20 @@ def test_controls_show_grey_pictures_or_those_of_other_episodes():
         ]
 
     for how in ("blank", "shuffled"):
-        shown.clear()
+        observed.clear()
         assert all(
-            e.success for e in envs.play(environments, evaluate.Disguise(expert, how), seeds=[1, 2, 3])
+            e.success for e in envs.play(environments, evaluate.image_control(expert, how), seeds=[1, 2, 3])
         )
         seen: dict = {}
-        for i, at, own, picture in shown:
+        for i, at, original, picture in observed:
             # One for each waypoint, for both tries there.
-            assert picture is seen.setdefault((i, at), picture) and picture is not own
+            assert picture is seen.setdefault((i, at), picture) and picture is not original
             colors = picture.getcolors(2)
             assert (colors is not None and len(colors) == 1) == (how == "blank")
             if how == "shuffled":
                 assert (
-                    any(np.array_equal(picture, other) for j, _, other, _ in shown if j != i)
-                    and picture.size == own.size
+                    any(np.array_equal(picture, other) for j, _, other, _ in observed if j != i)
+                    and picture.size == original.size
                 )
         assert (
             len({id(picture) for picture in seen.values()})
@@ -350,19 +349,37 @@ def test_controls_show_grey_pictures_or_those_of_other_episodes():
             == sum(env.decisions for env in environments)
         )
     with pytest.raises(ValueError, match="need a task with pictures"):
-        envs.play([envs.make("gp-l")], evaluate.Disguise(expert, "blank"))
+        envs.play([envs.make("gp-l")], evaluate.image_control(expert, "blank"))
 
 
-def test_points_between_are_compared_on_the_same_hands(tmp_path):
-    results = evaluate.Results(tmp_path / "results.jsonl")
-    place = {"task": "gp-l", "arm": "sft", "seed": 0, "series": "test", "temperature": 1.0, "pictures": "own"}
-    for step, episodes in ((1, 10), (2, 40), (2, 10), (3, 40)):
-        results.add(place | {"step": step, "episodes": episodes})
-    assert [p["episodes"] for p in results.curve("sft", few=True)] == [10, 10, 40]
-    assert [p["episodes"] for p in results.curve("sft")] == [10, 40, 40]
+def test_ends_are_compared_on_most_episodes_and_points_between_on_the_same(tmp_path):
+    fields = {"task": "gp-l", "variant": "id", "verify_iter": 3}
+    fields |= {"seed": 0, "series": "test", "temperature": 1.0, "pictures": "own"}
+    points = [
+        fields | {"arm": arm, "step": step, "episodes": episodes, "success": episodes / 100, "flops": 0.0}
+        for arm, step, episodes in (("init", 0, 40), ("sft", 1, 10), ("sft", 2, 40), ("sft", 2, 10))
+    ]
+    report = evaluate.Report(points, tmp_path, {"task": "gp-l", "verify_iter": 3}, {})
+    assert [p["episodes"] for p in report.final("sft", variant="id")] == [40]
+    assert [value for _, value in report.curve("sft", "id")] == [[0.4], [0.1], [0.1]]
 
 
-def test_forgetting_speaks_of_arms_that_left_the_init(tmp_path):
+def test_both_decodings_stand_in_one_row_and_the_arms_of_a_section_in_one_each(tmp_path):
+    rates = {(arm, 0, v, "test"): r for arm, r in (("init", 0.3), ("rl", 0.6)) for v in ("id", "rule")}
+    rates |= {(f"x-{k}", 1, v, "test"): 0.3 * k for k in (1, 3) for v in ("id", "rule")}
+    points = results_of(tmp_path, rates).points
+    points = [p for p in points if p["arm"] != "x-1" or p["temperature"]]
+    settings = {"task": "gp-l", "verify_iter": 3}
+    report = evaluate.Report(points, tmp_path, settings, {"no-init": [("x-1", {}), ("x-3", {})]})
+    _, _, low, high = (row.split(" | ") for row in report.section("no-init")[:4])
+    assert low[0] == "| x-1 ends below RL under the other rule" and low[4:8] == ["", "", "", "**holds**"]
+    assert high[0] == "| x-3 ends below RL under the other rule" and high[7] == "**does not hold**"
+    for against, d, seeds in (high[1:4], high[4:7]):  # at temperature 1, and greedy
+        assert " against " in against and d.startswith("+") and d.count("+") == 3
+        assert len(seeds.split(" [")[0].split(", ")) == 2
+
+
+def test_forgetting_covers_the_arms_that_start_from_the_init(tmp_path):
     rates = {
         (arm, step, v, "test"): 0.5
         for arm, step in (("init", 0), ("rl", 1), ("raw", 1))
@@ -372,9 +389,9 @@ def test_forgetting_speaks_of_arms_that_left_the_init(tmp_path):
     for point in results.points:
         point |= {"changed": 0.1, "kl_from_init": 0.1}
     settings = {"task": "gp-l", "verify_iter": 3}
-    report = evaluate.Report(results, tmp_path, settings, {"no-init": [("raw", {})]})
-    assert [(arm, p["seed"]) for arm, p, _ in report.distances()] == [("rl", 0), ("rl", 1)]
-    assert len(report.distances_table()[2].split("|")[-2].split(",")) == 2  # each seed's change
+    report = evaluate.Report(results.points, tmp_path, settings, {"no-init": [("raw", {})]})
+    assert sorted((arm, p["seed"]) for arm, p, _ in report.changes) == [("rl", 0), ("rl", 1)]
+    assert "| 2 checkpoints | +nan | +nan | +nan |" in report.section("forgetting")
 
 
 def test_distances_stay_finite_where_a_token_was_all_but_impossible(policy):

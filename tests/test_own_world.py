@@ -215,9 +215,7 @@ def test_a_study_of_it_needs_a_model_and_writes_a_report(task, tmp_path, capsys)
     arms = {(p["arm"], p["variant"]) for p in lines}
     assert arms >= {(arm, v) for arm in ("base", "init", "sft", "rl") for v in ("id", "rule")}
     report = (tmp_path / "study" / "report.md").read_text()
-    assert (
-        "| RL ends above init on capitals |" in report and "evaluation episodes per end of an arm" in report
-    )
+    assert "| RL ends above init on capitals |" in report and "on the same 4 evaluation episodes" in report
     rates = {
         arm: json.loads((tmp_path / f"study/seed-0/{arm}/config.json").read_text())
         for arm in ("init", "sft", "rl")
