@@ -657,7 +657,7 @@ def locked(folder: Path) -> Iterator[None]:
             import fcntl  # not on Windows
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists():  # its holder has just ended
+            if not (path.exists() and os.path.samefile(path, file.fileno())):  # its holder has just ended
                 raise BlockingIOError
         except BlockingIOError:
             advice = "wait for its end, or choose another --out"
