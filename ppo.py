@@ -140,11 +140,8 @@ class Stream:
 def train(
     policy: Policy, optimizers: Optimizers, environments: Sequence, config: PPOConfig, step=0, flops=0.0
 ) -> Iterator[dict]:
-    """Trains until `config.steps` updates or `config.flops`, and yields the metrics of every update.
-
-    `environments` are this rank's, one episode each per update. `step` and `flops` are where a resumed run
-    stands.
-    """
+    """Trains until `config.steps` updates or `config.flops`; yields the metrics of every update. This rank's
+    `environments` play an episode each per update; a resumed run goes on at `step` and `flops`."""
     while (progress := max(step / config.steps, flops / config.flops)) < 1:
         factor = policy.set_lr(optimizers, progress, config.warmup)
         spent, clock = policy.flops, [time.perf_counter()]
@@ -177,11 +174,8 @@ def train(
 def rollout(
     policy: Policy, environments: Sequence, config: PPOConfig, step: int
 ) -> tuple[list[list[Stream]], list[envs.Episode]]:
-    """Plays one episode in each of this rank's environments; the streams of each, and the episodes.
-
-    Episodes and samples are a function of (seed, step, rank): a resumed run sees what the unbroken one would
-    have seen.
-    """
+    """Plays one episode in each of this rank's environments: the streams of each, and the episodes. They are
+    a function of (seed, step, rank), so that a resumed run goes on as an unbroken one would."""
     seeds = episode_seeds(policy, len(environments), config, step)
     generator = policy.generator(f"rollout/{config.seed}/{step}")
     with policy.responder(config.temperature, config.max_new_tokens, generator) as player:
@@ -196,8 +190,7 @@ def episode_seeds(policy: Policy, n: int, config: PPOConfig, step: int) -> list[
 
 class Player:
     """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's
-    conversation: one stream, or on a walk with pictures one for each waypoint, opened anew with the picture
-    seen there and the words of the walk so far."""
+    conversation: one stream, or on a walk with pictures one for each waypoint, with the words so far."""
 
     def __init__(self, policy: Policy, model: nn.Module, *settings):
         self.policy, self.model, self.settings = policy, model, settings  # the last as of `Policy.sample`
@@ -267,13 +260,13 @@ def collect(
 ) -> Batch:
     """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
 
-    `answer_field` is the name of the field where a reply's thought ends. `actions` marks what has a ratio:
-    the policy's tokens, or the first token of each reply.
+    The field `answer_field` ends a reply's thought. `actions` is 1 on what has a ratio: the policy's tokens,
+    or the first token of each reply.
 
-    With `center_values`, for the first update, the value head is shifted by a constant, so that its mean is
-    the mean return. A fresh head says 0 everywhere, and with lam < 1 an error that all tokens share does not
-    cancel: along a solved reply the advantage would grow towards its end (lam^k R, k tokens before it), and
-    its early tokens could fall below the mean and be unlearned.
+    `center_values`, in the first update, shifts the value head to the mean return. A fresh head gives 0
+    everywhere, and with lam < 1 an error that all tokens share does not cancel: along a solved reply the
+    advantage would grow towards its end (lam^k R, k tokens before it), and its early tokens could fall below
+    the mean and be unlearned.
     """
     # 1. The rows, and where in them the replies of each episode stand.
     rows, spans = arrange(policy, streams)
@@ -310,11 +303,9 @@ def collect(
 
 
 def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], Spans]:
-    """The rows of a batch, and where in them the replies of each episode stand.
-
-    Rows are sorted by length, so that neighbours share a microbatch with little padding. All ranks get as
-    many: where episodes have several rows, a rank with fewer adds copies of its shortest one that train
-    nothing."""
+    """The rows of a batch, and where in them the replies of each episode stand. Rows are sorted by length, to
+    pad microbatches little. All ranks need as many: one with fewer adds copies of its shortest row that
+    train nothing."""
     rows = sorted(chain(*streams), key=len)
     spare = replace(rows[0], mask=[0] * len(rows[0]), logp=[0.0] * len(rows[0]), replies=[])
     rows = [spare] * int(policy.largest(len(rows)) - len(rows)) + rows
@@ -394,9 +385,9 @@ def gae(
 
         delta_t = r_t + d V_t' - V_t,    A_t = delta_t + d lam A_t',    d = 1 inside a reply, else gamma
 
-    The reward falls on the reply's last token. Gamma acts once per turn, not per token. Behind the last reply
-    value and advantage are 0: an episode that ends, solved or with its budget used up, is over. Returns the
-    advantages and the returns A + V, shaped like the values.
+    The reward falls on the reply's last token. Gamma acts once per turn, not per token. An episode that ends,
+    solved or with its budget used up, is over: value and advantage behind it are 0. Returns the advantages
+    and the returns A + V, shaped like the values.
     """
     advantages: list[list[float]] = []
     next_value = next_advantage = 0.0
@@ -510,13 +501,11 @@ def losses(
 def update(
     policy: Policy, optimizers: Optimizers, batch: Batch, config: PPOConfig, step: int
 ) -> dict[str, float]:
-    """Epochs of minibatches over one batch, one optimizer step per minibatch; returns the means of what is
-    logged.
+    """Epochs of minibatches over one batch, one optimizer step each; returns the means of what is logged.
 
-    Policy and value loss are normalised by the number of actions in the global minibatch, entropy and KL by
-    that of tokens. Every rank has the same number of rows, hence of minibatches and microbatches; a minibatch
-    has the share of them that `minibatch_size` is of the episodes. Raises FloatingPointError on a non-finite
-    loss or gradient.
+    Policy and value loss are normalised by the actions of the global minibatch, entropy and KL by its tokens.
+    A minibatch has the share of the rows that `minibatch_size` is of the episodes. Raises FloatingPointError
+    on a non-finite loss or gradient.
     """
     sums: Counter[str] = Counter()
     largest, first_error, norms = 1.0, 0.0, []
@@ -597,16 +586,14 @@ class Policy(nn.Module):
         model: a Hugging Face causal language or vision-language model.
         processor: its processor, or its tokenizer; must have a chat template.
         rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else
-            the weights' own. Training log-probabilities are always computed by `forward`.
+            that of the weights.
         rollout_batch: episodes played together.
 
     Raises ValueError for a model whose output head, chat template or tokenizer cannot be used.
 
-    `flops` counts the work of this process: 6 N per trained token, 2 N per generated or scored token of the
-    text, N the parameters of `model`. Padding does not count, and a token that is read again for a later
-    reply counts once. Pictures count as the tokens that stand for them in the text.
-
-    This class is for one process; `Policy` in sftrl.py adds loading, saving and shards over several.
+    `flops` counts the work of this process: 6 N per trained token, 2 N per generated or scored one, N the
+    parameters of `model`. Padding does not count; what is read again for a later reply counts once; a picture
+    counts as its image tokens. `Policy` in sftrl.py adds loading, saving and shards over processes.
     """
 
     def __init__(
@@ -681,12 +668,11 @@ class Policy(nn.Module):
             <|im_start|>user\\n QUESTION <|im_end|>\\n<|im_start|>assistant\\n REPLY
             <|im_end|>\\n<|im_start|>user\\n
 
-        `opening` is the text before a reply, `reply_start` what some put between: a blank, or the channel
-        that the reply goes to. `end_id` ends a reply: the first special or added token after it, for some
-        templates the next role's, with the blank or newline that may stand before (`end_blank`); eos where
-        the template writes plain text. `end_ids` are all tokens that end a turn. Sampling stops at the
-        `stop_ids`: those, and the tokens with which a turn of the user begins. `bos` is what the tokenizer
-        puts before a text."""
+        `opening` is the text before a reply, `reply_start` what some put between: a blank, or a channel.
+        `end_id` ends a reply: the first special or added token after it, for some templates the next role's,
+        with a blank or newline that may stand before (`end_blank`); eos where the template writes plain text.
+        `end_ids` are all tokens that end a turn. Sampling stops at the `stop_ids`: those, and the tokens that
+        begin a turn of the user. `bos` is what the tokenizer puts before a text."""
         templates = [x for x in (self.processor, self.tokenizer) if getattr(x, "chat_template", None)]
         if not templates:
             advice = "take a chat model, or add chat_template.jinja to its folder"
@@ -729,9 +715,8 @@ class Policy(nn.Module):
         return [ids[n:] if ids[:n] == start else self.tokenize([t])[0] for ids, t in zip(whole, texts)]
 
     def extend(self, stream: Stream, feedback: str) -> None:
-        """Appends the verifier's message. Sampled tokens stay as they are: nothing is decoded and tokenized
-        again. If the reply closed its turn, the template's end token stands already; if it was cut off, the
-        end token joins as context."""
+        """Appends the verifier's message. Sampled tokens stay as they are, never tokenized again. The end
+        token of a reply that was cut off joins as context."""
         turns = (("user", "x"), ("assistant", ""), ("user", feedback))
         messages = [{"role": role, "content": content} for role, content in turns]
         self._go_on(stream, *self._continue(self._around_replies(messages, 1)[-1:]))
@@ -791,10 +776,10 @@ class Policy(nn.Module):
         return ids[0, cut:].tolist()
 
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
-        """Demonstrations in the released format as streams, built turn by turn exactly as `Player` builds
-        them; "image" holds a picture or its path. `loss_on`: "all" replies, or the "last", and the others
-        have mask 0. Raises ValueError for pictures without image tokens and the reverse, for a batch where
-        some have no picture, and for one that is longer than the model's positions reach."""
+        """Demonstrations in the released format as streams, built turn by turn as `Player` builds them;
+        "image" holds a picture or its path. `loss_on`: "all" replies, or the "last" alone. Raises ValueError
+        for pictures without image tokens and the reverse, where only some have pictures, and for one that is
+        longer than the model's positions reach."""
         streams = [self._demonstration(record, loss_on) for record in records]
         lacking = sum(stream.picture is None for stream in streams)
         if 0 < lacking < len(streams):
@@ -973,12 +958,8 @@ class Policy(nn.Module):
         cache: KeptCache | None = None,
     ) -> list[tuple[list[int], list[float]]]:
         """Draws one reply to each conversation: its tokens, end token included if it was drawn, and their
-        log-probabilities. The conversations stay as they are.
-
-        `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is filtered: what is drawn is
-        what the log-probabilities say (no top-k, no top-p, nothing of the folder's generation config). What
-        the `cache` holds of the conversations is not read again.
-        """
+        log-probabilities. `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is
+        filtered (no top-k, no top-p, no generation config). What the `cache` holds is not read again."""
         # 1. What the model has not read yet becomes one block, padded on the left.
         unread = [s.ids[n:] for s, n in zip(streams, cache.read if cache is not None else repeat(0))]
         ids = pad_rows(unread, self.pad_id, model.device, left=True)
@@ -1032,11 +1013,9 @@ class Policy(nn.Module):
         loss.backward()
 
     def step(self, optimizers: Optimizers, max_grad_norm: float, loss: float) -> float:
-        """Clips by the global norm, steps, clears the gradients; returns the norm before clipping.
-
-        Raises FloatingPointError if `loss` (already summed over ranks) or the norm is not finite: every rank
-        decides alike, and the weights are still those of the last step.
-        """
+        """Clips by the global norm, steps, clears the gradients; returns the norm before clipping. Raises
+        FloatingPointError, on all ranks and before weights change, if it or `loss` (summed over ranks) is not
+        finite."""
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
@@ -1143,7 +1122,7 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 def longest_conversation(config: transformers.PretrainedConfig) -> float:
     """How many tokens a language model's positions reach: without end for rotary embeddings (RoPE), but for
-    those whose frequencies change beyond some length, for which keys that were kept would then be wrong."""
+    those whose frequencies change beyond some length."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
     changing = [kind for kind in kinds if kind["rope_type"] in ("dynamic", "longrope")]
@@ -1230,8 +1209,7 @@ class KeptCache(transformers.Cache):
         self.rows, self.read, self.mask = rows, [0] * len(rows), None
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with some of the conversations, without the padding between their blocks: keys hold their
-        positions, so columns may move."""
+        """Goes on with some of them, without padding between blocks: rotated keys may change columns."""
         at = torch.tensor([self.rows.index(i) for i in rows], dtype=torch.long, device=self.mask.device)
         self.rows, self.read, mask = rows, [self.read[b] for b in at.tolist()], self.mask[at]
         if rows:
