@@ -242,7 +242,7 @@ class Player:
             return [([i for i in ready if min(self.settings[0], room[i]) == n], None) for n in rooms]
         for cache in self.caches:
             cache.keep([i for i in cache.rows if i in ready and i not in opened])
-        self.caches.append(KeptCache([i for i in ready if i in opened]))
+        self.caches.append(KeptCache([i for i in ready if i in opened], self.policy.model.device))
         self.caches = [cache for cache in self.caches if cache.rows]
         return [(cache.rows, cache) for cache in self.caches]
 
@@ -961,14 +961,14 @@ class Policy(nn.Module):
         log-probabilities. `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is
         filtered (no top-k, no top-p, no generation config). What the `cache` holds is not read again."""
         # 1. What the model has not read yet becomes one block, padded on the left.
-        unread = [s.ids[n:] for s, n in zip(streams, cache.read if cache is not None else repeat(0))]
+        read = repeat(0) if cache is None else cache.mask.sum(1).tolist()
+        unread = [s.ids[n:] for s, n in zip(streams, read)]
         ids = pad_rows(unread, self.pad_id, model.device, left=True)
         mask = pad_rows([[1] * len(row) for row in unread], 0, model.device, left=True)
         first = streams[0].picture and len(unread[0]) == len(streams[0])  # the block has the pictures
         inputs = self._beside(streams, mask.bool().cpu()) if first else {}
         if cache is not None:
-            mask = cache.mask = mask if cache.mask is None else torch.cat([cache.mask, mask], 1)
-            inputs[self._cache_argument], cache.read = cache, [len(s) for s in streams]
+            mask, inputs[self._cache_argument] = torch.cat([cache.mask, mask], 1), cache
         # 2. The library decodes, with nothing but these settings; every rank for itself, as replies differ.
         longest = int(min(max_new_tokens, self.max_length - max(map(len, streams))))
         settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=longest)
@@ -981,12 +981,13 @@ class Policy(nn.Module):
         finally:
             model.generation_config = theirs
         # 3. A reply ends with its first stop; rows that ended before others went on with padding.
-        if cache is not None:
-            cache.crop(mask.shape[1] - cache.get_seq_length())
         replies = []
         for row, logp in zip(out.tolist(), torch.cat(sampler.logps, 1).tolist()):
             stop = next((k for k, token in enumerate(row, 1) if token in self.stop_ids), len(row))
             replies.append((row[:stop], logp[:stop]))
+        if cache is not None:  # the model has read what was drawn but in the last step
+            drawn = torch.arange(out.shape[1] - 1) < torch.tensor([len(row) for row, _ in replies])[:, None]
+            cache.mask = torch.cat([mask, drawn.to(mask)], 1)
         new = sum(len(s) - (s.replies[-1][1] if s.replies else 0) for s in streams)
         self._count(2, new + sum(len(row) for row, _ in replies))
         return replies
@@ -1194,24 +1195,25 @@ class GrowingLayer(DynamicLayer):
 
     def pick(self, rows: Tensor, columns: Tensor) -> None:
         """Goes on with these rows of the batch [n], and of each with these columns [n, k]."""
-        at = columns[:, None, :, None]
-        self.whole = [x[rows].gather(2, at.expand(-1, x.shape[1], -1, x.shape[3])) for x in self.whole]
-        self.keys, self.values = self.whole
+        n, k = columns.shape
+        for x in self.whole:
+            x[:n, :, :k] = x[rows[:, None], :, columns].transpose(1, 2)
+        self.whole = [x[:n] for x in self.whole]
+        self.keys, self.values = (x[:, :, :k] for x in self.whole)
 
 
 class KeptCache(transformers.Cache):
     """What a model has read of conversations that began together, kept from turn to turn: of the one with
-    number `rows[b]` its first `read[b]` tokens. mask [B, columns] is 0 on padding. Sampled tokens are
-    dropped, and read again with the next block."""
+    number `rows[b]` its first tokens, where mask [B, columns] is 1; it is 0 on padding."""
 
-    def __init__(self, rows: list[int]):
+    def __init__(self, rows: list[int], device: torch.device):
         super().__init__(layer_class_to_replicate=GrowingLayer)
-        self.rows, self.read, self.mask = rows, [0] * len(rows), None
+        self.rows, self.mask = rows, torch.zeros(len(rows), 0, dtype=torch.long, device=device)
 
     def keep(self, rows: list[int]) -> None:
         """Goes on with some of them, without padding between blocks: rotated keys may change columns."""
         at = torch.tensor([self.rows.index(i) for i in rows], dtype=torch.long, device=self.mask.device)
-        self.rows, self.read, mask = rows, [self.read[b] for b in at.tolist()], self.mask[at]
+        self.rows, mask = rows, self.mask[at]
         if rows:
             columns = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
             self.mask = mask.gather(1, columns)
