@@ -1,32 +1,30 @@
-"""PPO for a language model in a conversation with a verifier, to be read from top to bottom.
+"""PPO for a language model in a conversation with a verifier, from top to bottom.
 
 One update (`train`):
 
-    rollout   N episodes are played: `Player` lets the policy sample replies (`Policy.sample`), the verifier
-              judges them (`envs.play`) and its words join the prompt (`Policy.extend`)
-    collect   log-probabilities and values of the sampled tokens by the training forward (`Policy.forward`),
-              then advantages and returns, one episode at a time (`gae`)
-    update    epochs of minibatches: `losses`, backward, one optimizer step for each
+    rollout   plays N episodes: `Player` samples replies (`Policy.sample`), the verifier judges them
+              (`envs.play`), its feedback joins the prompt (`Policy.extend`)
+    collect   scores the sampled tokens by the training forward pass (`Policy.forward`), then computes
+              advantages and returns, one episode at a time (`gae`)
+    update    epochs of minibatches: `losses`, backward, one optimizer step each
 
-The file follows that order. Then come the policy (text and tokens, scores, sampling) and what it gives to the
-library's `generate`.
+The file follows that order. The policy comes after it: text and tokens, scores, sampling.
 
-Words used here: a *reply* is a run of tokens that the policy sampled, up to its end token. A *stream* is one
-conversation in tokens. An *episode* is what an environment plays: one stream, or on a walk with pictures
-one for each waypoint. A *row* is a stream in a batch. An *action* has one ratio, value and advantage: a token
-(`ratio="token"`, the default) or, as in the paper, a whole reply (`ratio="reply"`).
+A *reply* is what the policy samples in one turn, end token included. A *stream* is one conversation in
+tokens. An *episode* is what an environment plays: one stream, or one per waypoint on a walk with pictures. A
+*row* is a stream in a batch. An *action* has one ratio, value and advantage: a token (`ratio="token"`, the
+default) or, as in the paper, a whole reply (`ratio="reply"`).
 
-Batches are tensors [B, T]: B rows, T tokens of the longest one, padded on the right. `mask` is 1 where the
-policy chose the token. It comes from the sampler, never from comparing ids with a padding id.
+Batches are tensors [B, T]: B rows, padded on the right to the T tokens of the longest. `mask` is 1 on tokens
+that the policy sampled: set by the sampler, never inferred from a padding id.
 
-Left out, to stay short: a separate value model (the value head reads the policy's trunk), adaptive KL
+Left out for brevity: a separate value model (the value head reads the policy's trunk), adaptive KL
 coefficients, and partial episodes: every episode ends within its rollout.
 """
 
 from __future__ import annotations
 
 import copy
-import datetime
 import inspect
 import math
 import random
@@ -51,14 +49,13 @@ import envs
 from envs import Option
 
 Batch = dict[str, Any]  # tensors by name, and perhaps "pictures"
-Spans = list[list[tuple[int, int, int]]]  # for each episode, its replies' (row, start, stop) in order of time
+Spans = list[list[tuple[int, int, int]]]  # (row, start, stop) of each episode's replies, in order
 Optimizers = list[torch.optim.Optimizer]
 
 
 @dataclass
 class PPOConfig:
-    """Settings of one run. Sizes count episodes over all ranks; training ends at `steps` or `flops`,
-    whichever is first."""
+    """Settings of one run. Sizes are totals over ranks; training ends at `steps` or `flops`."""
 
     lr: Annotated[float, Option("peak learning rate", above=0)] = 1e-6
     value_lr: Annotated[float, Option("learning rate of the value head", least=0)] = 1e-4
@@ -68,11 +65,9 @@ class PPOConfig:
     epochs: Annotated[int, Option("passes over each batch of episodes", least=1)] = 4
     steps: Annotated[int, Option("updates", least=1)] = 20
     flops: Annotated[
-        float, Option("end here: 6 N per trained, 2 N per generated or scored token", above=0)
+        float, Option("compute budget: 6 N per trained, 2 N per sampled or scored token", above=0)
     ] = math.inf
-    warmup: Annotated[
-        float, Option("share of the run in which the rate rises; then a cosine to 0", least=0, most=1)
-    ] = 0.0
+    warmup: Annotated[float, Option("warm-up as a share of the run; cosine after it", least=0, most=1)] = 0.0
     gamma: Annotated[float, Option("discount per turn; inside a reply it is 1", least=0, most=1)] = 0.9
     lam: Annotated[float, Option("lambda of GAE, per action", least=0, most=1)] = 0.95
     clip: Annotated[float, Option("clip range of the ratio", above=0)] = 0.2
@@ -82,16 +77,12 @@ class PPOConfig:
     kl_coef: Annotated[float, Option("weight of KL(policy || initial policy), in nats", least=0)] = 0.0
     max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
     ratio: Annotated[str, Option("one ratio, value and advantage per", choices=("token", "reply"))] = "token"
-    objective: Annotated[str, Option("ppo, or SFT on the accepted replies", choices=("ppo", "imitate"))] = (
-        "ppo"
-    )
-    thought_coef: Annotated[
-        float, Option("with ratio reply: weight of what stands before the answer field (paper: .5)", least=0)
-    ] = 1.0
+    objective: Annotated[str, Option("ppo, or SFT on correct replies", choices=("ppo", "imitate"))] = "ppo"
+    thought_coef: Annotated[float, Option("ratio reply: weight of the thought (paper: .5)", least=0)] = 1.0
     value_trunk: Annotated[
-        str, Option("shared: the value loss trains the language model too", choices=("detached", "shared"))
+        str, Option("shared: the value loss also trains the language model", choices=("detached", "shared"))
     ] = "detached"
-    value_warmup: Annotated[int, Option("updates at first that train the value head alone", least=0)] = 0
+    value_warmup: Annotated[int, Option("first updates that train the value head alone", least=0)] = 0
     temperature: Annotated[float, Option("sampling temperature", above=0)] = 1.0
     max_new_tokens: Annotated[int, Option("longest reply, in tokens", least=1)] = 128
     betas: Annotated[tuple[float, float], Option("of Adam", least=0, most=1)] = (0.9, 0.98)
@@ -102,12 +93,11 @@ class PPOConfig:
 
 @dataclass
 class Stream:
-    """One conversation as the model sees it.
+    """One conversation in tokens.
 
-    `mask` is 1 on the tokens that are trained: those of replies, end tokens included (in demonstrations
-    perhaps of the last reply alone), never those of prompts and feedback. `replies` holds the [start, stop)
-    of every reply, `logp` the log-probabilities of a sampled conversation's tokens. `picture` is what the
-    processor made of its picture; of that, `columns` has what stands beside the first tokens, [1, n, ...].
+    `mask` is 1 on tokens that are trained: replies with their end tokens, never prompts and feedback.
+    `replies` are the [start, stop) of each reply, `logp` the sampler's log-probabilities. `picture` holds the
+    processor's tensors for its picture, `columns` those with one entry per prompt token, [1, n, ...].
     """
 
     ids: list[int] = field(default_factory=list)
@@ -121,7 +111,7 @@ class Stream:
         return len(self.ids)
 
     def context(self, ids: Sequence[int]) -> None:
-        """Appends tokens that the policy did not choose."""
+        """Appends tokens that the policy did not sample."""
         self.ids += ids
         self.mask += [0] * len(ids)
         self.logp += [0.0] * len(ids)
@@ -134,14 +124,14 @@ class Stream:
         self.logp += logp or [0.0] * len(ids)
 
 
-# -------------------------------------------------------------------------------- one update after the other
+# -------- one update after the other
 
 
 def train(
     policy: Policy, optimizers: Optimizers, environments: Sequence, config: PPOConfig, step=0, flops=0.0
 ) -> Iterator[dict]:
-    """Trains until `config.steps` updates or `config.flops`; yields the metrics of every update. This rank's
-    `environments` play an episode each per update; a resumed run goes on at `step` and `flops`."""
+    """Trains for `config.steps` updates or `config.flops`; yields the metrics of each. This rank's
+    `environments` play one episode each per update. A resumed run continues from `step` and `flops`."""
     while (progress := max(step / config.steps, flops / config.flops)) < 1:
         factor = policy.set_lr(optimizers, progress, config.warmup)
         spent, clock = policy.flops, [time.perf_counter()]
@@ -168,14 +158,14 @@ def train(
         }
 
 
-# ------------------------------------------------------------------------------------ from prompt to verdict
+# -------- from prompt to verdict
 
 
 def rollout(
     policy: Policy, environments: Sequence, config: PPOConfig, step: int
 ) -> tuple[list[list[Stream]], list[envs.Episode]]:
-    """Plays one episode in each of this rank's environments: the streams of each, and the episodes. They are
-    a function of (seed, step, rank), so that a resumed run goes on as an unbroken one would."""
+    """Plays one episode in each of this rank's environments; returns each one's streams, and the episodes.
+    Randomness depends on (seed, step, rank) alone: a resumed run continues as if never interrupted."""
     seeds = episode_seeds(policy, len(environments), config, step)
     generator = policy.generator(f"rollout/{config.seed}/{step}")
     with policy.responder(config.temperature, config.max_new_tokens, generator) as player:
@@ -184,35 +174,35 @@ def rollout(
 
 
 def episode_seeds(policy: Policy, n: int, config: PPOConfig, step: int) -> list[str]:
-    """Of this rank's n episodes in an update."""
+    """Seeds of this rank's n episodes in an update."""
     return [f"train/{config.seed}/{step}/{policy.rank * n + i}" for i in range(n)]
 
 
 class Player:
-    """Answers the environments of `envs.play` by sampling from a policy. `streams[i]` is environment i's
-    conversation: one stream, or on a walk with pictures one for each waypoint, with the words so far."""
+    """Answers environments in `envs.play` by sampling from a policy. `streams[i]` are environment i's: one,
+    or one per waypoint on a walk with pictures. The settings are those of `Policy.sample`."""
 
     def __init__(self, policy: Policy, model: nn.Module, *settings):
-        self.policy, self.model, self.settings = policy, model, settings  # the last as of `Policy.sample`
+        self.policy, self.model, self.settings = policy, model, settings
         self.streams: dict[int, list[Stream]] = {}
         self.images: dict[int, Image.Image | None] = {}  # of each environment's last stream
-        self.caches: list[KeptCache] = []  # each of environments whose last streams began together
+        self.caches: list[KeptCache] = []  # one per group of streams that began together
 
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
-        """One reply each; None where the conversation is as long as the model's positions reach. Raises
-        ValueError for a first prompt of that length. Conversations that are not asked for are over."""
+        """One reply each; None where a conversation has reached the model's maximum length. Raises
+        ValueError if a first prompt does. Conversations that are not among `indices` are over."""
         policy, opened, ready = self.policy, set(), []
         for i, observation in zip(indices, observations):
             streams, image = self.streams.setdefault(i, []), observation.image
             if streams and self.images[i] is image:
-                # 1. The verifier's words join the conversation. If no room is left behind them, it ends.
+                # 1. Feedback joins the conversation, which ends if no room is left for a reply.
                 stream, length = streams[-1], len(streams[-1])
                 policy.extend(stream, observation.messages[-1]["content"])
                 if len(stream) >= policy.max_length:
                     del stream.ids[length:], stream.mask[length:], stream.logp[length:]
                     continue
             else:
-                # 2. Or a conversation begins, or goes on with another picture, and is opened.
+                # 2. Or a conversation begins, or continues with a new picture: a new stream.
                 replies = [s.ids[start:stop] for s in streams for start, stop in s.replies]
                 stream = policy.open(observation.messages, image, replies)
                 if not streams:
@@ -223,7 +213,7 @@ class Player:
                 self.images[i] = image
                 opened.add(i)
             ready.append(i)
-        # 3. One reply is sampled for each.
+        # 3. Replies are sampled.
         texts: dict[int, str] = {}
         for rows, cache in self._batches(ready, opened):
             batch = [self.streams[i][-1] for i in rows]
@@ -234,8 +224,8 @@ class Player:
         return [texts.get(i) for i in indices]
 
     def _batches(self, ready: list[int], opened: set[int]) -> list[tuple[list[int], KeptCache | None]]:
-        """What is decoded together: conversations that began together, with the cache that they keep; where
-        caches are not kept, those with as much room for a reply."""
+        """Groups to sample together: conversations that began together, with their cache; without kept
+        caches, those with equal room for a reply."""
         if not self.policy.keeps_caches:
             room = {i: self.policy.max_length - len(self.streams[i][-1]) for i in ready}
             rooms = sorted({min(self.settings[0], n) for n in room.values()})
@@ -247,7 +237,7 @@ class Player:
         return [(cache.rows, cache) for cache in self.caches]
 
 
-# ------------------------------------------------------------------------------------- from episode to batch
+# -------- from episode to batch
 
 
 def collect(
@@ -260,23 +250,22 @@ def collect(
 ) -> Batch:
     """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
 
-    The field `answer_field` ends a reply's thought. `actions` is 1 on what has a ratio: the policy's tokens,
-    or the first token of each reply.
+    `actions` is 1 where there is a ratio: on sampled tokens, or on the first token of each reply. A reply's
+    thought ends where its field `answer_field` begins.
 
-    `center_values`, in the first update, shifts the value head to the mean return. A fresh head gives 0
-    everywhere, and with lam < 1 an error that all tokens share does not cancel: along a solved reply the
-    advantage would grow towards its end (lam^k R, k tokens before it), and its early tokens could fall below
-    the mean and be unlearned.
+    `center_values`, in the first update, shifts the value head to the mean return. A new head is 0
+    everywhere, and with lam < 1 an error common to all tokens does not cancel: k tokens before the end of a
+    solved reply the advantage would be lam^k R, below the mean for early tokens, which would be unlearned.
     """
-    # 1. The rows, and where in them the replies of each episode stand.
+    # 1. Rows, and each episode's replies in them.
     rows, spans = arrange(policy, streams)
     batch = policy.collate(rows)
     batch["actions"] = batch["mask"]
     if config.ratio == "reply":
         batch["actions"], batch["weights"] = reply_weights(policy, rows, batch["mask"], answer_field, config)
         spans = [[(b, start, start + 1) for b, start, _ in replies] for replies in spans]
-    # 2. One pass of the training forward gives the old log-probabilities: the first ratio is 1, whatever
-    # precision sampled the tokens.
+    # 2. Old log-probabilities by the training forward pass: the first ratio is 1 in whatever precision the
+    # tokens were sampled.
     scores = score(policy, batch, config, values=True)
     batch["old_logp"], values = action_logp(scores["logp"], batch), scores["value"]
     sampled = torch.zeros_like(batch["mask"])
@@ -286,9 +275,9 @@ def collect(
     if config.kl_coef:
         with policy.initial_weights():
             batch["initial_logp"] = score(policy, batch, config)["logp"]
-    # 3. Advantages and returns of each episode.
+    # 3. Advantages and returns.
     rewards = [[turn.reward for turn in episode.turns] for episode in episodes]
-    if center_values:  # V = 0 and lam = 1 make the return the discounted sum of later rewards
+    if center_values:  # with V = 0 and lam = 1, returns are discounted sums of rewards
         _, returns = advantages_of(rewards, torch.zeros_like(values), spans, config.gamma, 1.0)
         error, count = policy.sum(((returns - values) * batch["actions"]).sum(), batch["actions"].sum())
         policy.shift_value(error / count)
@@ -296,16 +285,15 @@ def collect(
     batch["old_values"] = values * batch["actions"]
     advantages, batch["returns"] = advantages_of(rewards, values, spans, config.gamma, config.lam)
     batch["advantages"] = whiten(policy, advantages, batch["actions"])
-    if config.objective == "imitate":  # 1 on the tokens of right replies, 0 on the others
+    if config.objective == "imitate":  # 1 on tokens of correct replies, else 0
         right = [[float(turn.verdict == "correct") for turn in episode.turns] for episode in episodes]
         batch["advantages"], _ = advantages_of(right, torch.zeros_like(values), spans, 0.0, 1.0)
     return batch
 
 
 def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], Spans]:
-    """The rows of a batch, and where in them the replies of each episode stand. Rows are sorted by length, to
-    pad microbatches little. All ranks need as many: one with fewer adds copies of its shortest row that
-    train nothing."""
+    """The rows of a batch, sorted by length so that microbatches need little padding, and each episode's
+    replies in them. Ranks need equal numbers of rows: untrained copies of the shortest one fill up."""
     rows = sorted(chain(*streams), key=len)
     spare = replace(rows[0], mask=[0] * len(rows[0]), logp=[0.0] * len(rows[0]), replies=[])
     rows = [spare] * int(policy.largest(len(rows)) - len(rows)) + rows
@@ -319,8 +307,8 @@ def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], 
 def reply_weights(
     policy: Policy, rows: list[Stream], mask: Tensor, answer_field: str, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """For the reply-level ratio, both [B, T]: 1 on the first token of each reply, and the weights of the
-    tokens' log-probabilities, `thought_coef` before the answer field and 1 from there on."""
+    """For the reply-level ratio, both [B, T]: 1 on the first token of each reply, and weights of the tokens'
+    log-probabilities: `thought_coef` before the answer field, then 1."""
     starts, weights = torch.zeros_like(mask), torch.zeros_like(mask)
     for b, stream in enumerate(rows):
         for start, stop in stream.replies:
@@ -330,14 +318,14 @@ def reply_weights(
 
 
 def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
-    """Number of a reply's tokens before the one in which the name of the answer field ends."""
-    # A letter may take several tokens, so the tokens are read together.
+    """Number of a reply's tokens before the one in which the answer field's name ends. Prefixes are decoded
+    whole, since one letter may take several tokens."""
     return bisect_left(range(len(ids)), True, key=lambda k: answer_field in policy.decode(ids[: k + 1]))
 
 
 @torch.no_grad()
 def score(policy: Policy, batch: Batch, config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
-    """What the policy says of a whole batch, by microbatches: "logp" and, if asked for, "value", [B, T]."""
+    """Scores of a batch, by microbatches: "logp" and, with `values`, "value", [B, T]."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         part = rows_of(batch, rows)
@@ -348,7 +336,7 @@ def score(policy: Policy, batch: Batch, config: PPOConfig, values: bool = False)
 
 
 def rows_of(batch: Batch, rows: Tensor) -> Batch:
-    """Some rows of a batch (rows: their indices [n]), cut to the longest of them."""
+    """The rows [n] of a batch, cut to the longest of them."""
     width, part = int(batch["length"][rows].max()), {}
     for name, values in batch.items():
         if name == "pictures":
@@ -359,20 +347,20 @@ def rows_of(batch: Batch, rows: Tensor) -> Batch:
 
 
 def action_logp(logp: Tensor, batch: Batch) -> Tensor:
-    """Log-probability of each action [B, T]: of the token, or the weighted sum over the reply, on its first
+    """Log-probability of each action [B, T]: the token's, or the weighted sum over a reply, on its first
     token."""
     return per_reply(logp * batch["weights"], batch["actions"]) if "weights" in batch else logp
 
 
 def per_reply(x: Tensor, starts: Tensor) -> Tensor:
-    """Sums x [B, T], which is 0 outside replies, over each reply; the sum stands on the reply's first token,
-    where starts [B, T] is 1."""
+    """Sums of x [B, T] over each reply, on its first token, where starts [B, T] is 1. x is 0 outside
+    replies."""
     reply = starts.cumsum(1).long()  # 0 before the first reply, then 1, 2, ...
     sums = torch.zeros(len(x), int(reply.max()) + 1, dtype=x.dtype, device=x.device).scatter_add(1, reply, x)
     return sums.gather(1, reply) * starts
 
 
-# ----------------------------------------------------------------------------------- mathematics
+# -------- mathematics
 
 
 def gae(
@@ -380,14 +368,14 @@ def gae(
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Generalized advantage estimation for one episode (Schulman et al. 2016, equation 16).
 
-    rewards[k] is the reward of reply k, values[k] the list of V before each of its tokens. From one token of
-    the policy to the next one, t':
+    rewards[k] is the reward of reply k, values[k] the V before each of its tokens. From one sampled token to
+    the next, t':
 
         delta_t = r_t + d V_t' - V_t,    A_t = delta_t + d lam A_t',    d = 1 inside a reply, else gamma
 
-    The reward falls on the reply's last token. Gamma acts once per turn, not per token. An episode that ends,
-    solved or with its budget used up, is over: value and advantage behind it are 0. Returns the advantages
-    and the returns A + V, shaped like the values.
+    So gamma acts once per turn, not per token, and the reward falls on a reply's last token. After the end of
+    an episode, solved or out of turns, V and A are 0. Returns advantages and returns A + V, shaped like
+    `values`.
     """
     advantages: list[list[float]] = []
     next_value = next_advantage = 0.0
@@ -405,22 +393,22 @@ def gae(
 def advantages_of(
     rewards: list[list[float]], values: Tensor, spans: Spans, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """`gae` of all episodes: advantages and returns [B, T], 0 where there is no action. values [B, T]."""
+    """`gae` of all episodes: advantages and returns, [B, T] like `values`, 0 where there is no action."""
     before, advantages, returns = values.tolist(), torch.zeros(values.shape), torch.zeros(values.shape)
     for reward, replies in zip(rewards, spans):
         lines = gae(reward, [before[b][start:stop] for b, start, stop in replies], gamma, lam)
         for (b, start, stop), a, r in zip(replies, *lines):
             advantages[b, start:stop], returns[b, start:stop] = torch.tensor(a), torch.tensor(r)
-    # What rounding leaves of returns that the values have met is no advantage: whitened, it would be large.
+    # Where values equal returns, rounding errors are no advantage: whitening would make them large.
     advantages[advantages.abs() < ROUNDING * returns.abs()] = 0
     return advantages.to(values.device), returns.to(values.device)
 
 
-ROUNDING = 1e-5  # of sums of fp32 numbers, relative to their size
+ROUNDING = 1e-5  # relative rounding error of fp32 sums
 
 
 def whiten(policy: Policy, x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, T] with mean 0 and standard deviation 1 over the mask of all ranks; 0 elsewhere."""
+    """x [B, T] with mean 0 and standard deviation 1 over the mask of all ranks, else 0."""
     total, first, second = policy.sum(mask.sum(), (x * mask).sum(), (x * x * mask).sum())
     mean = first / total
     variance = max(second / total - mean * mean, 0.0)
@@ -428,20 +416,20 @@ def whiten(policy: Policy, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is 1; 0 if that is nowhere. x and mask [B, T]."""
+    """Mean of x where mask is 1, or 0 without any; both [B, T]."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp(log_ratio), but e^20 beyond it, where fp32 would soon overflow. The gradient does not vanish
-    there: a ratio that must shrink still does."""
+    """exp(log_ratio), at most e^20, before fp32 overflows. The gradient stays: a ratio that must shrink
+    does."""
     return torch.exp(log_ratio - (log_ratio - 20).clamp(min=0).detach())
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Clipped surrogate loss, a scalar to minimise (Schulman et al. 2017, equation 7). All tensors [B, T].
+    """Clipped surrogate loss, a scalar (Schulman et al. 2017, equation 7); tensors [B, T]:
 
-    - mean over the mask of min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logp - old_logp).
+    - mean over the mask of min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logp - old_logp)
     """
     ratio = bounded_exp(logp - old_logp)
     return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
@@ -449,16 +437,14 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
     """Clipped value loss, a scalar: 1/2 mean over the mask of max((V - R)^2, (V_clipped - R)^2), all [B, T].
-
-    V_clipped stays within `clip` of the rollout's value, so one batch cannot pull the critic far.
-    """
+    V_clipped stays within `clip` of the rollout's value, so that one batch cannot move the critic far."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(p || q) in nats from samples of p: q/p - 1 - log(q/p), never negative (Schulman
-    2020, "Approximating KL divergence"). logp of p, other_logp of q, of any shape."""
+    """The k3 estimate of KL(p || q) in nats, from samples of p: q/p - 1 - log(q/p) >= 0 (Schulman 2020,
+    "Approximating KL divergence"). logp of p, other_logp of q, of any shape."""
     log_ratio = other_logp - logp
     return bounded_exp(log_ratio) - 1 - log_ratio
 
@@ -466,46 +452,42 @@ def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
 def losses(
     scores: dict[str, Tensor], part: Batch, config: PPOConfig, actions: float, tokens: float, warming: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one microbatch and, by name, what is logged of it; all are its shares of the means over the
-    global minibatch, which has so many actions and tokens. `warming`: the value loss alone."""
+    """The loss of one microbatch and what is logged, by name: its shares of the means over the global
+    minibatch of `actions` and `tokens`. `warming`: the value loss alone."""
     logp, act = action_logp(scores["logp"], part), part["actions"]
-    share = act.sum() / actions  # makes a mean over this microbatch its part of the global one
+    share = act.sum() / actions  # of this microbatch's mean in the global one
     if config.objective == "ppo":
         pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
     else:
         pg = -masked_mean(logp * part["advantages"], act) * share
     vf = value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip) * share
     entropy = scores["entropy"].sum() / tokens
-    loss = config.value_coef * vf
-    if not warming:
-        loss = loss + pg - config.entropy_coef * entropy
+    loss = pg - config.entropy_coef * entropy
     logged = {"policy_loss": pg, "value_loss": vf, "entropy": entropy}
     if config.kl_coef:
         now, initial = scores["logp"], part["initial_logp"]
-        if not warming:
-            # The gradient of half the squared log-ratio is that of KL(policy || initial); that of k3 is the
-            # reverse KL's.
-            loss = loss + config.kl_coef * 0.5 * (((now - initial) ** 2).sum() / tokens)
+        # Half the squared log-ratio has the gradient of KL(policy || initial); k3 that of the reverse.
+        loss = loss + config.kl_coef * 0.5 * (((now - initial) ** 2).sum() / tokens)
         logged["kl_to_init"] = (kl_estimate(now, initial) * part["mask"]).sum() / tokens
     ratio = bounded_exp(logp - part["old_logp"])
     logged["approx_kl"] = masked_mean(kl_estimate(part["old_logp"], logp), act) * share
     logged["clip_fraction"] = masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
     logged["largest_ratio"] = (ratio * act).max()
     logged["ratio_error"] = ((ratio - 1).abs() * act).max()
-    return loss, {name: x.detach() for name, x in logged.items()}
+    return config.value_coef * vf + (0 if warming else loss), {name: x.detach() for name, x in logged.items()}
 
 
-# -------------------------------------------------------------------------- from batch to weights
+# -------- from batch to weights
 
 
 def update(
     policy: Policy, optimizers: Optimizers, batch: Batch, config: PPOConfig, step: int
 ) -> dict[str, float]:
-    """Epochs of minibatches over one batch, one optimizer step each; returns the means of what is logged.
+    """Epochs of minibatches over one batch, one optimizer step each; returns means of what is logged.
 
-    Policy and value loss are normalised by the actions of the global minibatch, entropy and KL by its tokens.
-    A minibatch has the share of the rows that `minibatch_size` is of the episodes. Raises FloatingPointError
-    on a non-finite loss or gradient.
+    Policy and value loss are normalised by the global minibatch's actions, entropy and KL by its tokens. A
+    minibatch has `minibatch_size / episodes` of the rows. Raises FloatingPointError on a non-finite loss or
+    gradient.
     """
     sums: Counter[str] = Counter()
     largest, first_error, norms = 1.0, 0.0, []
@@ -515,7 +497,7 @@ def update(
     size = math.ceil(len(batch["ids"]) * config.minibatch_size / config.episodes)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(size):
-            rows = rows.sort().values.to(batch["ids"].device)  # in order of length: sorted ones pad least
+            rows = rows.sort().values.to(batch["ids"].device)  # by length: least padding
             actions, tokens = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
             microbatches, minibatch_loss = rows.split(config.microbatch_size), 0.0
             for k, micro in enumerate(microbatches):
@@ -541,12 +523,12 @@ def update(
 def episode_metrics(
     policy: Policy, episodes: list[envs.Episode], batch: Batch, config: PPOConfig, verdicts: Sequence[str]
 ) -> dict[str, float]:
-    """What the rollout says, over all ranks: return, success, shares of the task's `verdicts`, lengths, and
-    how much of the return the critic explains."""
+    """Metrics of the rollouts of all ranks: return, success, shares of the task's `verdicts`, lengths, and
+    how much of the return's variance the critic explains."""
     turns = [turn for episode in episodes for turn in episode.turns]
     n, replies, tokens, act = len(episodes), len(turns), batch["mask"].sum(), batch["actions"]
     rewards = {v: [turn.reward for turn in turns if turn.verdict == v] for v in verdicts}
-    means = {  # of each the sum and what it is divided by
+    means = {  # (sum, divisor)
         "return": (sum(t.reward * config.gamma**k for e in episodes for k, t in enumerate(e.turns)), n),
         "success": (sum(e.success for e in episodes), n),
         "first_success": (sum(e.success and e.most_tries() == 1 for e in episodes), n),
@@ -566,34 +548,28 @@ def episode_metrics(
     return mean | {"explained_variance": 1 - unexplained / variance if variance > noise else 0.0}
 
 
-# ----------------------------------------------------------------------- the policy: tokens, scores, samples
+# -------- the policy: tokens, scores, samples
 
 
-# Some templates write the day's date: theirs is 26 July 2024, or prompts would change from day to day. The
-# library takes no function for it, so one in the template's language stands before the template.
-FIXED_DATE = datetime.datetime(2024, 7, 26)
-FIXED_CLOCK = "".join(
-    ["{% macro strftime_now(form) %}{{ form"]
-    + [f".replace('%{x}', '{FIXED_DATE:%{x}}')" for x in "a A b B d -d e m -m y Y j H I M S p F T D".split()]
-    + [" }}{% endmacro %}"]
-)
+# Some templates write today's date: always this one, or prompts would change from day to day.
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 class Policy(nn.Module):
-    """A chat model with a value head: all that training and evaluation ask of a model.
+    """A chat model with a value head.
 
     Args:
         model: a Hugging Face causal language or vision-language model.
-        processor: its processor, or its tokenizer; must have a chat template.
-        rollout_dtype: of the weights while sampling; None takes bf16 where the device is fast in it, else
-            that of the weights.
+        processor: its processor or tokenizer, with a chat template.
+        rollout_dtype: dtype of the weights for sampling; by default bf16 where the device is fast in it, else
+            the model's.
         rollout_batch: episodes played together.
 
-    Raises ValueError for a model whose output head, chat template or tokenizer cannot be used.
+    Raises ValueError for an output head, chat template or tokenizer that cannot be used.
 
-    `flops` counts the work of this process: 6 N per trained token, 2 N per generated or scored one, N the
-    parameters of `model`. Padding does not count; what is read again for a later reply counts once; a picture
-    counts as its image tokens. `Policy` in sftrl.py adds loading, saving and shards over processes.
+    `flops` counts this process's compute: 6 N per trained token, 2 N per sampled or scored one, N the
+    parameters of `model`. Padding is free, a token counts once however often later turns read it, a picture
+    counts as its image tokens. `Policy` in sftrl.py adds loading, saving and sharding.
     """
 
     def __init__(
@@ -609,7 +585,7 @@ class Policy(nn.Module):
         if (head := model.get_output_embeddings()) is None:
             raise ValueError(f"{type(model).__name__} has no output head")
         width = head.in_features
-        # At the paper's width of 4096 the value head's layers are 1024 and 512 wide. It starts at 0.
+        # For the paper's width of 4096, hidden layers of 1024 and 512. Values start at 0.
         m, n = max(64, width // 4), max(64, width // 8)
         layers = [nn.Linear(width, m), nn.ReLU(), nn.Linear(m, n), nn.ReLU(), nn.Linear(n, 1)]
         self.value_head = nn.Sequential(*layers).float()
@@ -619,9 +595,9 @@ class Policy(nn.Module):
         self.rollout_batch, self._rollout_copy = rollout_batch, None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameter_count, self.flops = sum(p.numel() for p in model.parameters()), 0.0
-        ids = (getattr(model.config, name, None) for name in ("image_token_id", "image_token_index"))
-        self.image_id = next((i for i in ids if i is not None), None)
-        # Never drawn: ids without text, and the image token, which would promise a picture.
+        index = getattr(model.config, "image_token_index", None)
+        self.image_id = getattr(model.config, "image_token_id", index)
+        # Never sampled: ids without text, and the image token.
         known = set(self.tokenizer.get_vocab().values()) - {self.image_id}
         never = torch.tensor([k for k in range(head.out_features) if k not in known], dtype=torch.long)
         self.register_buffer("never_drawn", never, persistent=False)
@@ -629,32 +605,31 @@ class Policy(nn.Module):
         self.pad_id = self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.max_length = longest_conversation(model.config.get_text_config())
         self.keeps_caches = can_keep_caches(model.config.get_text_config())
-        new = "cache" in inspect.signature(model.forward).parameters  # by the library's version
+        new = "cache" in inspect.signature(model.forward).parameters  # depends on transformers' version
         self._cache_argument = "cache" if new else "past_key_values"
-        self.eval()  # no dropout: the ratio of PPO must be 1 before the first step
+        self.eval()  # no dropout: the first ratio must be 1
 
     # ---- text and tokens
 
-    def render(self, messages: list[dict], reply_follows: bool = True) -> str:
-        """The conversation as text by the model's own chat template."""
-        if self._content_as_parts:  # templates of some vision-language models read nothing else
+    def render(self, messages: list[dict]) -> str:
+        """The conversation up to its next reply as text, by the chat template."""
+        if self._content_as_parts:  # some templates read nothing else
             messages = [dict(m) for m in messages]
             for m in messages:
                 if isinstance(m["content"], str):
                     m["content"] = [{"type": "text", "text": m["content"]}]
-        options = {"add_generation_prompt": reply_follows, "tokenize": False}
+        options = {"add_generation_prompt": True, "tokenize": False}
         try:
             return self._template.apply_chat_template(messages, chat_template=self._template_text, **options)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"its chat template cannot be used: {error}") from None
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts, without the tokens that a tokenizer may put around a text."""
+        """Token ids of texts, without the special tokens that a tokenizer may add."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """What a reply says, special tokens included: only its end of turn is cut off. Nothing counts that
-        stands behind a stop."""
+        """A reply's text up to its first stop token, special tokens included except the end of turn."""
         stop = next((k for k, token in enumerate(ids) if token in self.stop_ids), len(ids))
         ids = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -663,22 +638,20 @@ class Policy(nn.Module):
     _MARK = "\u2063REPLY\u2063"
 
     def _ask_template(self) -> None:
-        """Asks the chat template what it writes around a reply, for example
+        """Finds out what the chat template writes around a reply, for example
 
             <|im_start|>user\\n QUESTION <|im_end|>\\n<|im_start|>assistant\\n REPLY
             <|im_end|>\\n<|im_start|>user\\n
 
-        `opening` is the text before a reply, `reply_start` what some put between: a blank, or a channel.
-        `end_id` ends a reply: the first special or added token after it, for some templates the next role's,
-        with a blank or newline that may stand before (`end_blank`); eos where the template writes plain text.
-        `end_ids` are all tokens that end a turn. Sampling stops at the `stop_ids`: those, and the tokens that
-        begin a turn of the user. `bos` is what the tokenizer puts before a text."""
+        `opening`: the text before a reply; `reply_start`: what some templates add, a blank or a channel;
+        `end_id`: the first special or added token after a reply (in some templates the next role's), or eos;
+        `end_blank`: whitespace before it; `end_ids`: all tokens that end a turn; `stop_ids`: those and the
+        ones that begin a user turn; `bos`: what the tokenizer puts before a text."""
         templates = [x for x in (self.processor, self.tokenizer) if getattr(x, "chat_template", None)]
         if not templates:
-            advice = "take a chat model, or add chat_template.jinja to its folder"
-            raise ValueError(f"its tokenizer has no chat template; {advice}")
+            raise ValueError("no chat template: take a chat model, or add chat_template.jinja to its folder")
         self._template, text = templates[0], templates[0].chat_template
-        self._template_text = FIXED_CLOCK + (text["default"] if isinstance(text, dict) else text)
+        self._template_text = FIXED_DATE + (text["default"] if isinstance(text, dict) else text)
         start = self.tokenizer("x")["input_ids"][:1]
         self.bos = start if start == [self.tokenizer.bos_token_id] else []
         user, reply = ({"role": role, "content": self._MARK} for role in ("user", "assistant"))
@@ -691,7 +664,7 @@ class Policy(nn.Module):
         parts = self.render([user, reply, user]).split(self._MARK)
         if len(parts) != 4:
             raise ValueError("its chat template leaves out replies, or what follows them")
-        whole = parts[1].startswith(self.opening)  # a template may open a thought that it drops later
+        whole = parts[1].startswith(self.opening)  # some open a thought that later turns leave out
         self.reply_start = parts[1].removeprefix(self.opening) if whole else ""
         added = {k: t.content for k, t in self.tokenizer.added_tokens_decoder.items() if t.content.strip()}
         inside, after = self._continue([self.reply_start, parts[2]])
@@ -702,38 +675,35 @@ class Policy(nn.Module):
         named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = closing + [token for token in named if token is not None]
         if not ends:
-            lacking = "its chat template ends replies with no token"
-            raise ValueError(f"its tokenizer has no eos token, and {lacking}")
+            raise ValueError("no eos token, and its chat template ends replies with no token")
         self.end_id, self.end_ids = ends[0], set(ends)
         self.stop_ids = self.end_ids | (set(marks) - set(inside))
 
     def _continue(self, texts: list[str], before: str = "x") -> list[list[int]]:
-        """Tokens of texts that go on where the text `before` ended: some tokenizers put a blank before a
-        text, but not inside."""
+        """Tokens of texts that follow the text `before`: some tokenizers start a text with a blank."""
         start, *whole = self.tokenize([before, *(before + text for text in texts)])
         n = len(start)
         return [ids[n:] if ids[:n] == start else self.tokenize([t])[0] for ids, t in zip(whole, texts)]
 
     def extend(self, stream: Stream, feedback: str) -> None:
-        """Appends the verifier's message. Sampled tokens stay as they are, never tokenized again. The end
-        token of a reply that was cut off joins as context."""
+        """Appends the verifier's message, after the end token of a reply that was cut off. Sampled tokens are
+        never tokenized again."""
         turns = (("user", "x"), ("assistant", ""), ("user", feedback))
         messages = [{"role": role, "content": content} for role, content in turns]
         self._go_on(stream, *self._continue(self._around_replies(messages, 1)[-1:]))
 
     def _go_on(self, stream: Stream, ids: list[int]) -> None:
-        """Appends what the template writes after a reply: `ids`, less the end that the reply has already."""
+        """Appends what the template writes after a reply, `ids`, without an end token that it has already."""
         closed = stream.ids[-1] == self.end_id and self.end_id in ids
         stream.context(ids[ids.index(self.end_id) + 1 :] if closed else ids)
 
     def open(
         self, messages: list[dict], image: Image.Image | None = None, replies: Sequence[list[int]] = ()
     ) -> Stream:
-        """A conversation that waits for its next reply. The picture belongs to the last message.
+        """A conversation up to its next reply; the picture belongs to the last message.
 
-        `replies` are the tokens of the last replies, which join as they are: no text that a model wrote
-        becomes a special token. Raises ValueError if the picture would be lost: the model reads none, or its
-        chat template has no image token.
+        `replies` are the tokens of the last replies, joined as they are: text that a model wrote never turns
+        into special tokens. Raises ValueError if the model reads no pictures or the template drops them.
         """
         texts, stream = self._around_replies(messages, len(replies)), Stream()
         prompts = [*self.tokenize(texts[:1]), *self._continue(texts[1:])]
@@ -743,7 +713,7 @@ class Policy(nn.Module):
         for reply, ids in zip(replies, prompts[1:], strict=True):
             stream.context(reply)
             self._go_on(stream, ids)
-        for name, x in stream.columns.items():  # nothing stands beside what comes before the last part
+        for name, x in stream.columns.items():  # 0 before the last message
             stream.columns[name] = pad_columns(x, before=len(stream) - x.shape[1])
         return stream
 
@@ -755,12 +725,11 @@ class Policy(nn.Module):
         return self.render(messages).split(self._MARK)
 
     def _show(self, stream: Stream, text: str, image: Image.Image, follows: bool) -> list[int]:
-        """Gives a stream its picture. Returns the tokens of the `text` around it, which may follow a
-        reply."""
-        name = type(self.model).__name__
+        """Gives a stream its picture; returns the tokens of the `text` with it. Does it follow a reply?"""
         if self.processor is self.tokenizer:
+            name = type(self.model).__name__
             raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
-        # What follows a reply is tokenized as in `_continue`; BOS keeps Mllama's processor from writing one.
+        # After a reply, tokenized as in `_continue`; with BOS, or Mllama's processor would add one.
         before = f"{self.tokenizer.bos_token or ''}x" * follows
         made = self.processor(
             text=[before + text], images=[[image]], add_special_tokens=False, return_tensors="pt"
@@ -776,20 +745,20 @@ class Policy(nn.Module):
         return ids[0, cut:].tolist()
 
     def streams(self, records: list[dict], loss_on: str = "all") -> list[Stream]:
-        """Demonstrations in the released format as streams, built turn by turn as `Player` builds them;
-        "image" holds a picture or its path. `loss_on`: "all" replies, or the "last" alone. Raises ValueError
-        for pictures without image tokens and the reverse, where only some have pictures, and for one that is
-        longer than the model's positions reach."""
+        """Demonstrations in the released format as streams; "image" is a picture or a path. `loss_on`: "all"
+        replies or the "last". Raises ValueError for pictures without image tokens and the reverse, if only
+        some have pictures, and beyond the model's maximum length."""
         streams = [self._demonstration(record, loss_on) for record in records]
         lacking = sum(stream.picture is None for stream in streams)
         if 0 < lacking < len(streams):
-            lot = f"{lacking} of {len(streams)} conversations of a batch"
-            raise ValueError(f"{lot} have no picture: all must have one, or none")
+            n = len(streams)
+            raise ValueError(
+                f"{lacking} of {n} conversations of a batch have no picture: give all one, or none"
+            )
         return streams
 
     def _demonstration(self, record: dict, loss_on: str) -> Stream:
-        """One of them. Replies before the message with the picture (its text has "<image>") are context: they
-        answered other pictures."""
+        """One of them. Replies before the message with "<image>", to other pictures, are context."""
         turns, image, first = record["conversations"], record.get("image"), 0
         if isinstance(image, str):
             image = envs.read_picture(image)
@@ -810,19 +779,18 @@ class Policy(nn.Module):
             stream.reply(replies[k])
         images = [t for t, token in enumerate(stream.ids) if token == self.image_id]
         if images and (stream.picture is None or images[-1] >= stream.replies[0][0]):
-            wrong = "an image token without a picture, or after its first message"
-            raise ValueError(f"a demonstration has {wrong}")
+            raise ValueError("an image token without a picture, or after a demonstration's first message")
         self.require_room(len(stream), "a demonstration", least=0)
         return stream
 
     def require_room(self, length: int, what: str, least: int = 1) -> None:
-        """Raises ValueError if positions do not reach `least` tokens beyond a text of so many."""
+        """Raises ValueError if positions do not reach `least` tokens beyond `length`."""
         if length + least > self.max_length:
             reach = f"positions of {type(self.model).__name__} reach no farther than {self.max_length}"
             raise ValueError(f"{what} has {length} tokens, but the {reach}")
 
     def collate(self, streams: Sequence[Stream]) -> Batch:
-        """ids, mask [B, T], padded on the right, length [B] and, in visual tasks, pictures: the B streams."""
+        """ids, mask [B, T], length [B] and, in visual tasks, pictures: the B streams."""
         device = self.model.device
         batch = {
             "ids": pad_rows([s.ids for s in streams], self.pad_id, device),
@@ -836,13 +804,13 @@ class Policy(nn.Module):
     def forward(
         self, batch: Batch, temperature: float = 1.0, values: str | None = None, entropy: bool = False
     ) -> dict[str, Tensor]:
-        """Teacher-forced scores of the tokens where `mask` is 1; all [B, T] fp32, 0 elsewhere.
+        """Teacher-forced scores of the tokens where `mask` is 1: [B, T] in fp32, 0 elsewhere.
 
-        logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t] = V(s_t),
-        read on the token before (`values`: "detached" trunk, "shared", or None). entropy[b, t]: of the
-        distribution that token t was drawn from."""
+        logp[b, t]: log-probability of ids[b, t] given ids[b, :t], at `temperature`. value[b, t]: V(s_t), read
+        on the token before; the trunk is "detached" or "shared" as `values` says, None omits it.
+        entropy[b, t]: of the distribution of token t."""
         ids, mask = batch["ids"], batch["mask"].bool()
-        # Padding stands on the right, where no real token can see it: words alone need no padding mask.
+        # No token sees padding on its right: text alone needs no padding mask.
         inputs: dict[str, Tensor] = {}
         if "pictures" in batch:
             real = torch.arange(ids.shape[1]) < batch["length"].cpu()[:, None]
@@ -853,7 +821,8 @@ class Policy(nn.Module):
             logits = self.model(input_ids=ids, use_cache=False, **inputs).logits
         if len(states) != 1:
             raise ValueError(f"its output head is called {len(states)} times in a pass, not once")
-        self._count(6 if torch.is_grad_enabled() else 2, int(batch["length"].sum()))
+        per_parameter = 6 if torch.is_grad_enabled() else 2
+        self.flops += per_parameter * self.parameter_count * int(batch["length"].sum())
         hidden = states[0][0]  # [n, H]
         logps = self.log_probabilities(logits[0], temperature)
         chosen = logps.gather(-1, ids[mask][:, None])[:, 0]
@@ -873,8 +842,8 @@ class Policy(nn.Module):
 
     @contextmanager
     def _only_before(self, mask: Tensor) -> Iterator[list[Tensor]]:
-        """Inside, the model's output head is given only the states before the tokens where mask [B, T] is
-        true, as [1, n, H], and works outside autocast. The list has what it was given."""
+        """The model's output head gets only the states before the tokens where mask [B, T] is true, as
+        [1, n, H], and runs outside autocast. The list collects these states."""
         states: list[Tensor] = []
         exact = torch.autocast(mask.device.type, enabled=False)
 
@@ -895,21 +864,16 @@ class Policy(nn.Module):
                 hook.remove()
 
     def log_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
-        """Of the next token, fp32, from the model's logits [n, vocabulary]."""
+        """Log-probabilities in fp32 from the model's logits [n, vocabulary]."""
         logits = logits.float() / temperature
         return logits.index_fill(-1, self.never_drawn.to(logits.device), -1e9).log_softmax(-1)
 
-    def _count(self, per_parameter: int, tokens: int) -> None:
-        """Adds the work on so many tokens."""
-        self.flops += per_parameter * self.parameter_count * tokens
-
     def _beside(self, streams: Sequence[Stream], real: Tensor) -> dict[str, Tensor]:
-        """What the model takes beside the tokens of streams with pictures; real [B, T], on the CPU, is true
-        where the rows hold them."""
+        """Model inputs of streams with pictures, token ids apart. real [B, T], on the CPU: not padding."""
         inputs = {"attention_mask": real.long()}
         for name in streams[0].picture or ():
             inputs[name] = stack([s.picture[name] for s in streams])
-        for name, x in streams[0].columns.items():  # the last one goes on behind the prompt
+        for name, x in streams[0].columns.items():  # later tokens repeat the last column
             inputs[name] = x.new_zeros(*real.shape, *x.shape[2:])
             for row, where, s in zip(inputs[name], real, streams):
                 after = int(where.sum()) - s.columns[name].shape[1]
@@ -919,15 +883,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def plain_logp(self, messages: list[dict], image: Image.Image | None) -> Tensor:
-        """Log-probabilities of the first token of a reply [vocabulary], by a plain call of the model on what
-        its processor, or tokenizer, makes of the conversation."""
+        """Log-probabilities [vocabulary] of a reply's first token, by a plain call of the model on its
+        processor's (or tokenizer's) output."""
         text, options = self.render(messages), {"add_special_tokens": False, "return_tensors": "pt"}
         if self.bos and not text.startswith(self.tokenizer.bos_token):
             text = self.tokenizer.bos_token + text
-        if image is None:
-            made = self.tokenizer([text], **options)
-        else:
-            made = self.processor(text=[text], images=[[image]], **options)
+        reader, pictures = (self.tokenizer, {}) if image is None else (self.processor, {"images": [[image]]})
+        made = reader(text=[text], **pictures, **options)
         inputs = {name: x.to(self.model.device) for name, x in made.items()}
         return self.log_probabilities(self.model(**inputs, use_cache=False).logits[:, -1], 1.0)[0].cpu()
 
@@ -935,11 +897,11 @@ class Policy(nn.Module):
 
     @contextmanager
     def rollout_weights(self) -> Iterator[nn.Module]:
-        """The model to sample from, in the rollout's precision."""
+        """The model to sample from, in `rollout_dtype`."""
         if self.rollout_dtype == self.model.dtype:
             yield self.model
             return
-        if self._rollout_copy is None:  # kept out of the module tree: no part of the policy's state
+        if self._rollout_copy is None:  # not registered: no part of the policy's state
             object.__setattr__(self, "_rollout_copy", copy.deepcopy(self.model))
             for p in self._rollout_copy.parameters():
                 p.data = p.data.to(self.rollout_dtype)  # buffers such as RoPE frequencies stay in fp32
@@ -957,10 +919,10 @@ class Policy(nn.Module):
         generator: torch.Generator,
         cache: KeptCache | None = None,
     ) -> list[tuple[list[int], list[float]]]:
-        """Draws one reply to each conversation: its tokens, end token included if it was drawn, and their
-        log-probabilities. `model` comes from `rollout_weights()`. Temperature 0 is greedy. Nothing is
-        filtered (no top-k, no top-p, no generation config). What the `cache` holds is not read again."""
-        # 1. What the model has not read yet becomes one block, padded on the left.
+        """Samples one reply per conversation: its tokens, the end token if it was drawn, and their
+        log-probabilities. `model` comes from `rollout_weights()`. Temperature 0 is greedy. No top-k, top-p or
+        generation config applies. Tokens in the `cache` are not read again."""
+        # 1. Unread tokens become one block, padded on the left.
         read = repeat(0) if cache is None else cache.mask.sum(1).tolist()
         unread = [s.ids[n:] for s, n in zip(streams, read)]
         ids = pad_rows(unread, self.pad_id, model.device, left=True)
@@ -969,7 +931,7 @@ class Policy(nn.Module):
         inputs = self._beside(streams, mask.bool().cpu()) if first else {}
         if cache is not None:
             mask, inputs[self._cache_argument] = torch.cat([cache.mask, mask], 1), cache
-        # 2. The library decodes, with nothing but these settings; every rank for itself, as replies differ.
+        # 2. `generate` decodes with these settings alone, on each rank by itself: replies differ in length.
         longest = int(min(max_new_tokens, self.max_length - max(map(len, streams))))
         settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=longest)
         settings.eos_token_id, settings.pad_token_id = sorted(self.stop_ids), self.pad_id
@@ -980,43 +942,42 @@ class Policy(nn.Module):
             out = model.generate(ids, settings, processors, synced_gpus=False, **inputs)[:, ids.shape[1] :]
         finally:
             model.generation_config = theirs
-        # 3. A reply ends with its first stop; rows that ended before others went on with padding.
+        # 3. A reply ends with its first stop token; padding follows.
         replies = []
         for row, logp in zip(out.tolist(), torch.cat(sampler.logps, 1).tolist()):
             stop = next((k for k, token in enumerate(row, 1) if token in self.stop_ids), len(row))
             replies.append((row[:stop], logp[:stop]))
-        if cache is not None:  # the model has read what was drawn but in the last step
+        if cache is not None:  # the tokens of all steps but the last are in it
             drawn = torch.arange(out.shape[1] - 1) < torch.tensor([len(row) for row, _ in replies])[:, None]
             cache.mask = torch.cat([mask, drawn.to(mask)], 1)
         new = sum(len(s) - (s.replies[-1][1] if s.replies else 0) for s in streams)
-        self._count(2, new + sum(len(row) for row, _ in replies))
+        self.flops += 2 * self.parameter_count * (new + sum(len(row) for row, _ in replies))
         return replies
 
     @contextmanager
     def responder(
         self, temperature: float, max_new_tokens: int, generator: torch.Generator
     ) -> Iterator[Player]:
-        """A player for `envs.play`. Afterwards it still has the streams of its conversations."""
+        """A player for `envs.play`; its `streams` remain afterwards."""
         with self.rollout_weights() as model:
             player = Player(self, model, max_new_tokens, temperature, generator)
             yield player
-        player.caches.clear()  # their memory is for what comes next
+        player.caches.clear()  # frees memory
 
     def generator(self, seed: str) -> torch.Generator:
-        """A random generator for sampling, a function of `seed` and the rank alone."""
+        """A random generator for this `seed` and rank."""
         return torch.Generator("cpu").manual_seed(random.Random(f"{seed}/rank{self.rank}").getrandbits(63))
 
     # ---- training
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Adds the gradient of this rank's part of a loss that is a sum over ranks and microbatches; `last`
-        marks the last one. (Over ranks gradients are summed in sftrl.py.)"""
+        """Adds the gradient of a loss that is a sum over ranks and microbatches; `last` marks the last one.
+        (sftrl.py sums over ranks.)"""
         loss.backward()
 
     def step(self, optimizers: Optimizers, max_grad_norm: float, loss: float) -> float:
-        """Clips by the global norm, steps, clears the gradients; returns the norm before clipping. Raises
-        FloatingPointError, on all ranks and before weights change, if it or `loss` (summed over ranks) is not
-        finite."""
+        """Clips by the global norm, steps, clears gradients; returns the norm before clipping. Raises
+        FloatingPointError, weights unchanged, if it or the `loss` of all ranks is not finite."""
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
@@ -1029,7 +990,7 @@ class Policy(nn.Module):
 
     @staticmethod
     def set_lr(optimizers: Optimizers, progress: float, warmup: float) -> float:
-        """Learning rates at `progress` in [0, 1): linear warm-up from a tenth, then cosine to 0. Returns the
+        """Sets rates at `progress` in [0, 1): linear warm-up from a tenth, then cosine to 0; returns the
         factor."""
         if progress < warmup:
             factor = 0.1 + 0.9 * progress / warmup
@@ -1046,16 +1007,16 @@ class Policy(nn.Module):
         self.value_head[-1].bias.add_(amount)
 
     def reshard(self) -> None:
-        """Before weights are changed by hand: lets go of those that were gathered from other ranks."""
+        """Frees weights gathered from other ranks; before weights are changed by hand."""
 
     def keep_initial_weights(self) -> None:
-        """Keeps a copy of the weights as they are now (of this rank's shards)."""
+        """Copies the current weights (this rank's shards)."""
         self.reshard()
         self._initial = [p.detach().clone() for p in self.model.parameters()]
 
     @contextmanager
     def initial_weights(self) -> Iterator[None]:
-        """Inside, the model has the weights that `keep_initial_weights` kept."""
+        """The model has the weights of `keep_initial_weights` meanwhile."""
         self._exchange_weights()
         try:
             yield
@@ -1088,70 +1049,62 @@ class Policy(nn.Module):
         """All ranks' items, in the order of ranks."""
         if self.world == 1:
             return items
-        lists: list[list] = [[] for _ in range(self.world)]
+        lists: list = [None] * self.world
         dist.all_gather_object(lists, items)
         return list(chain(*lists))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], fill: int, device: torch.device, left: bool = False) -> Tensor:
-    """Rows of unlike length as one tensor [B, T]."""
+    """Rows of different length as one tensor [B, T]."""
     width = max(map(len, rows))
     gaps = [[fill] * (width - len(row)) for row in rows]
     return torch.tensor([gap + [*row] if left else [*row] + gap for row, gap in zip(rows, gaps)]).to(device)
 
 
 def pad_columns(x: Tensor, before: int = 0, after: int = 0) -> Tensor:
-    """x [1, n, ...] with so many columns of 0 before it, and of its last one after it."""
+    """x [1, n, ...] with `before` columns of 0 in front and its last column repeated `after` times."""
     return torch.cat([*[torch.zeros_like(x[:, :1])] * before, x, *[x[:, -1:]] * after], 1)
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors joined along their first dimension, with 0 where one is smaller than another in the others, as
-    processors join pictures of unlike size."""
+    """Tensors joined along dimension 0, padded with 0 in the others, as processors pad pictures."""
     shape = [max(sizes) for sizes in zip(*(x.shape for x in parts))]
     gaps = [[(0, whole - n) for whole, n in zip(shape[1:], x.shape[1:])] for x in parts]
     return torch.cat([nn.functional.pad(x, sum(reversed(gap), ())) for x, gap in zip(parts, gaps)])
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bf16 natively; a CPU without it is slower in bf16 than in
-    fp32."""
-    if device.type == "cuda":
-        return True
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    """Whether the device multiplies bf16 matrices natively; other CPUs are slower than in fp32."""
+    return device.type == "cuda" or bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
 def longest_conversation(config: transformers.PretrainedConfig) -> float:
-    """How many tokens a language model's positions reach: without end for rotary embeddings (RoPE), but for
-    those whose frequencies change beyond some length."""
+    """How many tokens positions reach: infinitely many with rotary embeddings (RoPE), unless their
+    frequencies change beyond some length."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
     changing = [kind for kind in kinds if kind["rope_type"] in ("dynamic", "longrope")]
     reach = getattr(config, "max_position_embeddings", None) or math.inf
-    if kinds and not changing:
-        return math.inf
-    return min([reach, *(kind.get("original_max_position_embeddings") or reach for kind in changing)])
+    reaches = [reach, *(kind.get("original_max_position_embeddings") or reach for kind in changing)]
+    return min(reaches) if changing or not kinds else math.inf
 
 
 def can_keep_caches(config: transformers.PretrainedConfig) -> bool:
-    """Whether keys may stand in any column, with masked ones between: in every layer of the language model
-    full attention, and positions that are rotated into the keys, by one number each."""
+    """Whether masked columns may stand between keys: full attention in all layers, and positions, one number
+    each, rotated into the keys."""
     rope = getattr(config, "rope_parameters", None) or {}
-    odd = (
-        "mrope_section" in rope
-        or getattr(config, "cross_attention_layers", None)
-        or config.to_dict().get("alibi")
-    )
+    settings = config.to_dict()
+    odd = "mrope_section" in rope or settings.get("cross_attention_layers") or settings.get("alibi")
     full = all(type(layer) is DynamicLayer for layer in transformers.DynamicCache(config=config).layers)
     return bool(rope) and not odd and full and math.isinf(longest_conversation(config))
 
 
-# -------------------------------------------------------------------------------- what `generate` is given
+# -------- given to `generate`
 
 
 class Sampler(transformers.LogitsProcessor):
-    """Draws the tokens of `generate`, which is left one choice, and keeps their log-probabilities. So the
-    library's temperature, filters and global random numbers have no part in it."""
+    """Draws tokens for `generate`, leaving it one choice, and keeps their log-probabilities: the library's
+    temperature, filters and global random state play no part."""
 
     def __init__(self, policy: Policy, temperature: float, generator: torch.Generator):
         self.policy, self.temperature, self.generator = policy, temperature, generator
@@ -1165,8 +1118,8 @@ class Sampler(transformers.LogitsProcessor):
 
 
 def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row, [B, 1], of log-probabilities [B, vocabulary]: inverse transform sampling, one
-    uniform number per row, in double precision."""
+    """One token per row [B, 1] of log-probabilities [B, vocabulary], by inverse transform sampling in double
+    precision."""
     mass = logp.double().exp().cumsum(-1)
     point = torch.rand(len(logp), 1, generator=generator, dtype=torch.double)
     ids = torch.searchsorted(mass, point.to(logp.device) * mass[:, -1:], right=True)
@@ -1174,8 +1127,8 @@ def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer of a key-value cache, with room for more columns. The library's layer copies all keys and
-    values for every token: in long conversations a third of the decoding time."""
+    """One layer of a key-value cache, with room for more columns. The library's copies all keys and values
+    for every token: in long conversations a third of the decoding time."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, heads, n, d], returns all so far."""
@@ -1185,7 +1138,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.whole = [x[:, :, :0] for x in new]
         if stop > self.whole[0].shape[-2]:
-            # Room of 0, for masked columns count nothing, but 0 times a stray NaN would be NaN.
+            # Zeros, since masked columns have weight 0, and 0 * NaN is NaN.
             more = (0, 0, 0, stop + stop // 2 - self.whole[0].shape[-2])
             self.whole = [nn.functional.pad(x, more) for x in self.whole]
         for whole, x in zip(self.whole, new):
@@ -1194,7 +1147,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def pick(self, rows: Tensor, columns: Tensor) -> None:
-        """Goes on with these rows of the batch [n], and of each with these columns [n, k]."""
+        """Keeps only these rows [n] of the batch and their columns [n, k]."""
         n, k = columns.shape
         for x in self.whole:
             x[:n, :, :k] = x[rows[:, None], :, columns].transpose(1, 2)
@@ -1203,15 +1156,15 @@ class GrowingLayer(DynamicLayer):
 
 
 class KeptCache(transformers.Cache):
-    """What a model has read of conversations that began together, kept from turn to turn: of the one with
-    number `rows[b]` its first tokens, where mask [B, columns] is 1; it is 0 on padding."""
+    """Keys and values of conversations that began together, kept from turn to turn: in row b the first tokens
+    of conversation `rows[b]`, where mask [B, columns] is 1, else padding."""
 
     def __init__(self, rows: list[int], device: torch.device):
         super().__init__(layer_class_to_replicate=GrowingLayer)
         self.rows, self.mask = rows, torch.zeros(len(rows), 0, dtype=torch.long, device=device)
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with some of them, without padding between blocks: rotated keys may change columns."""
+        """Keeps some conversations, and drops padding: rotated keys may change columns."""
         at = torch.tensor([self.rows.index(i) for i in rows], dtype=torch.long, device=self.mask.device)
         self.rows, mask = rows, self.mask[at]
         if rows:

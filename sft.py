@@ -125,7 +125,7 @@ def fresh_batches(env, demonstrate: Callable, batch_size: int, label: str) -> Ca
     return batch
 
 
-# -------------------------------------------------------------------------------- the corpus of the tiny base
+# -------- the corpus of the tiny base
 
 # Names of fields in the corpus, never the tasks' own: the form of a reply must still be learned.
 FIELD_WORDS = (
@@ -254,7 +254,7 @@ def imperfect_walk(env: envs.Environment) -> dict:
         env.step(reply)
 
 
-# --------------------------------------------------------------------------------------------------- training
+# -------- training
 
 
 def train(

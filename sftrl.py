@@ -52,7 +52,7 @@ import ppo
 import sft
 from envs import Option
 
-# ------------------------------------------------------------------------------------------- the tiny model
+# -------- the tiny model
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
@@ -176,7 +176,7 @@ def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrain
     return model, LlavaProcessor(pictures, tokenizer, **options, **features)
 
 
-# ------------------------------------------------------------------------ loading, sharding, saving
+# -------- loading, sharding, saving
 
 
 def best_device() -> torch.device:
@@ -552,7 +552,7 @@ class Policy(ppo.Policy):
         return optimizers
 
 
-# ---------------------------------------------------------------- is a model sampled from its distribution?
+# -------- is a model sampled from its distribution?
 
 
 @torch.no_grad()
@@ -591,7 +591,7 @@ def check(policy: Policy, pictures: bool) -> None:
         raise ValueError(f"{name} cannot be served: its log-probabilities differ by up to {gap.max():.2g}")
 
 
-# ---------------------------------------------------------------------------------------------- run folders
+# -------- run folders
 
 
 class NotSaved(Exception):
@@ -882,7 +882,7 @@ def train_run(
                 raise KeyboardInterrupt
 
 
-# -------------------------------------------------------------------------------------------------- the study
+# -------- the study
 
 
 def load_policy(
@@ -1305,7 +1305,7 @@ def policy_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-# ------------------------------------------------------------------------------------------- the command line
+# -------- the command line
 
 
 class Parser(argparse.ArgumentParser):

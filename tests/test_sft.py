@@ -42,7 +42,7 @@ def test_a_demonstration_has_the_tokens_of_the_rendered_conversation(policy):
         {"role": {"human": "user", "gpt": "assistant"}[t["from"]], "content": t["value"]}
         for t in record["conversations"]
     ]
-    assert stream.ids == policy.tokenize([policy.render(messages, reply_follows=False)])[0]
+    assert stream.ids == policy.tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def test_loss_is_the_mean_over_reply_tokens_of_the_global_batch(policy):
