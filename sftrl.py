@@ -1,6 +1,6 @@
 """sftrl: does post-training teach a model the rule, or only its examples?
 
-The entry point: loads and shards models, keeps run folders, runs the study, parses the command line.
+The entry point: models and their shards, run folders, the study, the command line.
 
     sftrl study --task gp-l                              # the whole comparison on the built-in tiny model
     sftrl ppo --model DIR --task gp-l --out runs/rl      # one stage on any chat model
@@ -9,7 +9,6 @@ The entry point: loads and shards models, keeps run folders, runs the study, par
 
 import argparse
 import gc
-import importlib.util
 import json
 import logging
 import math
@@ -75,7 +74,7 @@ def demonstrations(task: str, n: int, **options) -> list[dict]:
     return [envs.demonstration(envs.make(task, *case, **options), 1) for case in cases]
 
 
-@lru_cache(maxsize=None)  # drawing hands and walks takes seconds
+@lru_cache(maxsize=None)  # takes seconds
 def card_texts() -> list[str]:
     """Prompts, replies and feedback of the card tasks, for the tokenizer."""
     rng = random.Random(0)
@@ -93,7 +92,7 @@ def card_texts() -> list[str]:
 
 @lru_cache(maxsize=None)
 def street_texts() -> list[str]:
-    """The same of the walks."""
+    """The same for walks."""
     rng = random.Random(0)
     records = [sft.foundation_walk(rng, cities=sft.PICTURE_CITIES, **TINY_WALKS) for _ in range(500)]
     records += demonstrations("virl-l", 100, **TINY_WALKS)
@@ -102,7 +101,7 @@ def street_texts() -> list[str]:
     env.reset(seed=0)
     while not any(env.done):
         env.step(env.expert_reply())
-    # Feedback that only walks in pictures give, or that is rare.
+    # Rare feedback, or of walks with pictures alone.
     rare = [envs.text_of(message["content"]) for message in env.messages]
     for report, there in (("nothing", False), ("nothing", True), ("an intersection", False), (None, True)):
         reply = json.dumps(dict(zip(envs.STREET_FIELDS, (report, "", ""))))
@@ -111,8 +110,8 @@ def street_texts() -> list[str]:
     return texts + 50 * rare
 
 
-# By model, the tokenizer's corpus and a pattern of what is always a token: for cards numbers up to 13,
-# digits, operators, ranks and field names; for streets the words of a turn and of names.
+# By model, the tokenizer's corpus and what always is one token: for cards numbers up to 13, digits, ranks,
+# operators and field names; for streets words of directions and names.
 TINY_MODELS = {
     "tiny": (card_texts, r'(?<![0-9])1[0-3](?![0-9])|[0-9]|[-+*/()=]|\b[AJQK]\b|(?<=")[a-z]+(?=")'),
     "tiny-streets": (
@@ -124,7 +123,7 @@ TINY_MODELS = {
 
 
 def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on prompts and replies: fixed text merges into single tokens."""
+    """A byte-level BPE tokenizer, trained on the task's texts: fixed phrases become single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     corpus, isolated = TINY_MODELS[name]
@@ -149,7 +148,7 @@ def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrain
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     tokenizer = build_tokenizer(name)
-    side, patch = 128, 32  # a picture of four cards, stretched to a square, has four of 16 patches for each
+    side, patch = 128, 32  # 16 patches: four for each card of a hand, stretched to a square
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision = CLIPVisionConfig(**sizes, image_size=side, patch_size=patch, projection_dim=64)
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -196,7 +195,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def on_rank_0(work: Callable[[], Any]) -> Any:
-    """What `work` returns, or raises (ValueError or OSError), on rank 0, for all ranks. A collective call."""
+    """What `work` on rank 0 returns or raises (ValueError, OSError), on all ranks. A collective call."""
     result: list[Any] = [None]
     if policy_rank() == 0:
         try:
@@ -210,21 +209,21 @@ def on_rank_0(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-# Parts of a model; the adapter is between vision tower and language model.
+# The adapter is between vision tower and language model.
 TRAINED = ("all", "language", "language+adapter")
 
 
 def _recomputed(forward, *args, **kwargs):
-    """Activation checkpointing of a block's forward; without dropout there is no random state to keep."""
+    """Activation checkpointing of a block. Without dropout there is no random state to keep."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW for bf16 parameters, with bf16 moments: 8 bytes per parameter with the gradient, where fp32
-    needs 16. Stochastic rounding, a function of step and parameter alone, is unbiased; rounding to nearest
-    loses every update below 2^-9 of the parameter."""
+    """AdamW for bf16 parameters and moments: 8 bytes per parameter with the gradient, not 16 as in fp32.
+    Stochastic rounding, seeded by step and parameter, is unbiased; rounding to nearest loses every update
+    below 2^-9 of the parameter."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -248,7 +247,7 @@ class RoundingAdamW(torch.optim.Optimizer):
                 new = p.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"])
                 random_bits = torch.Generator(p.device).manual_seed(int(t) * 1_000_003 + k)
                 for stored, exact in ((state["exp_avg"], first), (state["exp_avg_sq"], second), (p, new)):
-                    # bf16 is the upper half of fp32: a random lower half is added, then the lower half cut
+                    # bf16 is the upper half of fp32: add a random lower half, then cut it
                     bits, options = exact.view(torch.int32), {"device": p.device, "dtype": torch.int32}
                     bits += torch.randint(0, 2**16, bits.shape, generator=random_bits, **options)
                     bits &= -(2**16)
@@ -256,8 +255,8 @@ class RoundingAdamW(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for fp32 matrices: momentum orthogonalized by five Newton-Schulz iterations,
-    as large as a step of AdamW. torch.optim.Muon computes in bf16, which many CPUs only emulate."""
+    """Muon (Jordan et al. 2024) for fp32 matrices: momentum orthogonalized by five Newton-Schulz iterations
+    and scaled like AdamW. torch.optim.Muon computes in bf16, which is slow on many CPUs."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -286,16 +285,14 @@ def read_model(name: str, dtype: torch.dtype, meta: bool) -> tuple[transformers.
         for p in model.parameters():
             p.data = p.data.to(dtype)  # buffers such as RoPE frequencies stay in fp32
         if meta:
-            model.to("meta").tie_weights()  # which the move has untied
+            model.to("meta").tie_weights()  # untied by the move
         return model, processor
-    if (Path(name) / "adapter_config.json").exists():  # without peft, the library would ignore it
-        raise ValueError(
-            "it is a LoRA adapter: first merge it into its base model (merge_and_unload of peft)"
-        )
+    if (Path(name) / "adapter_config.json").exists():  # ignored by the library without peft
+        raise ValueError("it is a LoRA adapter: merge it into its base model (merge_and_unload of peft)")
     trust = {"trust_remote_code": False}  # or the library asks at the terminal
     config = transformers.AutoConfig.from_pretrained(name, **trust)
     processor = transformers.AutoProcessor.from_pretrained(name, **trust)
-    # For a vision-language model the causal class would silently drop the vision tower.
+    # AutoModelForCausalLM would silently drop a vision tower.
     visual = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if visual else transformers.AutoModelForCausalLM
     if meta:
@@ -304,20 +301,20 @@ def read_model(name: str, dtype: torch.dtype, meta: bool) -> tuple[transformers.
     checked = trust | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = auto.from_pretrained(name, dtype=dtype, **checked)
     faults = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
-    if faults:  # the library would draw these at random
+    if faults:  # random weights, for the library
         fault = "of its weights are missing or of another shape than its config.json says"
         raise ValueError(f"{len(faults)} {fault}, first {faults[0]}")
     if model.generation_config:
         try:
             model.generation_config.validate(strict=True)
-        except ValueError:  # a temperature without sampling, which the library refuses to save
+        except ValueError:  # the library refuses to save a temperature without sampling
             model.generation_config.do_sample = True
             model.generation_config.validate(strict=True)
     return model, processor
 
 
 def shard_like(p: Tensor, x: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that belongs to parameter p, on its device."""
+    """This rank's part of a whole tensor of parameter p, on its device."""
     if isinstance(p, DTensor) and x.dim():
         return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return x.to(p.device)
@@ -327,9 +324,8 @@ LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportErr
 
 
 class Policy(ppo.Policy):
-    """The policy of ppo.py, loaded and saved in Hugging Face format; after `shard()` the same methods run on
-    FSDP's shards. `pictures`: whether the model must read pictures. Raises ValueError in one line for a model
-    that cannot be served."""
+    """The policy of ppo.py, loaded and saved in Hugging Face format, and on FSDP's shards after `shard()`.
+    `pictures`: whether the model must read pictures. Raises ValueError for a model that cannot be served."""
 
     def __init__(
         self, model: transformers.PreTrainedModel, processor: Any, pictures: bool = False, **options
@@ -349,8 +345,8 @@ class Policy(ppo.Policy):
     def load(
         cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options
     ) -> "Policy":
-        """Loads one of TINY_MODELS (random weights), a folder, or a Hub id, and the value head (fp32) beside
-        it; on the device "meta" without weights. Raises ValueError in one line for what cannot be served."""
+        """Loads one of TINY_MODELS (random weights), a folder or a Hub id, and its value head (fp32); on the
+        device "meta" without weights. Raises ValueError for a model that cannot be served."""
         device, folder, source = device or best_device(), Path(name), f"model {name!r}"
         if name not in TINY_MODELS and not folder.is_dir():
             if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -381,8 +377,8 @@ class Policy(ppo.Policy):
     def load_shards(
         cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options
     ) -> "Policy":
-        """`load`, `set_trainable` and `shard` for several processes: rank 0 alone reads the files and
-        broadcasts tensor by tensor, or its error. A collective call."""
+        """`load`, `set_trainable` and `shard` in one: rank 0 alone reads files, and broadcasts tensor by
+        tensor, or its error. A collective call."""
         whole: Policy | None = None
 
         def read() -> tuple:
@@ -398,7 +394,7 @@ class Policy(ppo.Policy):
         policy.set_trainable(train, recompute).shard(param_dtype)
         policy.to_empty(device=best_device())
         policy.model.tie_weights()
-        # Buffers too, some of which (RoPE frequencies) no checkpoint holds.
+        # With buffers, some of which (RoPE frequencies) are in no checkpoint.
         source = {**dict(whole.named_parameters()), **dict(whole.named_buffers())} if whole else {}
         for key, p in (*policy.named_parameters(), *policy.named_buffers()):
             x = source[key] if whole else torch.empty(p.shape, dtype=p.dtype)
@@ -410,8 +406,8 @@ class Policy(ppo.Policy):
 
     @torch.no_grad()
     def _initialize_fsdp(self) -> None:
-        """Gathers every block once, which initializes it: blocks that a task never uses (of vision, for text)
-        would break the accumulation of gradients."""
+        """Gathers, and so initializes, every block: those that a task never uses (vision, for text) would
+        break gradient accumulation."""
         flops = self.flops
         self(self.collate([ppo.Stream([self.end_id] * 2, [0, 1])]), values="detached")
         self.flops = flops
@@ -423,8 +419,7 @@ class Policy(ppo.Policy):
         return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
     def set_trainable(self, train: str = "all", recompute: bool = False) -> "Policy":
-        """Sets the trained part of the model (one of TRAINED) and activation checkpointing (`recompute`).
-        Call before `shard`."""
+        """Sets the trained part (of TRAINED) and activation checkpointing (`recompute`); before `shard`."""
         modules = {"adapter": {"multi_modal_projector", "merger"}}
         modules["tower"] = {"vision_tower", "vision_model", "visual"}
         for name, p in self.model.named_parameters():
@@ -438,7 +433,7 @@ class Policy(ppo.Policy):
         return [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
 
     def shard(self, param_dtype: torch.dtype = torch.float32) -> "Policy":
-        """FSDP2: every block of the model, then the root. The value head stays in fp32."""
+        """FSDP2 on every block, then the root. The value head stays in fp32."""
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         for block in reversed(self._blocks()):  # inner ones first
             fully_shard(block, mp_policy=precision)
@@ -450,15 +445,15 @@ class Policy(ppo.Policy):
         return isinstance(self, FSDPModule)
 
     def _gather(self, x: Tensor) -> Tensor | None:
-        """The whole tensor in host memory, on rank 0 alone. A collective call."""
+        """The whole tensor, on rank 0's CPU alone. A collective call."""
         x = x.detach()
         x = x.full_tensor() if isinstance(x, DTensor) else x
         return x.cpu() if self.rank == 0 else None
 
     def save(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format and the value head beside it. A collective call: rank 0
-        gathers all weights in host memory, tensor by tensor, and writes."""
-        whole: dict[Tensor, Tensor | None] = {}  # by parameter: tied weights are one, with two names
+        """Writes the model in Hugging Face format and the value head. A collective call: rank 0 gathers the
+        weights in host memory."""
+        whole: dict[Tensor, Tensor | None] = {}  # by parameter: tied weights have two names
         for x in self.state_dict(keep_vars=True).values():
             if x not in whole:
                 whole[x] = self._gather(x)
@@ -472,8 +467,8 @@ class Policy(ppo.Policy):
             save_file(head, folder / "value_head.safetensors")
 
     def state(self, optimizers: ppo.Optimizers) -> dict[str, Tensor]:
-        """Whole tensors in rank 0's host memory: key `name` for a parameter, `name/key` for its optimizer's
-        state. A collective call, tensor by tensor."""
+        """Whole tensors in rank 0's host memory: a parameter as `name`, its optimizer's state as `name/key`.
+        A collective call."""
         states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
         tensors = {}
         for name, p in self.named_parameters():
@@ -484,7 +479,7 @@ class Policy(ppo.Policy):
 
     @torch.no_grad()
     def set_state(self, tensors: dict[str, Tensor], optimizers: ppo.Optimizers) -> None:
-        """Restores what `state` returned, on any number of ranks; every rank is given all tensors."""
+        """Restores what `state` returned, on any number of ranks; each gets all tensors."""
         self.reshard()
         parameters = dict(self.named_parameters())
         optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -500,7 +495,7 @@ class Policy(ppo.Policy):
 
     @contextmanager
     def rollout_weights(self) -> Iterator[nn.Module]:
-        """The model to sample from. Shards are gathered once, for ranks may stop at different lengths."""
+        """The model to sample from. Shards are gathered once, since ranks sample different lengths."""
         if not self.sharded:
             with super().rollout_weights() as model:
                 yield model
@@ -516,12 +511,12 @@ class Policy(ppo.Policy):
                 module.set_reshard_after_forward(module is not self, recurse=False)
 
     def reshard(self) -> None:
-        """Shards the parameters again: FSDP's root stays gathered after a forward pass."""
+        """Shards parameters again: FSDP's root stays gathered after a forward pass."""
         for module in self._fsdp_modules():
             module.reshard()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """As in ppo.Policy; FSDP averages gradients over ranks, where a sum is wanted."""
+        """As in ppo.Policy. FSDP averages gradients over ranks; here they are summed."""
         if self.sharded:
             self.set_requires_gradient_sync(last)
             self.set_is_last_backward(last)
@@ -531,8 +526,8 @@ class Policy(ppo.Policy):
     def optimizers(
         self, lr: float, value_lr=0.0, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, muon=False
     ) -> ppo.Optimizers:
-        """AdamW (RoundingAdamW in bf16) on the trained part of the model and, at `value_lr`, on the value
-        head; with `muon`, Muon on the language model's fp32 matrices: half the steps of pre-training."""
+        """AdamW (RoundingAdamW in bf16) on the trained part of the model and, at `value_lr`, the value head;
+        with `muon`, Muon on the language model's fp32 matrices: pre-training takes half the steps."""
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         bf16, settings = self.model.dtype == torch.bfloat16, {"betas": betas, "eps": eps}
         settings["weight_decay"] = weight_decay
@@ -557,9 +552,9 @@ class Policy(ppo.Policy):
 
 @torch.no_grad()
 def check(policy: Policy, pictures: bool) -> None:
-    """Raises ValueError if the log-probabilities of two sampled conversations of two turns differ from those
-    of `forward`, or their first tokens' from those of a plain call of the model: by over 1e-3 in fp32, or .1
-    in the mean in bf16."""
+    """Samples two conversations of two turns. Raises ValueError if their log-probabilities differ from those
+    of `forward`, or their first tokens' from a plain call of the model: by over 1e-3 in fp32, or .1 in the
+    mean in bf16."""
     name, flops = type(policy.model).__name__, policy.flops
     image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
     prompts = [envs.parts_of(text) if pictures else text for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
@@ -595,12 +590,12 @@ def check(policy: Policy, pictures: bool) -> None:
 
 
 class NotSaved(Exception):
-    """A run could not write its files; the previous ones are intact."""
+    """Files could not be written; previous ones are intact."""
 
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Raises NotSaved if the code inside cannot write to a path, whichever library met the full disk."""
+    """Turns errors of writing to a path, from whichever library, into NotSaved."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -611,13 +606,13 @@ def saving(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or a folder, which appears at `path` whole or not at all (NotSaved)."""
+    """A temporary path for a file or folder that appears at `path` whole or, with NotSaved, not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with saving(path):
             remove(temporary)
             yield temporary
-            for part in (*temporary.rglob("*"), temporary):  # onto the disk, not only into memory
+            for part in (*temporary.rglob("*"), temporary):  # onto the disk
                 descriptor = os.open(part, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)
@@ -631,13 +626,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
+    """Writes a file, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or, whole or not at all, a folder, if there is one."""
+    """Deletes a file or (whole or not at all) a folder, if it exists."""
     if path.is_dir():
         renamed = path.with_name("removed.tmp")
         shutil.rmtree(renamed, ignore_errors=True)
@@ -648,8 +643,8 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds its lock, which the kernel releases when the process is killed. Raises
-    ValueError if another process holds it; warns where there are no locks."""
+    """Makes a folder and holds its lock; the kernel frees it if the process is killed. Raises ValueError if
+    another process holds it; warns where there are no locks."""
     new, path = not folder.exists(), folder / ".sftrl.lock"
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -657,7 +652,7 @@ def locked(folder: Path) -> Iterator[None]:
             import fcntl  # not on Windows
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (path.exists() and os.path.samefile(path, file.fileno())):  # its holder has just ended
+            if not (path.exists() and os.path.samefile(path, file.fileno())):  # just deleted
                 raise BlockingIOError
         except BlockingIOError:
             advice = "wait for its end, or choose another --out"
@@ -675,8 +670,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM (torchrun's) are only appended to the list, so that an update is finished
-    and saved; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Collects Ctrl-C and SIGTERM (torchrun's) in a list, so that the update in progress is finished and
+    saved; a second Ctrl-C raises KeyboardInterrupt."""
     received: list[int] = []
 
     def record(number: int, frame) -> None:
@@ -684,7 +679,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    main = threading.current_thread() is threading.main_thread()  # no other thread may handle signals
+    main = threading.current_thread() is threading.main_thread()  # which alone handles signals
     handlers = {n: signal.signal(n, record) for n in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield received
@@ -695,8 +690,8 @@ def deferred_interrupt() -> Iterator[list[int]]:
 
 @contextmanager
 def progress_bar(name: str, total: float) -> Iterator[Callable[..., None]]:
-    """A progress bar on rank 0; where stderr is no terminal, a line every half minute. Yields a function of
-    the amount done, and of metrics to show behind the bar."""
+    """A progress bar on rank 0; a line every half minute where stderr is no terminal. Yields a function of
+    the amount done and metrics to display."""
     form, options = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", {}
     if not sys.stderr.isatty():
         form, options = form + "\n", {"mininterval": 30, "maxinterval": 60}
@@ -710,7 +705,7 @@ def progress_bar(name: str, total: float) -> Iterator[Callable[..., None]]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a JSONL file; a line that a kill cut short is left out."""
+    """Lines of a JSONL file, without one that a kill cut short."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -721,14 +716,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first; a user's folders and links beside them are ignored."""
+    """The checkpoints of a run folder, oldest first; other folders and links are ignored."""
     named = (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name))
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def check_lengths(policy: Policy, batches: Iterable[list[dict]], flops: float = math.inf) -> None:
-    """Raises ValueError for demonstrations that the policy cannot read (pictures, or more tokens than it has
-    positions) among those that `flops` could train; one batch tells where positions have no end."""
+    """Raises ValueError for demonstrations that the policy cannot read (pictures, or more tokens than
+    positions), among those that `flops` could train; if length is no limit, from one batch."""
     tokens = 0
     for records in batches:
         tokens += sum(map(len, policy.streams(records)))
@@ -749,11 +744,11 @@ def check_settings(folder: Path, settings: dict) -> None:
 def resume(
     folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimizers
 ) -> tuple[int, float, float]:
-    """Loads the newest resume state of a run, if there is one; returns its step, FLOPs and progress. Later
-    checkpoints and lines of the logs are dropped. Writes config.json if the run is new."""
+    """Loads a run's resume state, if any; returns its step, FLOPs and progress. Drops later checkpoints and
+    log lines. Writes config.json for a new run."""
     path, (step, flops, progress) = folder / "resume.pt", (0, 0.0, 0.0)
     if path.exists():
-        try:  # mapped: one copy in memory for all ranks of a node
+        try:  # memory-mapped: one copy for all ranks of a node
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             tensors, step, flops, progress = (state[k] for k in ("tensors", "step", "flops", "progress"))
         except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -781,8 +776,8 @@ def resume(
 
 
 def save_state(folder: Path, policy: Policy, optimizers: ppo.Optimizers, **position: float) -> None:
-    """Writes resume.pt: all that `resume` needs (`position`: step, flops, progress), for everything random is
-    a function of (seed, step). A collective call."""
+    """Writes resume.pt (`position`: step, flops, progress). Randomness, a function of (seed, step), has no
+    state. A collective call."""
     tensors = policy.state(optimizers)
     if policy.rank == 0:
         with atomic_write(folder / "resume.pt") as temporary:
@@ -796,8 +791,8 @@ def append_line(path: Path, line: dict) -> None:
 
 
 def trainer(policy: Policy, config, data: Callable) -> tuple[ppo.Optimizers, Callable]:
-    """Optimizers, and sft.train or ppo.train as a function of the step and FLOPs where they begin. Raises
-    ValueError for demonstrations that the policy cannot read."""
+    """Optimizers, and sft.train or ppo.train as a function of step and FLOPs. Raises ValueError for
+    demonstrations that the policy cannot read."""
     adam = config.betas, config.eps, config.weight_decay
     if isinstance(config, sft.SFTConfig):
         check_lengths(policy, map(data, range(config.steps)), config.flops)
@@ -825,10 +820,8 @@ def train_run(
     settings: dict,
     count: int = 1,
     keep: int | None = None,
-    tensorboard: bool = False,
 ) -> None:
-    """Trains a run in its folder (docs/metrics.md), from its newest resume state to its end; a finished one
-    is left as it is.
+    """Trains a run in its folder (docs/metrics.md), from its resume state to its end, unless it is finished.
 
     Args:
         data: for SFT `data(step)` returns the records of a step, for PPO `data()` a new environment.
@@ -836,8 +829,8 @@ def train_run(
         count: checkpoints to write, at progress (k / count)^2: out-of-distribution success moves early.
         keep: newest checkpoints to keep; None: all.
 
-    Raises ValueError, before there is a run folder, for settings that do not fit the model, the ranks or the
-    folder's run, and KeyboardInterrupt after Ctrl-C, when the update in progress is saved.
+    Raises ValueError, before the folder exists, for settings that do not fit the model, the ranks or the
+    folder's run; KeyboardInterrupt after Ctrl-C, once the update in progress is saved.
     """
     # Strict JSON: tuples as lists, no limit as null.
     settings = json.loads(json.dumps(settings | asdict(config)), parse_constant=lambda _: None)
@@ -852,13 +845,8 @@ def train_run(
     optimizers, train = trainer(policy, config, data)
     step, flops, progress = resume(folder, settings, policy, optimizers)
     save_every = 50 if isinstance(config, sft.SFTConfig) else 5
-    writes, board = policy.rank == 0, None
-    if tensorboard and writes:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-    bar = progress_bar("/".join(folder.parts[-2:]), 1)
-    with deferred_interrupt() as signals, bar as show, board or nullcontext():
+    writes, bar = policy.rank == 0, progress_bar("/".join(folder.parts[-2:]), 1)
+    with deferred_interrupt() as signals, bar as show:
         for metrics in train(step, flops):
             before, step, progress = progress, metrics["step"], metrics["progress"]
             transcript = metrics.pop("transcript", None)
@@ -867,13 +855,11 @@ def train_run(
                 append_line(folder / "metrics.jsonl", metrics)
             if writes and transcript:
                 append_line(folder / "samples.jsonl", {"step": step} | transcript)
-            for name, value in metrics.items() if board else ():
-                board.add_scalar(name, value, step)
             if due := any(before < (k / count) ** 2 <= progress for k in range(1, count + 1)):
                 path = folder / f"checkpoint-{step}"
                 with atomic_write(path) if writes else nullcontext(path) as temporary:
                     policy.save(temporary)
-            interrupted = policy.largest(bool(signals))  # on any rank: all end alike
+            interrupted = policy.largest(bool(signals))  # on any rank
             if due or interrupted or step % save_every == 0:
                 save_state(folder, policy, optimizers, step=step, flops=metrics["flops"], progress=progress)
                 for old in checkpoints(folder)[:-keep] if keep and writes else ():
@@ -888,10 +874,10 @@ def train_run(
 def load_policy(
     model: str, pictures=False, rollout_batch=256, weights="float32", train="all", recompute=False
 ) -> Policy:
-    """The policy on this process's device, sharded if there are several; see OPTIONS for the last four."""
+    """The policy on this process's device, sharded if there are several; options as in OPTIONS."""
     options = {"rollout_batch": rollout_batch, "pictures": pictures}
     if torch.cuda.is_available():
-        gc.collect()  # reference cycles (FSDP's hooks, recomputed blocks) may hold an old policy's memory
+        gc.collect()  # frees an old policy in reference cycles (FSDP's hooks, recomputed blocks)
     if not dist.is_initialized():
         policy = Policy.load(model, dtype=getattr(torch, weights), **options)
         return policy.set_trainable(train, recompute)
@@ -903,23 +889,23 @@ def load_policy(
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a study, and how its checkpoints are evaluated. Arms of one name are one run."""
+    """A training run of a study, and how its checkpoints are evaluated. Arms with one name share the run."""
 
     name: str  # of its folder, and in results.jsonl
     algorithm: str = "sft"  # or "ppo"
-    start: str = "init"  # the arm whose last checkpoint it starts from; "NAME@K": from its K-th, or last
-    training: dict = field(default_factory=dict)  # over the study's settings for the algorithm
-    environment: dict = field(default_factory=dict)  # over the study's options, in training
+    start: str = "init"  # from this arm's last checkpoint; "NAME@K": its K-th
+    training: dict = field(default_factory=dict)  # overrides the study's settings for the algorithm
+    environment: dict = field(default_factory=dict)  # overrides the study's options, in training
     records: str = "expert"  # what SFT learns from, one of RECORDS
-    parts: str | None = None  # of the model that are trained; None: those of the command line
-    checkpoints: int | None = None  # None: as many as the study says
-    searched: bool = False  # its learning rate: see `StudyRun.search`
+    parts: str | None = None  # trained parts of the model; None: the command line's
+    checkpoints: int | None = None  # None: the study's
+    searched: bool = False  # whether `StudyRun.search` searches its learning rate
     # The last checkpoint is evaluated on all hands at these temperatures (0 is greedy) ...
     temperatures: tuple[float, ...] = (1.0, 0.0)
     curve: bool = True  # ... and earlier ones at temperature 1, on a quarter of the hands.
     validate: bool = False  # also ID success on validation deals, to choose the best checkpoint
     series: str = "test"  # of deals or routes
-    verify_iter: int | None = None  # replies judged in evaluation; None: as the study says
+    verify_iter: int | None = None  # replies judged in evaluation; None: the study's
     pictures: str = "own"  # or a control, see `evaluate.PICTURES`
 
 
@@ -930,26 +916,26 @@ class Study:
     base: sft.SFTConfig
     sft: sft.SFTConfig
     rl: ppo.PPOConfig
-    init: dict  # the init's settings, over those of `sft`
+    init: dict  # overrides `sft` for the init
     flops: float  # of each arm, after init
     count: int = 6  # checkpoints of each arm
     hands: int = 1024  # or routes, in the evaluation of a checkpoint
-    verify_iter: int = 3  # of training and evaluation; the paper's 5 would double the time of a seed
+    verify_iter: int = 3  # in training and evaluation; the paper's 5 doubles the time
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
-    options: dict = field(default_factory=dict)  # of the environments: small enough for the tiny model
-    # Learning rates by arm, see docs/results.md; other arms take that of "sft" or "rl".
+    options: dict = field(default_factory=dict)  # of the environments, small enough for the tiny model
+    # Learning rates by arm, see docs/results.md; else that of "sft" or "rl".
     rates: dict = field(default_factory=dict)
-    grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # for all arms' search
+    grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # of searched rates
 
     def scaled(self, scale: float) -> "Study":
-        """Every stage shortened to `scale` of its length, for a quick look."""
+        """Every stage at `scale` of its length, for a quick look."""
         base = replace(self.base, steps=max(1, round(self.base.steps * scale)))
         init = self.init | {"steps": max(1, round(self.init["steps"] * scale))}
         return replace(self, base=base, init=init, flops=self.flops * scale)
 
     def for_model(self, parameters: int) -> "Study":
-        """The same for a user's model: the full task, as many tokens, the rates of `sftrl sft` and `ppo`."""
+        """For a user's model: the full task, as many tokens, the rates of `sftrl sft` and `ppo`."""
         rates, rl = {"init": sft.SFTConfig.lr}, replace(self.rl, value_lr=ppo.PPOConfig.value_lr)
         flops = self.flops * parameters / TINY_PARAMETERS
         return replace(self, rates=rates, rl=rl, flops=flops, max_new_tokens=256, options={})
@@ -1000,7 +986,7 @@ STUDIES = {
         options=TINY_PICTURES,
     ),
     "virl-l": replace(_WALKS, rates=_WALKS.rates | {"rl-kl": 1e-3}),
-    # A walk has a row of tokens for each waypoint: shorter ones, or a seed would take hours.
+    # Every waypoint is a row of tokens: short walks, or a seed would take hours.
     "virl-vl": replace(
         _WALKS,
         base=replace(_WALKS.base, steps=800),
@@ -1013,27 +999,27 @@ STUDIES = {
         options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,
     ),
 }
-SEARCH_SEEDS = (1000, 1001)  # the rates are chosen on these, which no report shows; one alone is not enough
-# PPO as the paper has it (sections 4 and C), but for its rates and sizes.
+SEARCH_SEEDS = (1000, 1001)  # choose the rates; in no report
+# PPO as in the paper (sections 4 and C), except rates and sizes.
 PAPERS_PPO = {"ratio": "reply", "thought_coef": 0.5, "value_trunk": "shared", "clip": 0.1}
 
 
 def main_arms(study: Study) -> list[Arm]:
-    """The main comparison: SFT and RL at equal compute from one init, a short SFT that teaches a reply's form
-    on demonstrations as imperfect as the base's corpus."""
+    """The main comparison: SFT and RL at equal compute from one init, a short SFT that teaches the format of
+    replies on demonstrations as imperfect as the base's corpus."""
     training = study.init | {"flops": math.inf}
     init = Arm("init", start="base", training=training, records="imperfect", checkpoints=1)
     return [init, Arm("sft", searched=True, validate=True), Arm("rl", "ppo", searched=True)]
 
 
 def sampled_at_end(arm: Arm, **changes) -> Arm:
-    """The arm with only its last checkpoint evaluated, at temperature 1."""
+    """The arm, evaluated at its last checkpoint alone, at temperature 1."""
     return replace(arm, curve=False, validate=False, temperatures=(1.0,), **changes)
 
 
 def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[Arm]:
-    """The arms of an experiment beside the main ones; none for "main" and "forgetting", which compares what
-    others measured. Left out are those with options that the environment lacks."""
+    """The arms of an experiment beside the main ones, without those whose options the environment lacks; none
+    for "main" and "forgetting", which compares the others."""
     main = init, demonstrated, reinforced = main_arms(study)
     rate, last, diverse = study.config(reinforced).lr, partial(Arm, curve=False), {"diverse": True}
     budgets = [
@@ -1043,7 +1029,7 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
     control = last("sft-at-dft-rate", training={"lr": study.config(dft).lr})
     arms = {
         "no-init": [last(f"no-init-{lr:g}", "ppo", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)],
-        # One evaluation with 10 replies answers for all smaller budgets.
+        # An evaluation with 10 replies covers all smaller budgets.
         "verification": [sampled_at_end(arm, verify_iter=10) for arm in (init, demonstrated, *budgets)],
         "start": [
             last(f"rl-from-sft-{k}", "ppo", f"sft@{k}", checkpoints=1) for k in range(1, study.count + 1)
@@ -1072,32 +1058,31 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
 
 
 def experiments_of(cls: type[envs.Environment]) -> list[str]:
-    """The experiments of a task; those with controls and frozen parts need pictures."""
+    """The experiments of a task; some need pictures."""
     visual = {"recognition", "sft-search"}
     return ["main", *(name for name in evaluate.SECTIONS if cls.pictures or name not in visual)]
 
 
-# What SFT learns from, by name: a function of an environment.
+# Demonstrations by name, as functions of an environment.
 RECORDS = {"expert": envs.demonstration, "imperfect": sft.imperfect_demonstration, "revision": sft.revision}
 
 
 @dataclass
 class StudyRun:
-    """A study in its folder: trains and evaluates arms, each from where it stopped."""
+    """A study in its folder: trains and evaluates arms, and resumes each."""
 
     task: str  # by name, or FILE.py:CLASS
     study: Study
     out: Path
     loading: dict = field(default_factory=dict)  # options of `load_policy`
-    model: str = "tiny"  # whose base is trained here; or a folder or Hub id, which is its own base
-    hands: int | None = None  # or routes, in the evaluation of a checkpoint; None: the study's
-    tensorboard: bool = False
+    model: str = "tiny"  # its base is trained here; or a folder or Hub id, used as the base
+    hands: int | None = None  # or routes, per evaluation; None: the study's
 
     def __post_init__(self):
         self.tiny, self.hands = self.model in ("tiny", self.study.tiny), self.hands or self.study.hands
         if self.hands < 2:
             raise ValueError("--hands must be at least 2, for an interval")
-        self.quarter = max(2, self.hands // 4)  # hands on the way
+        self.quarter = max(2, self.hands // 4)  # for earlier checkpoints
         self.results = evaluate.Results(self.out / "results.jsonl")
         self.reference: tuple[int | None, evaluate.Reference | None] = None, None  # a seed's init
         self.cls = envs.task_class(self.task)
@@ -1109,18 +1094,18 @@ class StudyRun:
         return load_policy(model, self.cls.pictures, **self.loading | loading)
 
     def environment(self, variant: str = "id", series: str = "train", **options) -> envs.Environment:
-        """One of the study's environments; `series` "valid" and "test" have routes of their own."""
+        """An environment of the study; routes of the series "valid" and "test" differ from training's."""
         split = {"split": series} if "split" in envs.options_of(self.cls) else {}
         return envs.make(self.task, variant, **self.options | split | options)
 
     def checkpoints(self, name: str, seed: int) -> list:
-        """The checkpoints of an arm; all seeds share the base, which a user's model is itself."""
+        """The checkpoints of an arm; all seeds share the base, here or a user's model."""
         if name == "base" and not self.tiny:
             return [self.model]
         return checkpoints(self.out / name if name == "base" else self.out / f"seed-{seed}" / name)
 
     def relative(self, model: str | Path) -> str:
-        """A checkpoint relative to the study's folder, which may move; any other model by its name."""
+        """A checkpoint's path in the study's folder, which may move; another model's name."""
         return str(model.relative_to(self.out) if isinstance(model, Path) else model)
 
     # ---- training
@@ -1150,12 +1135,12 @@ class StudyRun:
             config, data = replace(config, seed=seed), make
         folder, count = self.out / f"seed-{seed}" / arm.name, arm.checkpoints or self.study.count
         load = partial(self.load, str(model), **loading)
-        train_run(folder, load, config, data, settings, count, tensorboard=self.tensorboard)
+        train_run(folder, load, config, data, settings, count)
 
     # ---- evaluation
 
     def measure(self, arm: Arm, seed: int, experiment: str = "main") -> None:
-        """Evaluates what results.jsonl lacks of an arm's checkpoints."""
+        """Evaluates an arm's checkpoints, except what results.jsonl has."""
         paths = self.checkpoints(arm.name, seed)
         early = [(self.quarter, arm.series, variant, 1.0) for variant in self.variants if arm.curve]
         validation = [(self.quarter, "valid", "id", 1.0)] if arm.validate else []
@@ -1174,8 +1159,8 @@ class StudyRun:
     def evaluate_checkpoint(
         self, arm: Arm, seed: int, experiment: str, path, points: Sequence[tuple]
     ) -> None:
-        """Evaluates a checkpoint on those of the points (hands, series, variant, temperature) that
-        results.jsonl lacks; two episodes of each go to transcripts.jsonl."""
+        """Evaluates a checkpoint at the points (hands, series, variant, temperature) that results.jsonl
+        lacks; writes two episodes of each to transcripts.jsonl."""
         line, policy = {"step": 0, "flops": 0.0}, None
         if isinstance(path, Path):
             line = next(x for x in read_lines(path.parent / "metrics.jsonl") if x["step"] == step_of(path))
@@ -1204,7 +1189,7 @@ class StudyRun:
     # ---- experiments
 
     def compare(self, experiments: Sequence[str], seeds: int, note: str) -> None:
-        """Trains and evaluates all arms of experiments; after every seed reports, and prints the claims."""
+        """Trains and evaluates all arms of experiments; reports after every seed, and prints the claims."""
         for seed in range(seeds):
             for name in experiments:
                 arms = main_arms(self.study) + arms_of(self.study, name, self.cls)
@@ -1216,7 +1201,7 @@ class StudyRun:
                 print("\n".join(["", *self.report(range(seed + 1), note)]), flush=True)
 
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
-        """Writes the report of what was measured, with a `note` on page one; returns its table of claims."""
+        """Writes the report, with a `note` on page one; returns its table of claims."""
         points = self.results.find(seed=(-1, *seeds), episodes=(self.hands, self.quarter))
         measured, trained = {}, {arm.name: arm for arm in main_arms(self.study)}
         for name in experiments_of(self.cls)[1:]:
@@ -1246,7 +1231,7 @@ class StudyRun:
         config = self.study.config(arm)
         differ = {k: v for k, v in asdict(config).items() if v != getattr(type(config), k)} | arm.environment
         if config.flops < math.inf:
-            differ.pop("steps", None)  # which `flops` ends earlier
+            differ.pop("steps", None)  # `flops` comes first
         extra = {"records": arm.records, "train": arm.parts}
         differ |= {name: value for name, value in extra.items() if value not in ("expert", None)}
         settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in differ.items())
@@ -1321,7 +1306,7 @@ class Parser(argparse.ArgumentParser):
 _MODEL = Option("tiny, tiny-streets, a folder or a Hub id")
 _TASKS = f"the task: {', '.join(envs.TASKS)}, or FILE.py:CLASS; --task NAME --help shows its options"
 _WEIGHTS = "of the model in training; bfloat16: stochastic rounding, half the memory, one process"
-# By commands and name: type, default (... if it must be given), help and limits.
+# By commands and name: type, default (...: required), help and limits.
 OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
     "study sft ppo evaluate play data": {
         "task": (str, "gp-l", Option(_TASKS, metavar="NAME")),
@@ -1347,7 +1332,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "train": (str, "all", Option("trained parts of a vision-language model", choices=TRAINED)),
         "weights": (str, "float32", Option(_WEIGHTS, choices=("float32", "bfloat16"))),
         "recompute": (bool, False, Option("activation checkpointing: less memory, a third more work")),
-        "tensorboard": (bool, False, Option("write the metrics for TensorBoard too (needs its package)")),
     },
     "sft": {
         "demos": (str, None, Option("JSON file of demonstrations; None: the expert's", metavar="PATH")),
@@ -1379,7 +1363,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
 
 
 def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
-    """All commands and options, those of the task too. Raises ValueError for an unknown task."""
+    """All commands and options, with the task's. Raises ValueError for an unknown task."""
     cls = envs.task_class(task)
     parser = Parser(prog="sftrl", description="SFT and PPO side by side: which one learns the rule?")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -1415,7 +1399,7 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
 
 
 def add_options(group, options: dict[str, tuple[Any, Any, Option]], keep_default: bool = True) -> None:
-    """A flag for every option, as in OPTIONS; without `keep_default` one that is not given is None."""
+    """Flags for options as in OPTIONS; without `keep_default` their default is None."""
     for name, (kind, default, option) in options.items():
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             kind = typing.get_args(kind)[0]  # of int | None the integer
@@ -1437,13 +1421,13 @@ def add_options(group, options: dict[str, tuple[Any, Any, Option]], keep_default
 
 
 def named_number(text: str) -> tuple[str, float]:
-    """NAME=NUMBER, as --rewards and --rates take it."""
+    """Reads NAME=NUMBER."""
     name, _, value = text.partition("=")
     return name, float(value)
 
 
 def environment_of(args: argparse.Namespace) -> envs.Environment:
-    """The environment that a command's options describe."""
+    """The environment of a command's options."""
     options = {"rewards": args.rewards}
     for name, (_, _, option) in envs.options_of(envs.task_class(args.task)).items():
         if (value := getattr(args, name)) is not None:
@@ -1452,7 +1436,7 @@ def environment_of(args: argparse.Namespace) -> envs.Environment:
 
 
 def study_of(args: argparse.Namespace) -> tuple[Study, str]:
-    """The settings that a command line asks for, and a note on them for the report."""
+    """The settings of a command line, and a note on them for the report."""
     study, cls = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale), envs.task_class(args.task)
     note = "How the learning rates were chosen: docs/results.md."
     if args.model not in ("tiny", study.tiny):
@@ -1481,7 +1465,7 @@ def command_study(args: argparse.Namespace) -> None:
         raise ValueError(f"--experiment {args.experiment!r}: choose from {', '.join(known)}, all")
     chosen = known if args.experiment == "all" else [args.experiment]
     (study, note), out = study_of(args), Path(args.out)
-    run = StudyRun(args.task, study, out, args.loading, args.model, args.hands, args.tensorboard)
+    run = StudyRun(args.task, study, out, args.loading, args.model, args.hands)
     if run.tiny:
         run.train_base()
     if args.search:
@@ -1509,8 +1493,8 @@ def command_ppo(args: argparse.Namespace) -> None:
     train_as_asked(args, ppo.PPOConfig, env.fresh_copy, env.pictures)
 
 
-# Arguments without influence on a run's numbers, which may change when it is resumed.
-NO_SETTINGS = "command run out threads checkpoints keep tensorboard recompute loading listed".split()
+# Arguments that may change when a run is resumed: no number depends on them.
+NO_SETTINGS = "command run out threads checkpoints keep recompute loading listed".split()
 
 
 def train_as_asked(args: argparse.Namespace, config: type, data: Callable, pictures: bool) -> None:
@@ -1519,8 +1503,7 @@ def train_as_asked(args: argparse.Namespace, config: type, data: Callable, pictu
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     config = config(**{name: settings[name] for name in envs.options_of(config)})
     load = partial(load_policy, args.model, pictures, **args.loading)
-    logs = args.checkpoints, args.keep, args.tensorboard
-    train_run(Path(args.out), load, config, data, settings, *logs)
+    train_run(Path(args.out), load, config, data, settings, args.checkpoints, args.keep)
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
@@ -1532,7 +1515,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     if args.save:
         if not env.pictures:
             raise ValueError(f"task {args.task!r} has no pictures to --save")
-        Path(args.save).mkdir(parents=True, exist_ok=True)  # a wrong path fails here, before the work
+        Path(args.save).mkdir(parents=True, exist_ok=True)  # a wrong path fails before the work
     policy = load_policy(args.model, env.pictures, **args.loading)
     check_lengths(policy, ([envs.demonstration(env, start=start)] for start in starts))
     with progress_bar("evaluation", n // policy.world) as show:
@@ -1563,7 +1546,7 @@ def print_transcript(episode: envs.Episode, expert: str = "") -> None:
 
 
 def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], folder: Path) -> None:
-    """Replays an episode and writes its pictures, each under the number of the first reply to it."""
+    """Replays an episode and writes its pictures, each by the number of the first reply to it."""
     (observation, _), saved = env.reset(*start), None
     folder.mkdir(parents=True, exist_ok=True)
     for k, turn in enumerate(episode.turns):
@@ -1574,7 +1557,7 @@ def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], fo
 
 
 def command_play(args: argparse.Namespace) -> None:
-    """One episode to look at: prompt, expert reply, and the verdict on each reply."""
+    """One episode to read: prompt, expert reply, and the verdict on each reply."""
     env = environment_of(args)
     options = {name: getattr(args, name) for name in env.start_options}
     observation, _ = env.reset(args.seed, options)
@@ -1619,15 +1602,14 @@ def command_data(args: argparse.Namespace) -> None:
 
 
 def complain(message: str, every_rank: bool = False) -> None:
-    """One line on stderr: of rank 0 alone for a fault that all ranks meet."""
+    """Prints one line to stderr, on rank 0 alone for a fault of all ranks."""
     if policy_rank() == 0 or every_rank:
         print(f"sftrl: {message}", file=sys.stderr)
 
 
 def exit_rank(status: int) -> None:
-    """Ends a process of torchrun without the interpreter's shutdown, in which a thread of gloo that frees a
-    tensor aborts the process (pytorch issue 190489). A rank that failed skips the process-group shutdown too:
-    torchrun ends the others."""
+    """Ends a process of torchrun without the interpreter's shutdown, in which gloo's threads may abort it
+    (pytorch issue 190489). A failed rank skips the process-group shutdown too: torchrun ends the others."""
     if not status:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -1636,8 +1618,8 @@ def exit_rank(status: int) -> None:
 
 
 def prepare(threads: int) -> bool:
-    """Sets the number of threads (0: as many as cores), joins the process group, and makes warnings one line
-    on rank 0. Returns whether there are several processes."""
+    """Sets the number of threads (0: all cores), joins the process group, prints warnings as one line on rank
+    0. Returns whether there are several processes."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -1658,15 +1640,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 1 for a run that failed, 2 for a wrong value, 130 for
     Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # letters that its encoding lacks become question marks
-    first = Parser(add_help=False)  # the task decides which options there are
+        sys.stdout.reconfigure(errors="replace")  # letters outside its encoding become question marks
+    first = Parser(add_help=False)  # options depend on the task
     first.add_argument("--task", default="gp-l")
     try:
         args = build_parser(first.parse_known_args(argv)[0].task).parse_args(argv)
         for name, (kind, _, option) in args.listed.items():
             if (value := getattr(args, name)) is not None:
                 option.check("--" + name.replace("_", "-"), kind, value)
-    except (ValueError, argparse.ArgumentError) as error:  # the last: a task's option is one of the command's
+    except (ValueError, argparse.ArgumentError) as error:  # the latter: a task's option has a taken name
         first.error(str(error))
     args.task = envs.task_name(args.task)
     for name in {"rewards", "rates"} & vars(args).keys():
@@ -1675,8 +1657,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.loading = {name: getattr(args, name) for name in loading if name in args}
     distributed, status = prepare(args.threads), 0
     try:
-        if getattr(args, "tensorboard", False) and not importlib.util.find_spec("tensorboard"):
-            raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard")
         with ExitStack() as locks:
             if args.command not in ("play", "data") and args.out:  # one command at a time writes to a folder
                 on_rank_0(lambda: locks.enter_context(locked(Path(args.out))))
