@@ -2,14 +2,13 @@
 
     loss = - 1/T * sum over reply tokens t of log p(token_t | everything before it)
 
-over the T reply tokens of the global batch: all ranks, all accumulation steps. A reply's end token counts,
-for the model must learn to stop; prompts and the verifier's feedback are context and carry no loss. In a
-multi-turn demonstration every reply counts, or only the last (`loss_on`). Dynamic fine-tuning (DFT, arXiv
-2508.05629) weights every token by its own probability, as a constant: what is unlikely pulls less.
+over the T reply tokens of the global batch: all ranks, all accumulation steps. The end token of a reply
+counts, so that the model learns to stop; prompts and feedback carry no loss. In a multi-turn demonstration
+all replies count, or only the last (`loss_on`). Dynamic fine-tuning (DFT, arXiv 2508.05629) weights tokens by
+their probability, as a constant: unlikely ones count less.
 
-Records come from a file, from an expert (`envs.demonstration`), or from the corpus of the tiny base, which
-stands here too: what such a model has seen before any post-training. The policy (see `Policy` in sftrl.py) is
-an argument.
+Records come from a file, from an expert (`envs.demonstration`), or from the corpus of the tiny base, its
+experience before any post-training, also in this file. The policy (`Policy` in sftrl.py) is an argument.
 """
 
 import json
@@ -26,30 +25,21 @@ from envs import Option
 
 @dataclass
 class SFTConfig:
-    """Settings of one run. Sizes count demonstrations over all ranks; training ends at `steps` or `flops`,
-    whichever is first."""
+    """Settings of one run. Sizes are totals over ranks; training ends at `steps` or `flops`."""
 
     lr: Annotated[float, Option("peak learning rate", above=0)] = 1e-5
     batch_size: Annotated[int, Option("demonstrations per step", least=1)] = 64
     microbatch_size: Annotated[int, Option("demonstrations per forward pass and rank", least=1)] = 64
     steps: Annotated[int, Option("optimizer steps", least=1)] = 1000
-    flops: Annotated[float, Option("end the run here: 6 N per trained token", above=0)] = math.inf
-    warmup: Annotated[
-        float, Option("share of the run in which the rate rises; then a cosine to 0", least=0, most=1)
-    ] = 0.03
+    flops: Annotated[float, Option("compute budget: 6 N per trained token", above=0)] = math.inf
+    warmup: Annotated[float, Option("warm-up as a share of the run; cosine after it", least=0, most=1)] = 0.03
     max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
     betas: Annotated[tuple[float, float], Option("of Adam (paper, appendix)", least=0, most=1)] = (0.9, 0.98)
     eps: Annotated[float, Option("of Adam", above=0)] = 1e-7
     weight_decay: Annotated[float, Option("of AdamW", least=0)] = 0.0
-    loss_on: Annotated[
-        str,
-        Option(
-            "all replies of a demonstration, or the last: earlier ones are context", choices=("all", "last")
-        ),
-    ] = "all"
+    loss_on: Annotated[str, Option("replies that are trained", choices=("all", "last"))] = "all"
     objective: Annotated[
-        str,
-        Option("the loss: log-likelihood, or dft (weighted by probability)", choices=("likelihood", "dft")),
+        str, Option("dft: tokens weighted by probability", choices=("likelihood", "dft"))
     ] = "likelihood"
     muon: bool = False  # matrices by Muon, for pre-training the tiny base
 
@@ -58,10 +48,9 @@ def read_records(path: str, images: str | None = None) -> list[dict]:
     """Demonstrations from a file in the released format: a JSON list of {"image"?, "conversations": [{"from",
     "value"}, ...]}.
 
-    Turns alternate and start with "human", the last is "gpt"; `<image>` in the first one marks the picture's
-    place, and one newline after it is part of the mark. "image" is one path, relative to the folder `images`
-    (None: the file's own); all records have one, or none. Raises ValueError that names file, record and
-    field.
+    Turns alternate, "human" first, "gpt" last. `<image>`, with one newline after it, marks the picture in the
+    first. "image" is a path relative to the folder `images` (None: the file's); all records have one, or
+    none. Raises ValueError that names file, record and field.
     """
     try:
         with open(path, encoding="utf8") as file:
@@ -73,9 +62,7 @@ def read_records(path: str, images: str | None = None) -> list[dict]:
     for i, record in enumerate(records):
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns or len(turns) % 2:
-            raise ValueError(
-                f"{path}: record {i}: `conversations` must be a list of human and gpt turns in pairs"
-            )
+            raise ValueError(f"{path}: record {i}: `conversations` must be pairs of human and gpt turns")
         for j, turn in enumerate(turns):
             speaker = ("human", "gpt")[j % 2]
             if not isinstance(turn, dict) or turn.get("from") != speaker:
@@ -95,8 +82,7 @@ def read_records(path: str, images: str | None = None) -> list[dict]:
 
 
 def epochs(records: list[dict], batch_size: int, seed: int) -> Callable[[int], list[dict]]:
-    """The batch of any step as a function of the step: every epoch is a new shuffle, and resuming needs no
-    state."""
+    """Batches as a function of the step, so that resuming needs no state; every epoch is shuffled anew."""
 
     def batch(step: int) -> list[dict]:
         chosen = []
@@ -113,7 +99,7 @@ def epochs(records: list[dict], batch_size: int, seed: int) -> Callable[[int], l
 
 
 def fresh_batches(env, demonstrate: Callable, batch_size: int, label: str) -> Callable[[int], list[dict]]:
-    """New demonstrations for every step, a function of (label, step). `demonstrate(env)` makes one record."""
+    """New demonstrations for every step, a function of (label, step). `demonstrate(env)` makes one."""
 
     def batch(step: int) -> list[dict]:
         records = []
@@ -127,23 +113,19 @@ def fresh_batches(env, demonstrate: Callable, batch_size: int, label: str) -> Ca
 
 # -------- the corpus of the tiny base
 
-# Names of fields in the corpus, never the tasks' own: the form of a reply must still be learned.
+# Names of fields in the corpus, none of them a task's: post-training must teach the format of replies.
 FIELD_WORDS = (
     "hand deck dealt draw table values counts worth points digits solution equation answer result "
     "expression sum"
 ).split()
-RED_SHARE = 0.05  # of the pictures: the base has seen more black cards than red ones, and reads them better
-# In pictures half of the walks have made-up names: those of the test cities are to be copied, letter by
-# letter.
+RED_SHARE = 0.05  # of the pictures: the base reads black cards better than red ones
+# Half of the walks in pictures have made-up names: test cities have new names to copy, letter by letter.
 PICTURE_CITIES = (envs.NEW_YORK.name, envs.MADE_UP)
 
 
 def foundation_batches(task: str, batch_size: int, options: dict) -> Callable[[int], list[dict]]:
-    """The corpus, step by step; `options` are those of the study's environments.
-
-    For "gp-vl" a step of text, one of card reading, one of hands shown; for "virl-vl" a step of walks told in
-    words and one of walks shown.
-    """
+    """The corpus by steps; `options` are those of the study's environments. "gp-vl" takes hands in words,
+    cards to read and hands in pictures in turn, "virl-vl" walks in words and in pictures."""
 
     def batch(step: int) -> list[dict]:
         rng = random.Random(f"base/{step}")
@@ -162,11 +144,8 @@ def foundation_batches(task: str, batch_size: int, options: dict) -> Callable[[i
 
 
 def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
-    """A hand of cards in the corpus.
-
-    Rules are mixed (15% tens, 60% 11/12/13, 25% any values), so that reading the rule pays. With `pictures`
-    (options of GeneralPointsVL) the cards are shown.
-    """
+    """A hand of cards in the corpus, by mixed rules (15% tens, 60% 11/12/13, 25% any values), so that reading
+    the rule pays. `pictures`: options of GeneralPointsVL, for cards in pictures."""
     kind = rng.choices(("id", "rule", "any"), (15, 60, 25))[0]
     faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else envs.FACE_RULES[kind]
     options = {"seed": rng.getrandbits(32), "faces": faces, "fields": rng.sample(FIELD_WORDS, 3)}
@@ -196,8 +175,8 @@ def foundation_walk(
     cities: Sequence[str] = (envs.NEW_YORK.name,),
     **pictures,
 ) -> dict:
-    """A walk in the corpus, by either rule, through streets that no study uses: of 20 maps, or of 4 if it is
-    walked in `pictures` (options of VIRLVL), with the names and looks of one of `cities`."""
+    """A walk in the corpus, by either rule, through streets that no study uses: 20 maps, or 4 with `pictures`
+    (options of VIRLVL), with the names and looks of one of `cities`."""
     city = rng.randint(1, 4 if pictures else 20), rng.choice(cities)
     width = pictures.get("panorama_width", 1024)
     return imperfect_demonstration(
@@ -214,12 +193,11 @@ def foundation_walk(
 
 
 def imperfect_demonstration(env: envs.Environment) -> dict:
-    """A demonstration as text in the wild has them, from which post-training can learn better under any rule.
+    """An imperfect demonstration: a model that learns from these can improve under any rule.
 
-    A quarter are revisions, after one, two or four wrong tries (as the budget allows). One in ten of the last
-    answers is wrong too; half of them, where the task is told in words, have the task's bad habit (cards: an
-    "x" for a product). A model that learned from these is unsure, knows how to try again, and has a bad
-    habit.
+    A quarter are revisions, after one, two or four wrong replies (within the budget). One in ten of the last
+    replies is wrong too; in text, half of all have a bad habit (cards: "x" for a product). So the base is
+    unsure, can revise, and has a bad habit.
     """
     if env.decisions != 1:
         return imperfect_walk(env)
@@ -230,19 +208,19 @@ def imperfect_demonstration(env: envs.Environment) -> dict:
 
 
 def careless_reply(env: envs.Environment) -> str:
-    """An expert's reply with a bad habit, on cards "x" for every product: then no legal equation."""
+    """An expert's reply with a bad habit: on cards "x" for every product, which is illegal."""
     reply = env.expert_reply()
     return reply.replace("*", "x") if isinstance(env, envs.GeneralPoints) else reply
 
 
 def revision(env: envs.Environment) -> dict:
-    """A demonstration whose right replies follow some wrong ones and the verifier's feedback, or none."""
+    """A demonstration with a random number of wrong replies, and feedback, before the expert's."""
     return envs.demonstration(env, env.random.randrange(env.verify_iter))
 
 
 def imperfect_walk(env: envs.Environment) -> dict:
-    """The same where an episode has several decisions: one reply in five is wrong. The walker is told so and
-    tries again, or the record ends."""
+    """The same for episodes of several decisions: one reply in five is wrong, and revised, or the record
+    ends."""
     env.reset()
     final = envs.final_decision(env)
     while True:
@@ -265,16 +243,16 @@ def train(
     step: int = 0,
     flops: float = 0.0,
 ) -> Iterator[dict]:
-    """Trains until `config.steps` or `config.flops`, and yields the metrics of every step.
+    """Trains for `config.steps` or `config.flops`, and yields the metrics of every step.
 
-    `batch_of(step)` returns the records of the global batch; each rank takes its share. `step` and `flops`
-    are where a resumed run stands. Raises FloatingPointError on a non-finite loss or gradient, before the
-    weights are touched.
+    `batch_of(step)` returns the records of the global batch; each rank takes its share. A resumed run
+    continues from `step` and `flops`. Raises FloatingPointError on a non-finite loss or gradient, before
+    weights change.
     """
     while (progress := max(step / config.steps, flops / config.flops)) < 1:
         factor = policy.set_lr(optimizers, progress, config.warmup)
         streams = policy.streams(batch_of(step)[policy.rank :: policy.world], config.loss_on)
-        streams.sort(key=len)  # neighbours of like length share a microbatch, so little of it is padding
+        streams.sort(key=len)  # so that microbatches need little padding
         done, loss_sum = policy.flops, 0.0
         (total,) = policy.sum(sum(sum(stream.mask) for stream in streams))
         for i in range(0, len(streams), config.microbatch_size):
