@@ -115,7 +115,7 @@ class Environment:
         variant: a key of `variants`; training takes "id".
         seed: of the environment's only random generator.
         verify_iter: None takes the task's default.
-        rewards: by verdict, in place of some of the task's defaults.
+        rewards: by verdict, over the task's defaults.
 
     Raises ValueError for a wrong argument.
     """
@@ -439,7 +439,7 @@ class GeneralPoints(Environment):
     Variants: "id" (J, Q, K count 10) and "rule" (11, 12, 13, and every hand holds a face card).
 
     In Python also: `faces`, the values of J, Q, K; `fields`, the names of a reply's fields; `feedback`,
-    templates in place of some of FEEDBACK.
+    templates over those of FEEDBACK.
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
@@ -786,8 +786,8 @@ class GeneralPointsVL(GeneralPoints):
     def wrong_reply(self) -> str:
         """A solution of the hand with one card misread, or (half the time) a wrong formula."""
         for _ in range(1000 if self.random.random() < 0.5 else 0):
-            cards, place = list(self.cards), self.random.randrange(self.n_cards)
-            cards[place] = self.random.choice([rank for rank in RANKS if rank != cards[place]])
+            cards, i = list(self.cards), self.random.randrange(self.n_cards)
+            cards[i] = self.random.choice([rank for rank in RANKS if rank != cards[i]])
             if solution := self._solution(cards):
                 return self.reply(f"{solution}={self.target}", cards)
         return super().wrong_reply()
@@ -979,7 +979,7 @@ def relative_word(turn: float) -> str:
 
 # ---- streets: routes
 
-PanoramaOf = Callable[[Geocode], tuple[Image.Image, float]]  # at a place: equirectangular, its rotation
+PanoramaOf = Callable[[Geocode], tuple[Image.Image, float]]  # at a geocode: equirectangular, its rotation
 
 
 class Leg(NamedTuple):
@@ -1001,8 +1001,8 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """Routes, and the ids of panoramas by place. `picture(place)` is a panorama's equirectangular picture and
-    its rotation in degrees; None: there are no pictures."""
+    """Routes, and ids of panoramas by geocode. `picture(geocode)` returns an equirectangular picture and its
+    rotation in degrees; None: no pictures."""
 
     routes: tuple[Route, ...]
     panoramas: dict[Geocode, str]
@@ -1017,22 +1017,22 @@ class World:
     def _sorted(self) -> list[Geocode]:
         return sorted(self.panoramas)
 
-    def nearest(self, place: Geocode) -> Geocode:
+    def nearest(self, geocode: Geocode) -> Geocode:
         """The nearest panorama. Raises ValueError if none is within NEAR metres."""
-        if place in self.panoramas:
-            return place
+        if geocode in self.panoramas:
+            return geocode
         reach = NEAR / METRES_PER_DEGREE + 1e-9  # degrees of latitude
-        first, last = (bisect_left(self._sorted, (place[0] + side,)) for side in (-reach, reach))
-        best = min(self._sorted[first:last], key=lambda p: distance(p, place), default=None)
-        if best is None or distance(best, place) > NEAR:
-            raise ValueError(f"no panorama within {NEAR:.0f} m of {place[0]:.6f}, {place[1]:.6f}")
+        first, last = (bisect_left(self._sorted, (geocode[0] + side,)) for side in (-reach, reach))
+        best = min(self._sorted[first:last], key=lambda p: distance(p, geocode), default=None)
+        if best is None or distance(best, geocode) > NEAR:
+            raise ValueError(f"no panorama within {NEAR:.0f} m of {geocode[0]:.6f}, {geocode[1]:.6f}")
         return best
 
 
 class Waypoint(NamedTuple):
     """One decision of a route: the landmark, the sentence of the instruction, and the expert's action."""
 
-    place: Geocode
+    geocode: Geocode
     heading: float  # degrees, before the action
     landmark: str
     intersection: bool
@@ -1273,7 +1273,7 @@ class VIRLVL(VIRL):
 
         @cache
         def picture() -> Image.Image:
-            panorama, rotation = self.world.picture(here.place)
+            panorama, rotation = self.world.picture(here.geocode)
             return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
 
         return picture
@@ -1382,7 +1382,7 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
             raise ValueError(f"{folder} has no street_views/")
         files = set(os.listdir(views))
         whole = {n for n in names.values() if {file.name for file in _picture_files(views, n)} <= files}
-        panoramas = {place: name for place, name in names.items() if name in whole}
+        panoramas = {geocode: name for geocode, name in names.items() if name in whole}
         if lost := len(names) - len(panoramas):
             warnings.warn(f"{views}: {lost} of {len(names)} panoramas are missing", stacklevel=2)
     routes = read_routes(content, str(path), World((), panoramas).nearest)
@@ -1403,10 +1403,10 @@ def _read_mapping(path: Path) -> dict[Geocode, str]:
     except Exception as error:  # of nearly any kind
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
     ids = {}
-    for place, name in content.items() if isinstance(content, dict) else ():
+    for key, name in content.items() if isinstance(content, dict) else ():
         if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):  # part of a file name
             with suppress(ValueError):
-                ids[_geocode(place)] = name
+                ids[_geocode(key)] = name
     if not ids:
         raise ValueError(f"{path}: no panorama id: not a dict from (latitude, longitude) to names")
     return ids
@@ -1434,8 +1434,8 @@ def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
     return views / f"{name}.jpg", views / f"{name}.metadata.json"
 
 
-def _read_picture(views: Path, names: dict[Geocode, str], place: Geocode) -> tuple[Image.Image, float]:
-    path, metadata = _picture_files(views, names[place])
+def _read_picture(views: Path, names: dict[Geocode, str], geocode: Geocode) -> tuple[Image.Image, float]:
+    path, metadata = _picture_files(views, names[geocode])
     picture = read_picture(path, ["JPEG"])
     try:
         return picture, _degrees(json.loads(metadata.read_text(encoding="utf-8"))["rotation"])
@@ -1468,10 +1468,10 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
 
 
 def read_routes(
-    content: Any, name: str = "routes", check: Callable[[Geocode], Any] = lambda place: None
+    content: Any, name: str = "routes", check: Callable[[Geocode], Any] = lambda geocode: None
 ) -> tuple[Route, ...]:
     """The routes of route_infos.json, parsed: [[route, ...], number], or one route. Those that cannot be
-    read, or with a place for which `check` raises ValueError, are left out with one warning that names the
+    read, or with a geocode for which `check` raises ValueError, are left out with one warning that names the
     file. Raises ValueError if no route is left."""
     records = content if isinstance(content, list) else [content]
     if records and isinstance(records[0], list):
@@ -1493,11 +1493,11 @@ def read_routes(
 def _read_route(record: Any, check: Callable[[Geocode], Any]) -> Route:
     """One route. Raises ValueError in one line that names the field and its value."""
 
-    def place(value: Any) -> Geocode:
+    def geocode(value: Any) -> Geocode:
         check(geocode := _geocode(value))
         return geocode
 
-    start = _field(record, place, "start_place", "relocated_geocode")
+    start = _field(record, geocode, "start_place", "relocated_geocode")
     ends = _field(record, len, "route_results", "geocode_list")
     blocks = _field(record, _milestones, "milestone_info")
     if not ends or len(blocks) != ends:
@@ -1505,7 +1505,7 @@ def _read_route(record: Any, check: Callable[[Geocode], Any]) -> Route:
     record = record | {f"block {i}": {"landmarks": ""} | block for i, block in enumerate(blocks, 1)}
     legs = []
     for i in range(ends):
-        end = _field(record, place, "route_results", "geocode_list", i)
+        end = _field(record, geocode, "route_results", "geocode_list", i)
         block = f"block {i + 1}"
         heading, word = _field(record, _heading, block, "to_next_intersection_heading")
         read = partial(_landmark_of, _destination(record) if i == ends - 1 else NOTHING)
@@ -1547,8 +1547,8 @@ def _heading(text: str) -> tuple[float, str]:
 
 
 def _destination(record: dict) -> str:
-    place = record.get("dest_place")
-    name = place.get("name") if isinstance(place, dict) else None
+    goal = record.get("dest_place")
+    name = goal.get("name") if isinstance(goal, dict) else None
     return f"The destination {name}" if isinstance(name, str) else "The destination"
 
 
@@ -1596,9 +1596,9 @@ def write_world(
     if picture:
         views = folder / "street_views"
         views.mkdir(exist_ok=True)
-        for k, (place, name) in enumerate(ids.items()):
+        for k, (geocode, name) in enumerate(ids.items()):
             watch(k / len(ids))
-            image, rotation = picture(place)
+            image, rotation = picture(geocode)
             file, metadata = _picture_files(views, name)
             image.save(file, quality=100, subsampling=0)
             metadata.write_text(json.dumps({"rotation": rotation}))
@@ -1697,8 +1697,8 @@ def _made_up_name(rng: random.Random) -> str:
 
 
 class City:
-    """Streets, places and panoramas of a plan, a function of the seed: a grid of 7 x 7 crossings, Points from
-    the plan's centre."""
+    """Streets, landmarks and panoramas of a plan, a function of the seed: 7 x 7 crossings, Points from the
+    plan's centre."""
 
     def __init__(self, plan: CityPlan, seed: int = 0):
         self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
@@ -1734,10 +1734,10 @@ class City:
         }
 
     def _name_places(self, rng: random.Random) -> None:
-        """At most one place per crossing, on a facade near it, and its sign."""
+        """At most one landmark per crossing, on a facade near it, and its sign."""
         names = [f"{word} {trade}" for word in self.plan.words for trade in self.plan.trades]
         rng.shuffle(names)
-        self.places: dict[Crossing, dict] = {}
+        self.landmarks: dict[Crossing, dict] = {}
         self.boards: dict[Crossing, tuple[Point, Point]] = {}  # ends of the sign
         for crossing, corner in self.crossings.items():
             spot = self._facade_near(crossing, rng)
@@ -1746,7 +1746,7 @@ class City:
                 board = at, at + BOARD[0] * outwards
                 if self._to_one_side(crossing, board):
                     self.boards[crossing] = board
-                    self.places[crossing] = {
+                    self.landmarks[crossing] = {
                         "name": name,
                         "geocode": list(self.geocode(at)),
                         "relocated_geocode": list(self.geocode(corner)),
@@ -1778,7 +1778,7 @@ class City:
         """A route in the released format that ends in some of the four interleaved quarters of the city."""
         while True:
             path = self._path(rng, turns)
-            if path and path[-1] in self.places and (path[-1][0] + 2 * path[-1][1]) % 4 in quarters:
+            if path and path[-1] in self.landmarks and (path[-1][0] + 2 * path[-1][1]) % 4 in quarters:
                 return self._record(rng, path)
 
     def _path(self, rng: random.Random, turns: int) -> list[Crossing] | None:
@@ -1813,26 +1813,26 @@ class City:
         return bearing(self.geocode(self.crossings[a]), self.geocode(self.crossings[b]))
 
     def _record(self, rng: random.Random, path: list[Crossing]) -> dict:
-        places = [list(self.geocode(self.crossings[c])) for c in path]
+        geocodes = [list(self.geocode(self.crossings[c])) for c in path]
         blocks = [self._milestone(k, a, b, b == path[-1]) for k, (a, b) in enumerate(zip(path, path[1:]), 1)]
         return {
-            "start_place": {"relocated_geocode": places[0]},
-            "dest_place": self.places[path[-1]],
+            "start_place": {"relocated_geocode": geocodes[0]},
+            "dest_place": self.landmarks[path[-1]],
             "init_heading": rng.randint(1, 359),
             "route_results": {
-                "geocode_list": places[1:],
-                "landmark_list": [self.places.get(c) for c in path[1:-1]],
+                "geocode_list": geocodes[1:],
+                "landmark_list": [self.landmarks.get(c) for c in path[1:-1]],
             },
             "milestone_info": "\n".join(blocks),
         }
 
     def _milestone(self, number: int, a: Crossing, b: Crossing, last: bool) -> str:
         whole, landmark = round(self._heading(a, b)) % 360, NOTHING
-        if place := self.places.get(b):
+        if sign := self.landmarks.get(b):
             middle = self.geocode(sum(self.boards[b]) / 2)
             turn = wrap(bearing(self.geocode(self.crossings[b]), middle) - whole)
             side = ("right" if turn > 0 else "left") + (" behind" if abs(turn) > 90 else "")
-            landmark = f"{'The destination ' if last else ''}{place['name']} is on your {side}"
+            landmark = f"{'The destination ' if last else ''}{sign['name']} is on your {side}"
         lines = {
             "intersection_idx": number,
             "landmarks": landmark,
@@ -1862,7 +1862,7 @@ class City:
 
     @cached_property
     def signs(self) -> list[tuple[tuple[Point, Point], Array]]:
-        return [(self.boards[c], self._board(place["name"])) for c, place in self.places.items()]
+        return [(self.boards[c], self._board(sign["name"])) for c, sign in self.landmarks.items()]
 
     def _row_of_buildings(self, rng: random.Random, start: float, length: float) -> list[tuple[float, ...]]:
         plan, at, row = self.plan, 0.0, []
@@ -1885,7 +1885,7 @@ class City:
         return np.asarray(picture, dtype=np.float32)
 
     def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
-        """The equirectangular panorama at a place, (width, height) pixels. Heading h is in the column at
+        """The equirectangular panorama at a geocode, (width, height) pixels. Heading h is in the column at
         (h + rotation) / 360 of the width, as in the released data."""
         width, height = size
         plan, eye = self.plan, complex(*offset(self.plan.centre, at))
@@ -1997,7 +1997,7 @@ def built_in_city(name: str, seed: int) -> City:
 @cache
 def built_in_routes(split: str, turns: int, cities: Cities = TRAINING_CITIES, n: int = 2048) -> list[dict]:
     """Up to `n` different routes of one to `turns` turning points, in the released format, cities in turn.
-    Routes of different splits end at different places."""
+    Routes of different splits end at different points."""
     of_city = []
     for name, seed in cities:
         (draw, ends), city, fruitless = SPLITS[split], built_in_city(name, seed), 0
@@ -2017,19 +2017,19 @@ def built_in_world(
     split: str = "train", turns: int = 7, cities: Cities = TRAINING_CITIES, n: int = 2048, width: int = 1024
 ) -> World:
     """Those routes and all panoramas of the cities, `width` pixels wide."""
-    ids = {place: name for key in cities for place, name in built_in_city(*key).panoramas.items()}
+    ids = {geocode: name for key in cities for geocode, name in built_in_city(*key).panoramas.items()}
     routes = read_routes(built_in_routes(split, turns, cities, n))
     return World(routes, ids, partial(_album(width), cities))
 
 
 @cache
 def _album(width: int) -> Callable:
-    """Draws the panorama at a place in the nearest of some cities; caches 800 MB."""
+    """Draws the panorama at a geocode in the nearest of some cities; caches 800 MB."""
 
     @lru_cache(maxsize=2**29 // width**2)
-    def draw(cities: Cities, place: Geocode) -> tuple[Image.Image, float]:
-        nearest = min(cities, key=lambda key: distance(built_in_city(*key).plan.centre, place))
-        return built_in_city(*nearest).draw(place, (width, width // 2)), 0.0
+    def draw(cities: Cities, geocode: Geocode) -> tuple[Image.Image, float]:
+        nearest = min(cities, key=lambda key: distance(built_in_city(*key).plan.centre, geocode))
+        return built_in_city(*nearest).draw(geocode, (width, width // 2)), 0.0
 
     return draw
 

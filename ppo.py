@@ -13,10 +13,10 @@ The file follows that order. The policy comes after it: text and tokens, scores,
 A *reply* is what the policy samples in one turn, end token included. A *stream* is one conversation in
 tokens. An *episode* is what an environment plays: one stream, or one per waypoint on a walk with pictures. A
 *row* is a stream in a batch. An *action* has one ratio, value and advantage: a token (`ratio="token"`, the
-default) or, as in the paper, a whole reply (`ratio="reply"`).
+default) or, as in the paper (arXiv 2501.17161), a whole reply (`ratio="reply"`).
 
-Batches are tensors [B, T]: B rows, padded on the right to the T tokens of the longest. `mask` is 1 on tokens
-that the policy sampled: set by the sampler, never inferred from a padding id.
+Batches are tensors [B, T]: B rows, padded on the right to the T tokens of the longest. `mask` is 1 on trained
+tokens, which the policy sampled; it is never inferred from a padding id.
 
 Left out for brevity: a separate value model (the value head reads the policy's trunk), adaptive KL
 coefficients, and partial episodes: every episode ends within its rollout.
@@ -55,7 +55,7 @@ Optimizers = list[torch.optim.Optimizer]
 
 @dataclass
 class PPOConfig:
-    """Settings of one run. Sizes are totals over ranks; training ends at `steps` or `flops`."""
+    """Settings of one run. Sizes are totals over ranks, unless "per rank"."""
 
     lr: Annotated[float, Option("peak learning rate", above=0)] = 1e-6
     value_lr: Annotated[float, Option("learning rate of the value head", least=0)] = 1e-4
@@ -76,7 +76,7 @@ class PPOConfig:
     entropy_coef: Annotated[float, Option("weight of the entropy bonus, in nats", least=0)] = 0.0
     kl_coef: Annotated[float, Option("weight of KL(policy || initial policy), in nats", least=0)] = 0.0
     max_grad_norm: Annotated[float, Option("clip the global gradient norm at this", above=0)] = 1.0
-    ratio: Annotated[str, Option("one ratio, value and advantage per", choices=("token", "reply"))] = "token"
+    ratio: Annotated[str, Option("unit of ratio, value and advantage", choices=("token", "reply"))] = "token"
     objective: Annotated[str, Option("ppo, or SFT on correct replies", choices=("ppo", "imitate"))] = "ppo"
     thought_coef: Annotated[float, Option("ratio reply: weight of the thought (paper: .5)", least=0)] = 1.0
     value_trunk: Annotated[
@@ -85,8 +85,8 @@ class PPOConfig:
     value_warmup: Annotated[int, Option("first updates that train the value head alone", least=0)] = 0
     temperature: Annotated[float, Option("sampling temperature", above=0)] = 1.0
     max_new_tokens: Annotated[int, Option("longest reply, in tokens", least=1)] = 128
-    betas: Annotated[tuple[float, float], Option("of Adam", least=0, most=1)] = (0.9, 0.98)
-    eps: Annotated[float, Option("of Adam", above=0)] = 1e-7
+    betas: Annotated[tuple[float, float], Option("of AdamW", least=0, most=1)] = (0.9, 0.98)
+    eps: Annotated[float, Option("of AdamW", above=0)] = 1e-7
     weight_decay: Annotated[float, Option("of AdamW", least=0)] = 0.0
     seed: Annotated[int, Option("random seed", least=0, most=2**32 - 1)] = 0
 
@@ -95,7 +95,7 @@ class PPOConfig:
 class Stream:
     """One conversation in tokens.
 
-    `mask` is 1 on tokens that are trained: replies with their end tokens, never prompts and feedback.
+    `mask` is 1 on trained tokens: sampled replies with their end tokens, never prompts and feedback.
     `replies` are the [start, stop) of each reply, `logp` the sampler's log-probabilities. `picture` holds the
     processor's tensors for its picture, `columns` those with one entry per prompt token, [1, n, ...].
     """
@@ -165,7 +165,7 @@ def rollout(
     policy: Policy, environments: Sequence, config: PPOConfig, step: int
 ) -> tuple[list[list[Stream]], list[envs.Episode]]:
     """Plays one episode in each of this rank's environments; returns each one's streams, and the episodes.
-    Randomness depends on (seed, step, rank) alone: a resumed run continues as if never interrupted."""
+    Randomness is a function of (seed, step, rank): a resumed run continues as if never interrupted."""
     seeds = episode_seeds(policy, len(environments), config, step)
     generator = policy.generator(f"rollout/{config.seed}/{step}")
     with policy.responder(config.temperature, config.max_new_tokens, generator) as player:
@@ -251,11 +251,11 @@ def collect(
     """The batch of one update: tokens, masks, old log-probabilities, old values, advantages and returns.
 
     `actions` is 1 where there is a ratio: on sampled tokens, or on the first token of each reply. A reply's
-    thought ends where its field `answer_field` begins.
+    thought ends with the name of its field `answer_field`; without it, all is thought.
 
     `center_values`, in the first update, shifts the value head to the mean return. A new head is 0
     everywhere, and with lam < 1 an error common to all tokens does not cancel: k tokens before the end of a
-    solved reply the advantage would be lam^k R, below the mean for early tokens, which would be unlearned.
+    solved reply the advantage would be lam^k R, below the mean for early tokens, and suppress them.
     """
     # 1. Rows, and each episode's replies in them.
     rows, spans = arrange(policy, streams)
@@ -263,7 +263,7 @@ def collect(
     batch["actions"] = batch["mask"]
     if config.ratio == "reply":
         batch["actions"], batch["weights"] = reply_weights(policy, rows, batch["mask"], answer_field, config)
-        spans = [[(b, start, start + 1) for b, start, _ in replies] for replies in spans]
+        spans = [[(b, start, start + 1) for b, start, _ in replies] for replies in spans]  # of actions
     # 2. Old log-probabilities by the training forward pass: the first ratio is 1 in whatever precision the
     # tokens were sampled.
     scores = score(policy, batch, config, values=True)
@@ -285,7 +285,7 @@ def collect(
     batch["old_values"] = values * batch["actions"]
     advantages, batch["returns"] = advantages_of(rewards, values, spans, config.gamma, config.lam)
     batch["advantages"] = whiten(policy, advantages, batch["actions"])
-    if config.objective == "imitate":  # 1 on tokens of correct replies, else 0
+    if config.objective == "imitate":  # 1 on actions of correct replies, else 0
         right = [[float(turn.verdict == "correct") for turn in episode.turns] for episode in episodes]
         batch["advantages"], _ = advantages_of(right, torch.zeros_like(values), spans, 0.0, 1.0)
     return batch
@@ -307,8 +307,8 @@ def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], 
 def reply_weights(
     policy: Policy, rows: list[Stream], mask: Tensor, answer_field: str, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """For the reply-level ratio, both [B, T]: 1 on the first token of each reply, and weights of the tokens'
-    log-probabilities: `thought_coef` before the answer field, then 1."""
+    """For the reply-level ratio, [B, T]: 1 on the first token of each reply, and weights of log-probabilities:
+    `thought_coef` before the answer field, then 1."""
     starts, weights = torch.zeros_like(mask), torch.zeros_like(mask)
     for b, stream in enumerate(rows):
         for start, stop in stream.replies:
@@ -325,7 +325,7 @@ def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
 
 @torch.no_grad()
 def score(policy: Policy, batch: Batch, config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
-    """Scores of a batch, by microbatches: "logp" and, with `values`, "value", [B, T]."""
+    """Scores of a batch by microbatches, [B, T]: "logp", and "value", 0 without `values`."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         part = rows_of(batch, rows)
@@ -374,8 +374,7 @@ def gae(
         delta_t = r_t + d V_t' - V_t,    A_t = delta_t + d lam A_t',    d = 1 inside a reply, else gamma
 
     So gamma acts once per turn, not per token, and the reward falls on a reply's last token. After the end of
-    an episode, solved or out of turns, V and A are 0. Returns advantages and returns A + V, shaped like
-    `values`.
+    an episode V and A are 0. Returns advantages and returns A + V, shaped like `values`.
     """
     advantages: list[list[float]] = []
     next_value = next_advantage = 0.0
@@ -409,7 +408,8 @@ ROUNDING = 1e-5  # relative rounding error of fp32 sums
 
 def whiten(policy: Policy, x: Tensor, mask: Tensor) -> Tensor:
     """x [B, T] with mean 0 and standard deviation 1 over the mask of all ranks, else 0."""
-    total, first, second = policy.sum(mask.sum(), (x * mask).sum(), (x * x * mask).sum())
+    exact = x.double()  # in fp32 a small variance would be rounding error
+    total, first, second = policy.sum(mask.sum(), (exact * mask).sum(), (exact**2 * mask).sum())
     mean = first / total
     variance = max(second / total - mean * mean, 0.0)
     return (x - mean) / (variance**0.5 + 1e-8) * mask
@@ -421,15 +421,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp(log_ratio), at most e^20, before fp32 overflows. The gradient stays: a ratio that must shrink
-    does."""
+    """exp(log_ratio), at most e^20: fp32 overflows beyond e^88. The gradient is kept, so that a ratio can
+    still shrink."""
     return torch.exp(log_ratio - (log_ratio - 20).clamp(min=0).detach())
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
     """Clipped surrogate loss, a scalar (Schulman et al. 2017, equation 7); tensors [B, T]:
 
-    - mean over the mask of min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logp - old_logp)
+    -mean over the mask of min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A), ratio = exp(logp - old_logp)
     """
     ratio = bounded_exp(logp - old_logp)
     return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
@@ -450,25 +450,30 @@ def kl_estimate(logp: Tensor, other_logp: Tensor) -> Tensor:
 
 
 def losses(
-    scores: dict[str, Tensor], part: Batch, config: PPOConfig, actions: float, tokens: float, warming: bool
+    scores: dict[str, Tensor],
+    part: Batch,
+    config: PPOConfig,
+    n_actions: float,
+    n_tokens: float,
+    warming: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one microbatch and what is logged, by name: its shares of the means over the global
-    minibatch of `actions` and `tokens`. `warming`: the value loss alone."""
+    """The loss of one microbatch and what is logged, by name: its shares of means over the global minibatch's
+    n_actions and n_tokens. `warming`: the value loss alone."""
     logp, act = action_logp(scores["logp"], part), part["actions"]
-    share = act.sum() / actions  # of this microbatch's mean in the global one
+    share = act.sum() / n_actions  # of this microbatch's mean in the global one
     if config.objective == "ppo":
         pg = policy_loss(logp, part["old_logp"], part["advantages"], act, config.clip) * share
     else:
         pg = -masked_mean(logp * part["advantages"], act) * share
     vf = value_loss(scores["value"], part["old_values"], part["returns"], act, config.value_clip) * share
-    entropy = scores["entropy"].sum() / tokens
+    entropy = scores["entropy"].sum() / n_tokens
     loss = pg - config.entropy_coef * entropy
     logged = {"policy_loss": pg, "value_loss": vf, "entropy": entropy}
     if config.kl_coef:
         now, initial = scores["logp"], part["initial_logp"]
         # Half the squared log-ratio has the gradient of KL(policy || initial); k3 that of the reverse.
-        loss = loss + config.kl_coef * 0.5 * (((now - initial) ** 2).sum() / tokens)
-        logged["kl_to_init"] = (kl_estimate(now, initial) * part["mask"]).sum() / tokens
+        loss = loss + config.kl_coef * 0.5 * (((now - initial) ** 2).sum() / n_tokens)
+        logged["kl_to_init"] = kl_estimate(now, initial).sum() / n_tokens
     ratio = bounded_exp(logp - part["old_logp"])
     logged["approx_kl"] = masked_mean(kl_estimate(part["old_logp"], logp), act) * share
     logged["clip_fraction"] = masked_mean(((ratio - 1).abs() > config.clip).float(), act) * share
@@ -483,7 +488,8 @@ def losses(
 def update(
     policy: Policy, optimizers: Optimizers, batch: Batch, config: PPOConfig, step: int
 ) -> dict[str, float]:
-    """Epochs of minibatches over one batch, one optimizer step each; returns means of what is logged.
+    """Epochs of minibatches over one batch, one optimizer step each; returns means of metrics, of ratios the
+    largest.
 
     Policy and value loss are normalised by the global minibatch's actions, entropy and KL by its tokens. A
     minibatch has `minibatch_size / episodes` of the rows. Raises FloatingPointError on a non-finite loss or
@@ -498,12 +504,12 @@ def update(
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"]), generator=shuffle).split(size):
             rows = rows.sort().values.to(batch["ids"].device)  # by length: least padding
-            actions, tokens = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
+            counts = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
             microbatches, minibatch_loss = rows.split(config.microbatch_size), 0.0
             for k, micro in enumerate(microbatches):
                 part = rows_of(batch, micro)
                 scores = policy(part, config.temperature, values=trunk, entropy=True)
-                loss, logged = losses(scores, part, config, actions, tokens, warming)
+                loss, logged = losses(scores, part, config, *counts, warming)
                 policy.backward(loss, last=k == len(microbatches) - 1)
                 minibatch_loss += loss.item()
                 largest = max(largest, logged.pop("largest_ratio").item())
@@ -629,7 +635,7 @@ class Policy(nn.Module):
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """A reply's text up to its first stop token, special tokens included except the end of turn."""
+        """A reply's text up to its first stop token, special tokens included but for the end."""
         stop = next((k for k, token in enumerate(ids) if token in self.stop_ids), len(ids))
         ids = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -686,14 +692,14 @@ class Policy(nn.Module):
         return [ids[n:] if ids[:n] == start else self.tokenize([t])[0] for ids, t in zip(whole, texts)]
 
     def extend(self, stream: Stream, feedback: str) -> None:
-        """Appends the verifier's message, after the end token of a reply that was cut off. Sampled tokens are
-        never tokenized again."""
+        """Appends the verifier's message, first closing a reply that was cut off. Sampled tokens are never
+        tokenized again."""
         turns = (("user", "x"), ("assistant", ""), ("user", feedback))
         messages = [{"role": role, "content": content} for role, content in turns]
         self._go_on(stream, *self._continue(self._around_replies(messages, 1)[-1:]))
 
     def _go_on(self, stream: Stream, ids: list[int]) -> None:
-        """Appends what the template writes after a reply, `ids`, without an end token that it has already."""
+        """Appends what the template writes after a reply, `ids`, minus an end token already sampled."""
         closed = stream.ids[-1] == self.end_id and self.end_id in ids
         stream.context(ids[ids.index(self.end_id) + 1 :] if closed else ids)
 
@@ -725,7 +731,7 @@ class Policy(nn.Module):
         return self.render(messages).split(self._MARK)
 
     def _show(self, stream: Stream, text: str, image: Image.Image, follows: bool) -> list[int]:
-        """Gives a stream its picture; returns the tokens of the `text` with it. Does it follow a reply?"""
+        """Gives a stream its picture; returns the tokens of the `text` with it. `follows`: after a reply."""
         if self.processor is self.tokenizer:
             name = type(self.model).__name__
             raise ValueError(f"{name} reads no pictures: choose a vision-language model, or a text task")
@@ -758,7 +764,7 @@ class Policy(nn.Module):
         return streams
 
     def _demonstration(self, record: dict, loss_on: str) -> Stream:
-        """One of them. Replies before the message with "<image>", to other pictures, are context."""
+        """One demonstration. Replies before the message with "<image>", to other pictures, are context."""
         turns, image, first = record["conversations"], record.get("image"), 0
         if isinstance(image, str):
             image = envs.read_picture(image)
@@ -814,7 +820,7 @@ class Policy(nn.Module):
         inputs: dict[str, Tensor] = {}
         if "pictures" in batch:
             real = torch.arange(ids.shape[1]) < batch["length"].cpu()[:, None]
-            inputs = self._beside(batch["pictures"], real)
+            inputs = self._beside(self.model, batch["pictures"], real)
         mixed = ids.is_cuda and self.model.dtype == torch.float32 and not self.sharded
         autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed)
         with autocast, self._only_before(mask) as states:
@@ -838,7 +844,7 @@ class Policy(nn.Module):
             out["entropy"] = scatter(-(logps.exp() * logps).sum(-1))
         return out
 
-    sharded = False  # over several processes
+    sharded = False  # over processes, in sftrl.py
 
     @contextmanager
     def _only_before(self, mask: Tensor) -> Iterator[list[Tensor]]:
@@ -868,8 +874,8 @@ class Policy(nn.Module):
         logits = logits.float() / temperature
         return logits.index_fill(-1, self.never_drawn.to(logits.device), -1e9).log_softmax(-1)
 
-    def _beside(self, streams: Sequence[Stream], real: Tensor) -> dict[str, Tensor]:
-        """Model inputs of streams with pictures, token ids apart. real [B, T], on the CPU: not padding."""
+    def _beside(self, model: nn.Module, streams: Sequence[Stream], real: Tensor) -> dict[str, Tensor]:
+        """Inputs of streams with pictures, beside the ids. real [B, T], on the CPU: not padding."""
         inputs = {"attention_mask": real.long()}
         for name in streams[0].picture or ():
             inputs[name] = stack([s.picture[name] for s in streams])
@@ -878,8 +884,8 @@ class Policy(nn.Module):
             for row, where, s in zip(inputs[name], real, streams):
                 after = int(where.sum()) - s.columns[name].shape[1]
                 row[where] = pad_columns(s.columns[name], after=after)[0]
-        cast = {False: None, True: self.model.dtype}
-        return {k: x.to(self.model.device, cast[x.is_floating_point()]) for k, x in inputs.items()}
+        cast = {False: None, True: model.dtype}
+        return {k: x.to(model.device, cast[x.is_floating_point()]) for k, x in inputs.items()}
 
     @torch.no_grad()
     def plain_logp(self, messages: list[dict], image: Image.Image | None) -> Tensor:
@@ -928,7 +934,7 @@ class Policy(nn.Module):
         ids = pad_rows(unread, self.pad_id, model.device, left=True)
         mask = pad_rows([[1] * len(row) for row in unread], 0, model.device, left=True)
         first = streams[0].picture and len(unread[0]) == len(streams[0])  # the block has the pictures
-        inputs = self._beside(streams, mask.bool().cpu()) if first else {}
+        inputs = self._beside(model, streams, mask.bool().cpu()) if first else {}
         if cache is not None:
             mask, inputs[self._cache_argument] = torch.cat([cache.mask, mask], 1), cache
         # 2. `generate` decodes with these settings alone, on each rank by itself: replies differ in length.
@@ -1016,7 +1022,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def initial_weights(self) -> Iterator[None]:
-        """The model has the weights of `keep_initial_weights` meanwhile."""
+        """Swaps in the weights of `keep_initial_weights`."""
         self._exchange_weights()
         try:
             yield
@@ -1079,8 +1085,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def longest_conversation(config: transformers.PretrainedConfig) -> float:
-    """How many tokens positions reach: infinitely many with rotary embeddings (RoPE), unless their
-    frequencies change beyond some length."""
+    """The longest conversation, in tokens: infinite with rotary embeddings (RoPE), unless their frequencies
+    change beyond some length."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
     changing = [kind for kind in kinds if kind["rope_type"] in ("dynamic", "longrope")]
@@ -1127,7 +1133,7 @@ def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer of a key-value cache, with room for more columns. The library's copies all keys and values
+    """One layer of a key-value cache, with room for more columns. DynamicLayer copies all keys and values
     for every token: in long conversations a third of the decoding time."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -1138,7 +1144,6 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.whole = [x[:, :, :0] for x in new]
         if stop > self.whole[0].shape[-2]:
-            # Zeros, since masked columns have weight 0, and 0 * NaN is NaN.
             more = (0, 0, 0, stop + stop // 2 - self.whole[0].shape[-2])
             self.whole = [nn.functional.pad(x, more) for x in self.whole]
         for whole, x in zip(self.whole, new):

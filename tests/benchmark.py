@@ -203,7 +203,11 @@ def decode(what: str, policy, bandwidth: float, env, rows: int, tokens: int) -> 
     observation, _ = env.reset(seed=0)
     streams = [policy.open(observation.messages, observation.image) for _ in range(rows)]
     ids = torch.tensor([s.ids for s in streams], device=DEVICE)
-    inputs = policy._beside(streams, torch.ones(ids.shape, dtype=torch.bool)) if observation.image else {}
+    inputs = (
+        policy._beside(policy.model, streams, torch.ones(ids.shape, dtype=torch.bool))
+        if observation.image
+        else {}
+    )
     with torch.no_grad(), policy.rollout_weights() as model:
         one, more = (
             seconds(lambda: policy.sample(model, streams, length, 1.0, policy.generator("gpu")))

@@ -1533,8 +1533,8 @@ def test_the_visual_variant_walks_all_other_cities_by_the_training_rule():
     assert starts[:18] == 2 * list(envs.TEST_CITIES)  # in turn, so that a few routes are from all cities
     for key in envs.TEST_CITIES:  # each place shows its own city
         env.reset(options={"route": starts.index(key)})
-        own = np.asarray(envs.built_in_city(*key).draw(env.waypoints[0].place))
-        assert np.array_equal(np.asarray(env.world.picture(env.waypoints[0].place)[0]), own)
+        own = np.asarray(envs.built_in_city(*key).draw(env.waypoints[0].geocode))
+        assert np.array_equal(np.asarray(env.world.picture(env.waypoints[0].geocode)[0]), own)
         turns = {w.action[len("turn_direction(") : -1] for w in env.waypoints if w.action.startswith("turn")}
         assert turns and turns <= set(envs.COMPASS)
     with pytest.raises(ValueError, match="no option"):
@@ -2026,7 +2026,7 @@ def test_a_stripe_of_the_panorama_is_seen_where_the_released_data_has_it(rotatio
 def test_signs_stand_in_the_picture_where_geometry_puts_them():
     city = envs.built_in_city("new york", 0)
     checked = 0
-    for crossing in list(city.places)[:6]:
+    for crossing in list(city.landmarks)[:6]:
         at = city.geocode(city.crossings[crossing])
         middle = city.geocode(sum(city.boards[crossing]) / 2)
         bearing = great_circle(at, middle)[1]
@@ -2051,7 +2051,7 @@ def test_signs_stand_in_the_picture_where_geometry_puts_them():
 def test_signs_are_on_the_side_that_the_route_says(key):
     """Seen from the turning point, by the middle of the board that stands there."""
     city, rng, said = envs.built_in_city(*key), random.Random(3), set()
-    boards = {city.places[crossing]["name"]: np.mean(city.boards[crossing], 0) for crossing in city.places}
+    boards = {city.landmarks[crossing]["name"]: np.mean(city.boards[crossing], 0) for crossing in city.landmarks}
     for _ in range(60):
         for leg in envs.read_routes(city.route(rng, rng.randint(1, 7)))[0].legs:
             if told := next((told for told in boards if told in leg.landmark), None):
@@ -2245,7 +2245,7 @@ def test_a_panorama_without_a_picture_is_left_out_with_one_warning(tmp_path, rec
 
     assert envs.play([env], respond, seeds=[0])[0].success and len(recwarn.list) == 1
     assert [w.action for w in env.waypoints] == [w.action for w in whole.waypoints]
-    assert env.world.panoramas[env.waypoints[1].place] in ("p0_4", "p0_6")  # the next ones stand in
+    assert env.world.panoramas[env.waypoints[1].geocode] in ("p0_4", "p0_6")  # the next ones stand in
     words = envs.make("virl-l", **options)  # which needs no pictures
     words.reset(seed=0)
     assert words.waypoints == whole.waypoints and len(recwarn.list) == 1

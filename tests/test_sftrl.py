@@ -947,8 +947,8 @@ def test_what_stands_beside_a_prompt_keeps_its_place_in_the_row(kind):
     streams = sampled(policy, n=3, task="gp-vl")
     widest = max(map(len, streams))
     shown = torch.stack([torch.arange(widest) < len(s) for s in streams])
-    right = policy._beside(streams, shown)
-    left = policy._beside(streams, shown.flip(1))
+    right = policy._beside(policy.model, streams, shown)
+    left = policy._beside(policy.model, streams, shown.flip(1))
     for b, stream in enumerate(streams):
         assert right["attention_mask"][b].sum() == len(stream)
         for name, x in stream.columns.items():
@@ -1905,7 +1905,7 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_u
         assert read.done == written.done
     read.reset(options={"route": 0})
     point = next(w for w in read.waypoints if w.action == "forward()")  # between two turning points
-    (tmp_path / "street_views" / f"{read.world.panoramas[point.place]}.jpg").unlink()
+    (tmp_path / "street_views" / f"{read.world.panoramas[point.geocode]}.jpg").unlink()
     capsys.readouterr()
     command = [
         "play",
@@ -1925,7 +1925,7 @@ def test_a_city_in_pictures_that_was_written_is_read_back_as_the_same_episodes_u
     said = capsys.readouterr()
     assert "[correct +1]" in said.out
     assert not said.err
-    file = tmp_path / "street_views" / f"{read.world.panoramas[read.waypoints[0].place]}.jpg"
+    file = tmp_path / "street_views" / f"{read.world.panoramas[read.waypoints[0].geocode]}.jpg"
     file.write_bytes(b"no picture")
     assert sftrl.main(command) == 2
     assert file.name in (said := capsys.readouterr().err) and said.count("\n") == 1
