@@ -174,7 +174,7 @@ def rollout(
 
 
 def episode_seeds(policy: Policy, n: int, config: PPOConfig, step: int) -> list[str]:
-    """Seeds of this rank's n episodes in an update."""
+    """Seeds of this rank's episodes."""
     return [f"train/{config.seed}/{step}/{policy.rank * n + i}" for i in range(n)]
 
 
@@ -307,7 +307,7 @@ def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], 
 def reply_weights(
     policy: Policy, rows: list[Stream], mask: Tensor, answer_field: str, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """For the reply-level ratio, [B, T]: 1 on the first token of each reply, and weights of log-probabilities:
+    """For the reply-level ratio, [B, T]: 1 on the first token of each reply, and the tokens' weights:
     `thought_coef` before the answer field, then 1."""
     starts, weights = torch.zeros_like(mask), torch.zeros_like(mask)
     for b, stream in enumerate(rows):
