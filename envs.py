@@ -5,9 +5,9 @@
     observation, reward, terminated, truncated, info = env.step(env.expert_reply())
 
 An episode is a conversation (sequential revision, section 3 of arXiv 2501.17161): the model replies, the
-verifier judges the whole reply and answers, and both join the prompt of the next turn, until a reply is
-correct or `verify_iter` replies have been judged. Arithmetic is exact, and model text is never evaluated as
-code. A third task is a subclass of `Environment`, named as `FILE.py:CLASS`.
+verifier judges the whole reply and answers, and both join the prompt of the next turn, until all decisions
+are solved or the budget of one, `verify_iter` replies, is used up. Arithmetic is exact; model text is never
+evaluated as code. A new task subclasses `Environment`: `--task FILE.py:CLASS`.
 """
 
 import ast
@@ -68,7 +68,7 @@ class Option:
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, self.choices))}")
         for x in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(x, (int, float)) and not (self.least <= x <= self.most and x > self.above):
-                raise ValueError(f"{name} must be {self.limits()}, not {x}")
+                raise ValueError(f"{name} must be {self.limits() or 'a finite number'}, not {x}")
 
     def limits(self) -> str:
         """The limits in words, "" if there are none."""
@@ -83,8 +83,8 @@ Picture = Image.Image | Callable[[], Image.Image] | None  # a function draws it 
 
 @dataclass(frozen=True)
 class Observation:
-    """The input of the model: all chat messages of the episode and the picture, if the task has one. Then one
-    message's content is a list of parts, and the part of type "image" marks the position of the picture.
+    """The model's input: all chat messages of the episode and its picture, if any. Then one message's content
+    is a list of parts, and the part of type "image" marks the position of the picture.
     """
 
     messages: list[dict[str, Any]]
@@ -99,38 +99,39 @@ class Observation:
 class Verdict(NamedTuple):
     """The verifier's judgement of one reply."""
 
-    verdict: str  # a key of the task's rewards
+    verdict: str  # a key of the task's rewards; "correct" solves the decision
     feedback: str
-    recognized: bool = False  # the reply names the cards or the landmark, or that there is none
+    recognized: bool = False  # the reply names what the picture shows
 
 
 class Environment:
-    """One task. A subclass defines `begin`, `judge`, `expert_reply`, `wrong_reply`, `variants` and `rewards`.
+    """One task. A subclass defines `begin`, `judge`, `expert_reply`, `wrong_reply` and, for other
+    verdicts, `rewards`.
 
     An episode has one decision (a hand of cards) or several (the waypoints of a route). A correct reply leads
-    to the next one; a wrong one gets feedback, until `verify_iter` replies to this decision were judged. The
-    annotated attributes are options of the constructor and the command line.
+    to the next one; a wrong one gets feedback, and `verify_iter` wrong ones end the episode. Attributes
+    annotated with an `Option` are options of the constructor and the command line.
 
     Args:
         variant: a key of `variants`; training takes "id".
-        seed: of the environment's only random generator.
-        verify_iter: None takes the task's default.
+        seed: of the random generator.
+        verify_iter: None: the task's default.
         rewards: by verdict, over the task's defaults.
 
     Raises ValueError for a wrong argument.
     """
 
     variants = {"id": "in distribution"}  # and their names in the report
-    rewards = {"correct": 1.0, "wrong": -1.0, "budget": 0.0}  # "budget" is added where it is used up
+    rewards = {"correct": 1.0, "wrong": -1.0, "budget": 0.0}  # "budget" is added when the last reply fails
     decisions = 1  # per episode
     pictures = False  # whether every decision comes with a picture
-    answer_field = ""  # of a reply, after the thought; "": none
+    answer_field = ""  # the last of `fields`; what stands before it is thought
     start_options = {}  # of `reset`, by name: type and help for `sftrl play`
     headline = "success"  # or "step_accuracy": the main measure of a study
 
-    verify_iter: Annotated[int, Option("replies judged per decision, the verification budget", least=1)] = 5
+    verify_iter: Annotated[int, Option("most replies per decision, the verification budget", least=1)] = 5
     fields: Sequence[str] = ()  # names of a reply's fields, the answer's last
-    continue_after_failure: bool = False  # with the next decision, for evaluation
+    continue_after_failure: bool = False  # go on to the next decision, in evaluation
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class Environment:
                 kind, _, option = listed[name]
                 option.check(name, kind, value)
             setattr(self, name, value)
-        if len(set(self.fields)) != len(cls.fields):
+        if not len(set(self.fields)) == len(self.fields) == len(cls.fields):
             raise ValueError(f"fields must be {len(cls.fields)} different names, not {self.fields!r}")
         self.answer_field = self.fields[-1] if self.fields else self.answer_field
         self.variant, self.random, self.rewards = variant, random.Random(seed), defaults | (rewards or {})
@@ -183,11 +184,11 @@ class Environment:
         raise NotImplementedError
 
     def wrong_reply(self) -> str:
-        """A reply that it does not accept."""
+        """A reply that is not correct now."""
         raise NotImplementedError
 
     def next_message(self, right: bool, moved: bool) -> str:
-        """The user message after a reply; `moved`: it also presents the next decision."""
+        """The user message after a reply; `moved`: it presents the next one, `self.decision`, too."""
         return self.verdict.feedback
 
     def draw(self) -> Picture:
@@ -199,7 +200,7 @@ class Environment:
         return {}
 
     def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict | None]]:
-        """Seed and options of `reset` for each of `n` evaluation episodes (None: as many as the paper's)."""
+        """Seed and options of `reset` for each of `n` evaluation episodes (None: the paper's 234)."""
         return [(f"{series}/{i}", None) for i in range(n or 234)]
 
     @staticmethod
@@ -209,7 +210,7 @@ class Environment:
 
     # What all tasks share:
 
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
+    def reset(self, seed: int | str | None = None, options: dict | None = None) -> tuple[Observation, dict]:
         """Starts an episode. A seed restarts the random generator."""
         if seed is not None:
             self.random.seed(seed)
@@ -274,7 +275,7 @@ class Environment:
         return [name for name in self.rewards if name != "budget"]
 
     def fresh_copy(self) -> "Environment":
-        """Another environment of the same task, options and world, with its own random generator."""
+        """Another environment with the same options and a new random generator."""
         fresh = copy.copy(self)
         fresh.random = random.Random(0)
         return fresh
@@ -290,7 +291,7 @@ class Turn:
     feedback: str  # the next user message, at the end the feedback
     recognized: bool
     decision: int = 0  # on a route the waypoint
-    landmark: bool = True  # there was something to recognize
+    landmark: bool = True  # there is something to recognize
 
 
 @dataclass
@@ -323,7 +324,7 @@ def play(
     """Plays one episode in every environment, in lockstep, `at_once` of them at a time (None: all).
 
     `respond` gets the indices and observations of the running environments and returns one reply each; None
-    breaks an episode off without success. `seeds` and `options` go to `reset`; `watch` gets the number of
+    ends an episode without success. `seeds` and `options` go to `reset`; `watch` gets the number of
     finished episodes.
     """
     observations, episodes = [], []
@@ -364,8 +365,8 @@ def demonstration(
     start: tuple[Any, dict | None] = (None, None),
 ) -> dict:
     """One SFT record in the released format: for each decision `wrong_turns` wrong replies, then the
-    expert's, the last one by `author`. `start` goes to `reset`. A visual task adds one picture, so its
-    record ends at a random decision. Raises ValueError if the budget ends before."""
+    expert's or `author`'s. `start` goes to `reset`. A visual task adds one picture, so its record ends at a
+    random decision. Raises ValueError if the budget ends before."""
     if wrong_turns >= env.verify_iter:
         raise ValueError(f"{wrong_turns} wrong turns leave no reply in a budget of {env.verify_iter}")
     env.reset(*start)
@@ -1078,7 +1079,7 @@ class VIRL(Environment):
     report = ""  # for pictures: the wording of a report
     panorama_width = 1024
 
-    verify_iter: Annotated[int, Option("replies judged per waypoint, the verification budget", least=1)] = 2
+    verify_iter: Annotated[int, Option("most replies per waypoint, the verification budget", least=1)] = 2
     data: Annotated[
         str | Path | World | None,
         Option("folder in the released format; None: the built-in city", metavar="DIR"),

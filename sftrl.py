@@ -1559,7 +1559,8 @@ def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], fo
 def command_play(args: argparse.Namespace) -> None:
     """One episode to read: prompt, expert reply, and the verdict on each reply."""
     env = environment_of(args)
-    options = {name: getattr(args, name) for name in env.start_options}
+    given = {name: getattr(args, name) for name in env.start_options}
+    options = {name: value for name, value in given.items() if value is not None}
     observation, _ = env.reset(args.seed, options)
     if args.save:
         if observation.image is None:
