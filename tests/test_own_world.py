@@ -199,7 +199,7 @@ def test_a_study_needs_a_model_and_writes_a_report(task, tmp_path, capsys):
     assert "the tiny model has no study of" in capsys.readouterr().err
     tokenizer = chat_tokenizer(eos_token="<|end|>", pad_token="<|im_end|>")
     model = random_model("llama", tokenizer)
-    model.generation_config.eos_token_id = list(range(20, len(tokenizer)))  # it soon ends
+    model.generation_config.eos_token_id = list(range(20, len(tokenizer)))
     model.save_pretrained("base"), tokenizer.save_pretrained("base")
     assert run(*study, "--model", "base", "--rates", "sft=1e-3") == 0
     lines = sftrl.read_lines(tmp_path / "study" / "results.jsonl")
