@@ -1,7 +1,8 @@
-"""What the tests share: small policies that are built offline, in fp32."""
+"""What the tests share: small policies, built offline, in fp32."""
 
+import copy
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ import sftrl  # noqa: E402
 
 SMALL = {"size": (96, 48), "font_size": 0.36}  # pictures of gp-vl that cost little
 
+_trained = lru_cache(maxsize=None)(sftrl.build_tokenizer)  # training one takes longer than most tests
+sftrl.build_tokenizer = lambda *args: copy.deepcopy(_trained(*args))
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
@@ -28,37 +32,49 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with `pytest -m slow`"))
 
 
-def tiny_llava():
-    return sftrl.build_tiny()
+def tokenizer_with(*special):
+    """The tiny tokenizer with more special tokens, and their ids."""
+    tokenizer = sftrl.build_tokenizer()
+    more = {"additional_special_tokens": list(special)}
+    tokenizer.add_special_tokens(more, replace_extra_special_tokens=False)
+    return tokenizer, tokenizer.convert_tokens_to_ids(list(special))
+
+
+def text_config(tokenizer, **settings):
+    """Of a small random language model."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    } | settings
 
 
 def tiny_llama():
     tokenizer = sftrl.build_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
+    config = transformers.LlamaConfig(**text_config(tokenizer, initializer_range=0.2))
     torch.manual_seed(1)
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
+def put_before(core, token):
+    """Lets a tokenizer write its first token before a text."""
+    options = {"single": f"{token} $A", "pair": f"{token} $A $B", "special_tokens": [(token, 0)]}
+    core.post_processor = processors.TemplateProcessing(**options)
+
+
 def tiny_mllama():
-    """The paper's architecture: cross-attention layers 1 and 3, gates opened, output head untied; its image
-    token lies beyond the output head, and a picture is cut into tiles."""
-    tokenizer = sftrl.build_tokenizer()
-    words = len(tokenizer)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|image|>"]}, replace_extra_special_tokens=False
-    )
-    vision = transformers.models.mllama.configuration_mllama.MllamaVisionConfig(
+    """The paper's architecture: cross-attention layers 1 and 3, gates opened; its image token lies beyond the
+    output head, and a picture is cut into tiles."""
+    configs = transformers.models.mllama.configuration_mllama
+    tokenizer, (image,) = tokenizer_with("<|image|>")
+    vision = configs.MllamaVisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -71,40 +87,25 @@ def tiny_mllama():
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
         max_num_tiles=2,
     )
-    # At 0.2 logits reach 50, where fp32 itself rounds by more than 1e-5.
-    text = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
-        vocab_size=words,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        cross_attention_layers=[1, 3],
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=0,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1,
-    )
+    # Initialized at 0.2, logits reach 50, where fp32 itself rounds by more than 1e-5.
+    layers = {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    text = configs.MllamaTextConfig(**text_config(tokenizer, vocab_size=image, bos_token_id=0, **layers))
     torch.manual_seed(2)
-    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=words)
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=image)
     model = transformers.MllamaForConditionalGeneration(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "gate" in name:
                 p.fill_(0.5)
     tokenizer.bos_token = "<|pad|>"  # as Llama's, which puts it before a text
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|pad|> $A", pair="<|pad|> $A $B", special_tokens=[("<|pad|>", 0)]
-    )
+    put_before(tokenizer.backend_tokenizer, "<|pad|>")
     images = transformers.MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
-    return model, transformers.MllamaProcessor(
-        images, tokenizer, chat_template=sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>")
-    )
+    template = sftrl.CHAT_TEMPLATE.replace("<image>", "<|image|>")
+    return model, transformers.MllamaProcessor(images, tokenizer, chat_template=template)
 
 
 class QwenProcessor:
-    """What the library's Qwen-VL processor does for pictures, where torchvision is missing, which it needs
-    for videos."""
+    """The library's for pictures, where torchvision is missing, which it needs for videos."""
 
     def __init__(self, images, tokenizer, chat_template):
         self.images, self.tokenizer, self.chat_template = images, tokenizer, chat_template
@@ -125,50 +126,19 @@ class QwenProcessor:
 
 def tiny_qwen(family="Qwen2_5_VL"):
     """Qwen2.5-VL, or Qwen2VL: all patches of a batch in one row, positions of three coordinates."""
-    tokenizer = sftrl.build_tokenizer()
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]}, replace_extra_special_tokens=False
-    )
-    image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    tokenizer, (image, video) = tokenizer_with("<|image_pad|>", "<|video_pad|>")
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": rope,
-        "initializer_range": 0.1,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-        "patch_size": 8,
-        "spatial_merge_size": 2,
-        "window_size": 32,
-        "fullatt_block_indexes": [1],
-        "initializer_range": 0.2,
-    }
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2}
     if family == "Qwen2VL":
-        vision = {
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 32,
-            "mlp_ratio": 2,
-            "num_heads": 4,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "initializer_range": 0.2,
-        }
+        vision |= {"embed_dim": 32, "mlp_ratio": 2}
+    else:
+        vision |= {"intermediate_size": 64, "out_hidden_size": 32, "window_size": 32}
+        vision |= {"fullatt_block_indexes": [1]}
     config = getattr(transformers, family + "Config")(
-        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video
+        text_config=text_config(tokenizer, rope_parameters=rope),
+        vision_config=vision | {"initializer_range": 0.2},
+        image_token_id=image,
+        video_token_id=video,
     )
     torch.manual_seed(3)
     images = transformers.Qwen2VLImageProcessorPil(
@@ -186,8 +156,7 @@ def tiny_qwen(family="Qwen2_5_VL"):
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -201,9 +170,8 @@ VICUNA = (
 def chat_tokenizer(
     template=CHATML, special=("<|end|>", "<|im_start|>", "<|im_end|>"), plain=(), bos=False, **named
 ):
-    """A byte-level tokenizer for a chat template. `special` tokens are so in its own file alone, `plain`
-    ones are added but not special, the `named` ones (eos_token, ...) are known to the library too; with
-    `bos` the first of the special ones is put before a text."""
+    """`special` tokens are so in the tokenizer's own file alone, `plain` ones are not special, the library
+    knows the `named` ones; `bos`: the first token stands before a text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -213,28 +181,14 @@ def chat_tokenizer(
     core.train_from_iterator(sftrl.card_texts()[:200], trainer)
     core.add_tokens([AddedToken(token, special=False) for token in plain])
     if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{special[0]} $A", pair=f"{special[0]} $A $B", special_tokens=[(special[0], 0)]
-        )
+        put_before(core, special[0])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **named)
 
 
 def random_model(architecture, tokenizer, **settings):
-    """A causal language model of any architecture, small, random and unsure; many tokens end its replies,
-    so that their lengths differ."""
-    usual = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.2,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
+    """A small random language model; many tokens end its replies, so that their lengths differ."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 4096}
+    usual = text_config(tokenizer, initializer_range=0.2, **sizes)
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(architecture, **usual | settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -243,16 +197,9 @@ def random_model(architecture, tokenizer, **settings):
 
 
 def tiny_llava_1_5():
-    """Llava-1.5's kind: plain text between the turns, and a BOS that the tokenizer adds and the template
-    lacks."""
-    tokenizer = chat_tokenizer(
-        VICUNA,
-        ("<s>", "</s>", "<image>", "<pad>"),
-        bos=True,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-    )
+    """Llava-1.5's kind: plain text between the turns, a BOS that the template lacks."""
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = chat_tokenizer(VICUNA, ("<s>", "</s>", "<image>", "<pad>"), bos=True, **named)
     model, processor = sftrl.build_tiny()
     config = model.config
     config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -269,50 +216,18 @@ def tiny_llava_1_5():
     )
 
 
-def text_config(tokenizer, **settings):
-    """Of a small random language model."""
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.1,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    } | settings
-
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-def tokenizer_with(*special):
-    """The tiny tokenizer with more special tokens, and their ids."""
-    tokenizer = sftrl.build_tokenizer()
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": list(special)}, replace_extra_special_tokens=False
-    )
-    return tokenizer, tokenizer.convert_tokens_to_ids(list(special))
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+VISION |= {"image_size": 32, "patch_size": 8}
 
 
 def tiny_gemma3():
-    """Image tokens see each other both ways, as its processor's token_type_ids say."""
+    """Image tokens see each other both ways (token_type_ids)."""
     names = "<image_soft_token>", "<start_of_image>", "<end_of_image>"
     tokenizer, (image, start, end) = tokenizer_with(*names)
     tokenizer.image_token, tokenizer.boi_token, tokenizer.eoi_token = names
     tokenizer.image_token_id, tokenizer.boi_token_id, tokenizer.eoi_token_id = image, start, end
     config = transformers.Gemma3Config(
-        text_config=text_config(tokenizer, sliding_window=64),
+        text_config=text_config(tokenizer, head_dim=8, sliding_window=64),
         vision_config=VISION | {"vision_use_head": False},
         mm_tokens_per_image=4,
         image_token_index=image,
@@ -349,7 +264,7 @@ def tiny_idefics3():
 
 
 def tiny_llava_next():
-    """A picture is cut into tiles, as many as its size (image_sizes) asks for."""
+    """A picture is cut into as many tiles as its size (image_sizes) asks for."""
     tokenizer, (image,) = tokenizer_with("<image>")
     grids = [[32, 64], [64, 32], [64, 64]]
     config = transformers.LlavaNextConfig(
@@ -373,7 +288,7 @@ def tiny_llava_next():
     return transformers.LlavaNextForConditionalGeneration(config), processor
 
 
-SIGHTED = {"llava": tiny_llava, "mllama": tiny_mllama, "qwen": tiny_qwen}
+SIGHTED = {"llava": sftrl.build_tiny, "mllama": tiny_mllama, "qwen": tiny_qwen}
 MORE_SIGHTED = {
     "llava-1.5": tiny_llava_1_5,
     "qwen2-vl": partial(tiny_qwen, "Qwen2VL"),
@@ -381,13 +296,12 @@ MORE_SIGHTED = {
     "idefics3": tiny_idefics3,
     "llava-next": tiny_llava_next,
 }
-MODELS = {"llava": tiny_llava, "llama": tiny_llama, "mllama": tiny_mllama}
+MODELS = {"llava": sftrl.build_tiny, "llama": tiny_llama, "mllama": tiny_mllama}
 
 
 def make_policy(kind="llava", **options):
     torch.manual_seed(0)
-    makers = MODELS | SIGHTED | MORE_SIGHTED
-    return sftrl.Policy(*makers[kind](), rollout_dtype=torch.float32, **options)
+    return sftrl.Policy(*(MODELS | SIGHTED | MORE_SIGHTED)[kind](), rollout_dtype=torch.float32, **options)
 
 
 @pytest.fixture
