@@ -780,14 +780,14 @@ def test_expert_turns(first, heading, relative, compass):
 def test_points_between_turns():
     env = street_env(drop=0.0)
     actions = walk(env).expected
-    names = [IDS[waypoint.place] for waypoint in env.waypoints]
+    names = [IDS[waypoint.geocode] for waypoint in env.waypoints]
     assert names[1:5] == ["p0_2", "p0_4", "p0_6", "p0_8"]
     assert [k for k, action in enumerate(actions) if action != "forward()"] == [0, 5, 10, 15]
     # Of points every 11 m, three are near the panorama halfway, and the outer ones are the ends.
     ids = {at: name for at, name in IDS.items() if name.partition("_")[2] in ("0", "5", "10")}
     env = street_env(ids=ids, drop=0.0, points_per_leg=9)
     env.reset()
-    assert [IDS[waypoint.place] for waypoint in env.waypoints[1:4]] == ["p0_5"] * 3
+    assert [IDS[waypoint.geocode] for waypoint in env.waypoints[1:4]] == ["p0_5"] * 3
     assert [waypoint.action for waypoint in env.waypoints[4:6]] == ["turn_direction(north)", "forward()"]
 
 
@@ -967,7 +967,7 @@ def test_visual_variant_walks_all_test_cities(every):
     assert starts[:18] == 2 * list(envs.TEST_CITIES)
     for number, key in enumerate(envs.TEST_CITIES):
         assert set(walk(env, options={"route": number}).expected) <= moves(envs.COMPASS)
-        at = env.waypoints[0].place
+        at = env.waypoints[0].geocode
         assert env.world.picture(at)[0].tobytes() == envs.built_in_city(*key).draw(at, (64, 32)).tobytes()
 
 
@@ -1215,7 +1215,7 @@ def test_view_is_gnomonic(heading, rotation):
 
 def test_signs_in_pictures():
     city = envs.built_in_city("new york", 0)
-    for crossing in list(city.places)[:4]:
+    for crossing in list(city.landmarks)[:4]:
         at = city.geocode(city.crossings[crossing])
         bearing = great_circle(at, city.geocode(sum(city.boards[crossing]) / 2))[1]
         for rotation in (0.0, 123.0, -bearing):
@@ -1234,7 +1234,9 @@ def test_signs_in_pictures():
 @pytest.mark.parametrize("key", CITIES)
 def test_sides_of_signs(key):
     city, rng, sides = envs.built_in_city(*key), random.Random(3), set()
-    boards = {city.places[crossing]["name"]: np.mean(city.boards[crossing], 0) for crossing in city.places}
+    boards = {
+        city.landmarks[crossing]["name"]: np.mean(city.boards[crossing], 0) for crossing in city.landmarks
+    }
     for _ in range(60):
         for leg in envs.read_routes(city.route(rng, rng.randint(1, 7)))[0].legs:
             if name := next((name for name in boards if name in leg.landmark), None):
@@ -1389,7 +1391,7 @@ def test_missing_street_views(tmp_path, recwarn):
         (folder / "street_views" / name).unlink()
     env = envs.make("virl-vl", **options)
     assert walk(env, 0).expected == actions and env.observe().image
-    assert IDS[env.waypoints[1].place] in ("p0_4", "p0_6")  # the next ones stand in
+    assert IDS[env.waypoints[1].geocode] in ("p0_4", "p0_6")  # the next ones stand in
     for at, name in IDS.items():
         if envs.distance(at, CORNERS[2]) <= 20:
             (folder / "street_views" / f"{name}.jpg").unlink()

@@ -324,7 +324,7 @@ TEMPLATES = {
 }
 # What a conversation begins with: in the template, in the text.
 BEGIN = {"glm-4": ("[gMASK]", "[gMASK]"), "plain text": ("", "<s>")}
-BEGIN["chatml"] = "{{ strftime_now('%d %b %Y, %-m/%-d') }}", "26 Jul 2024, 7/26"  # the same on every day
+BEGIN["chatml"] = "{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"  # the same on every day
 
 
 def tokenizer_of(kind):
