@@ -52,9 +52,7 @@ def evaluate(
     number of this rank's finished episodes.
     """
     for env in environments:
-        env.continue_after_failure = (
-            True  # accuracy speaks of all waypoints, and not of those before the first failure
-        )
+        env.continue_after_failure = True  # accuracy counts all waypoints
     streams, episodes = sampled(policy, environments, temperature, max_new_tokens, series, pictures, watch)
     result = {}
     if reference is not None:
@@ -208,11 +206,17 @@ def difference(a: Sequence[dict], b: Sequence[dict], measure: str = "success") -
     ]
     seeds = [mean(row) for row in rows]
     middle, half = over_episodes(rows)
-    out = {"mean": middle, "interval": (middle - half, middle + half), "seeds": seeds, "seed_interval": None}
-    if len(seeds) > 1:
-        half = _T95[min(len(seeds) - 1, len(_T95)) - 1] * stdev(seeds) / math.sqrt(len(seeds))
-        out["seed_interval"] = (middle - half, middle + half)
-    return out
+    out = {"mean": middle, "interval": (middle - half, middle + half), "seeds": seeds}
+    return out | {"seed_interval": over_seeds(seeds)[1]}
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean, and its 95% interval by Student's t; None for one seed."""
+    middle, n = mean(values), len(values)
+    if n == 1:
+        return middle, None
+    half = _T95[min(n - 1, len(_T95)) - 1] * stdev(values) / math.sqrt(n)
+    return middle, (middle - half, middle + half)
 
 
 # Student's t, 97.5%, by degrees of freedom from 1.
@@ -293,10 +297,77 @@ class Results:
         temporary.replace(self.path)
 
 
+# ---- the frontier: every learning rate
+
+# Ways to choose a rate on validation episodes, by the last checkpoints of the other seeds.
+WAYS = {
+    "best": "highest success in distribution",
+    "smallest": "smallest rate within one standard error of that",
+    "peeking": "highest success under the other rule: an upper bound",
+}
+Curve = list[tuple[float, float]]  # (in distribution, elsewhere), from the init to the last checkpoint
+
+
+def frontier(points: Sequence[dict], variant: str, measure: str) -> dict[str, dict[float, dict[int, Curve]]]:
+    """Curves on validation episodes by algorithm ("sft", "rl"), rate and seed; elsewhere is `variant`."""
+    valid = find(points, experiment="frontier", series="valid")
+    there = {(p["arm"], p["seed"], p["step"]): p[measure] for p in find(valid, variant=variant)}
+    curves: dict[str, dict[float, dict[int, Curve]]] = {}
+    starts = {p["seed"]: p for p in find(valid, arm="init", variant="id")}
+    for p in find(valid, variant="id"):
+        arm, seed = p["arm"], p["seed"]
+        if arm != "init":
+            algorithm, _, rate = arm.partition("-")
+            init = [(starts[seed][measure], there["init", seed, starts[seed]["step"]])]
+            by_seed = curves.setdefault(algorithm, {}).setdefault(float(rate), {})
+            by_seed.setdefault(seed, init).append((p[measure], there[arm, seed, p["step"]]))
+    return curves
+
+
+def choose(ends: dict[float, Curve]) -> dict[str, float]:
+    """The rate that each of WAYS chooses; `ends` are last points of curves, by rate."""
+    here, there = ({rate: mean(p[k] for p in ends[rate]) for rate in sorted(ends)} for k in (0, 1))
+    best = max(here, key=here.get)
+    error = stdev(x for x, _ in ends[best]) / math.sqrt(len(ends[best])) if len(ends[best]) > 1 else 0.0
+    within = [rate for rate in here if here[rate] >= here[best] - error]
+    return {"best": best, "smallest": min(within), "peeking": max(there, key=there.get)}
+
+
+def chosen_arms(points: Sequence[dict], variant: str, measure: str) -> set[tuple[str, int]]:
+    """Arm and seed of all runs that one of WAYS chooses."""
+    rates = chosen_rates(points, variant, measure)
+    return {
+        (f"{algorithm}-{rate:g}", seed) for (algorithm, seed), ways in rates.items() for rate in ways.values()
+    }
+
+
+def chosen_rates(
+    points: Sequence[dict], variant: str, measure: str
+) -> dict[tuple[str, int], dict[str, float]]:
+    """By algorithm and seed, the rate that each of WAYS chooses on the other seeds (on itself, if alone)."""
+    rates = {}
+    for algorithm, curves in frontier(points, variant, measure).items():
+        seeds = sorted({seed for by_seed in curves.values() for seed in by_seed})
+        for seed in seeds:
+            others = [s for s in seeds if s != seed] or seeds
+            ends = {rate: [by[s][-1] for s in others if s in by] for rate, by in curves.items()}
+            rates[algorithm, seed] = choose({rate: pairs for rate, pairs in ends.items() if pairs})
+    return rates
+
+
+def at_level(curve: Curve, level: float) -> float | None:
+    """Success elsewhere where success in distribution first reaches a level, interpolated; None if never."""
+    for (x, y), (u, v) in zip(curve, curve[1:]):
+        if x < level <= u:
+            return y + (v - y) * (level - x) / (u - x)
+    return None
+
+
 # ---- the claims
 
 # The other experiments, each with its question.
 SECTIONS = {
+    "frontier": "At every learning rate, and at equal success in distribution: who keeps the other rule?",
     "no-init": "Does RL need the init? Here it starts from the base.",
     "verification": "Do more replies per hand help RL, at equal compute? All are tested with 10.",
     "start": "From which checkpoints of SFT does RL recover what SFT forgot?",
@@ -320,6 +391,9 @@ CLAIMS = (
     ("main ood", "RL ends above SFT's best checkpoint", "rl", "sft best", +1, ""),
     ("main recognition", "RL raises recognition", "rl", "init", +1, ""),
     ("main recognition", "SFT lowers recognition", "sft", "init", -1, ""),
+    ("frontier", "{arm} ends above init", "rl-*", "init", +1, ""),
+    ("frontier", "{arm} ends below init", "sft-*", "init", -1, ""),
+    ("frontier", "{arm} ends above {other}", "rl-*", "sft-*", +1, ""),
     ("no-init", "{arm} ends below RL", "*", "rl", -1, "yes"),
     ("verification", "{arm} ends above init", "rl-*", "init", +1, "by .5, 2.2, 3.0, 6.0"),
     ("verification", "{arm} ends above {other}", "rl-budget-10", "rl-budget-1", +1, "yes"),
@@ -398,6 +472,13 @@ class Report:
         self.usual["verify_iter"] = self.settings["verify_iter"]
         self.where = {v: text for v, text in cls.variants.items() if self.final("init", variant=v)}
         self.ood = "rule" if "rule" in self.where else "id"
+        if "frontier" in self.experiments:  # the chosen runs become arms named by the way
+            self.rates = chosen_rates(self.points, self.ood, self.headline)
+            self.experiments |= {"frontier": [(f"{a}-{way}", {}) for way in WAYS for a in ("sft", "rl")]}
+            for (algorithm, seed), rates in self.rates.items():
+                for way, rate in rates.items():
+                    tested = find(self.points, arm=f"{algorithm}-{rate:g}", seed=seed, series="test")
+                    self.points += [p | {"arm": f"{algorithm}-{way}"} for p in tested]
 
     def final(self, arm: str, **fields) -> list[dict]:
         """`final_points` as in the main comparison but for `fields`."""
@@ -443,7 +524,53 @@ class Report:
             arms = [(arm, {}) for arm in dict.fromkeys(arm for arm, *_ in changes)]
             return [*table(["rank correlation", *DISTANCES.values()], [row]), "", *self.checkpoints(arms)]
         claims = self.claims([(name, variant, self.headline) for variant in self.where if variant != "id"])
-        return [*claims, "", *self.checkpoints(self.experiments[name])]
+        extra = self.frontier_tables() if name == "frontier" else []
+        return [*claims, "", *self.checkpoints(self.experiments[name]), *extra]
+
+    def frontier_tables(self) -> list[str]:
+        """The chosen rates, and what every run has elsewhere at equal success in distribution."""
+        rows = [
+            [
+                f"{way}: {text}",
+                *(
+                    ", ".join(
+                        f"{self.rates[key][way]:g}" for key in sorted(self.rates) if key[0] == algorithm
+                    )
+                    for algorithm in ("sft", "rl")
+                ),
+            ]
+            for way, text in WAYS.items()
+        ]
+        lines = ["", *table(["rate chosen on the other seeds by", "SFT, each seed", "RL, each seed"], rows)]
+        for variant in (v for v in self.where if v != "id"):
+            lines += ["", *self.levels(variant)]
+        return lines
+
+    def levels(self, variant: str) -> list[str]:
+        """Success under a variant where runs first reach levels of success in distribution, by rate (means
+        over seeds, if all reach the level) and over these rates; validation episodes."""
+        curves = frontier(self.points, variant, self.headline)
+        runs = {(a, rate): by for a in ("sft", "rl") for rate, by in sorted(curves.get(a, {}).items())}
+        seeds = sorted(set.intersection(*map(set, runs.values())))
+        start = mean(by[seed][0][0] for by in runs.values() for seed in seeds)
+        rows, wins = [], Counter()
+        for level in range(5 * math.ceil(20 * start + 0.01), 100, 5):
+            found = {key: [at_level(by[seed], level / 100) for seed in seeds] for key, by in runs.items()}
+            reached = {key: values for key, values in found.items() if None not in values}
+            row = [str(level), *(_percent(mean(reached[key])) if key in reached else "" for key in runs)]
+            arms = [[values for key, values in reached.items() if key[0] == a] for a in ("sft", "rl")]
+            if all(arms):
+                averages = [[mean(column) for column in zip(*values)] for values in arms]
+                middle, interval = over_seeds([y - x for x, y in zip(*averages)])
+                row += [*(_percent(mean(x)) for x in averages), f"{100 * middle:+.1f}{_interval(interval)}"]
+                clear = interval and interval[0] * interval[1] > 0
+                wins[("RL" if middle > 0 else "SFT") if clear else "neither"] += 1
+            if reached:
+                rows.append(row + [""] * (len(runs) + 4 - len(row)))
+        counts = ", ".join(f"{name} at {n}" for name, n in wins.most_common()) or "no level is common"
+        head = ["in distribution", *(f"{a} {rate:g}" for a, rate in runs), "SFT", "RL", "RL - SFT [95%]"]
+        title = f"At equal success in distribution, who has more {self.where[variant]}, by levels: {counts}."
+        return [title, "", *table(head, rows)]
 
     def topics(self) -> list[tuple[str, str, str]]:
         """What the main claims are about: (topic, variant, measure)."""
@@ -568,6 +695,12 @@ class Report:
         if name == "forgetting":
             return [(arm, [(p[part], [change])]) for arm, p, change in self.changes]
         lines = []
+        if name == "frontier":
+            for algorithm, curves in frontier(self.points, part, self.headline).items():
+                for rate, by_seed in sorted(curves.items()):
+                    steps = list(zip(*by_seed.values()))
+                    line = [(100 * mean(x for x, _ in step), [y for _, y in step]) for step in steps]
+                    lines.append((f"{algorithm} {rate:g}", line))
         if name == "recognition":
             for arm in ("sft", "rl"):
                 x, y = self.curve(arm, part, "recognition"), self.curve(arm, part)
@@ -589,6 +722,7 @@ class Report:
 
 # Labels of the axes; y is the main measure unless there is another one.
 AXES = {
+    "frontier": ("in distribution, %", None),
     "curves": ("compute after init, 10$^{12}$ FLOP", None),
     "recognition": ("recognition, %", None),
     "verification": ("replies", "solved within so many replies, %"),
@@ -636,9 +770,10 @@ def lines(report: Report, name: str, looks: dict) -> None:
     """Lines through means over seeds, with bands from the lowest seed to the highest. The init alone is a
     dashed line, a checkpoint in forgetting a dot."""
     dots, (x_label, y_label) = name == "forgetting", AXES[name]
-    parts = DISTANCES if dots else report.where
+    parts = DISTANCES if dots else {v: t for v, t in report.where.items() if (name, v) != ("frontier", "id")}
     for axis, part in panels(report, name, parts, x_label, y_label or f"{report.label}, %"):
         for arm, points in report.series(name, part):
+            arm, _, rate = arm.partition(" ")
             x, (color, marker) = [x for x, _ in points], looks[arm]
             low, middle, high = ([100 * f(values) for _, values in points] for f in (min, mean, max))
             if arm == "init" and len(x) == 1:
@@ -646,9 +781,9 @@ def lines(report: Report, name: str, looks: dict) -> None:
                 continue
             style = {"color": color, "marker": marker, "label": arm, "ls": "" if dots else "-"}
             axis.plot(x, middle, markersize=4, **style)
-            axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
-            if name == "recognition":
-                axis.annotate("end", (x[-1], middle[-1]), color=color)
+            axis.fill_between(x, low, high, color=color, alpha=0.0 if rate else 0.2, lw=0)
+            if rate or name == "recognition":
+                axis.annotate(rate or "end", (x[-1], middle[-1]), color=color)
         if not dots:
             axis.set_ylim(0, None)
         elif part != "changed":

@@ -899,7 +899,6 @@ class Arm:
     records: str = "expert"  # what SFT learns from, one of RECORDS
     parts: str | None = None  # trained parts of the model; None: the command line's
     checkpoints: int | None = None  # None: the study's
-    searched: bool = False  # whether `StudyRun.search` searches its learning rate
     # The last checkpoint is evaluated on all hands at these temperatures (0 is greedy) ...
     temperatures: tuple[float, ...] = (1.0, 0.0)
     curve: bool = True  # ... and earlier ones at temperature 1, on a quarter of the hands.
@@ -926,7 +925,7 @@ class Study:
     options: dict = field(default_factory=dict)  # of the environments, small enough for the tiny model
     # Learning rates by arm, see docs/results.md; else that of "sft" or "rl".
     rates: dict = field(default_factory=dict)
-    grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # of searched rates
+    grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates of the frontier
 
     def scaled(self, scale: float) -> "Study":
         """Every stage at `scale` of its length, for a quick look."""
@@ -999,7 +998,6 @@ STUDIES = {
         options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,
     ),
 }
-SEARCH_SEEDS = (1000, 1001)  # choose the rates; in no report
 # PPO as in the paper (sections 4 and C), except rates and sizes.
 PAPERS_PPO = {"ratio": "reply", "thought_coef": 0.5, "value_trunk": "shared", "clip": 0.1}
 
@@ -1009,7 +1007,7 @@ def main_arms(study: Study) -> list[Arm]:
     replies on demonstrations as imperfect as the base's corpus."""
     training = study.init | {"flops": math.inf}
     init = Arm("init", start="base", training=training, records="imperfect", checkpoints=1)
-    return [init, Arm("sft", searched=True, validate=True), Arm("rl", "ppo", searched=True)]
+    return [init, Arm("sft", validate=True), Arm("rl", "ppo")]
 
 
 def sampled_at_end(arm: Arm, **changes) -> Arm:
@@ -1025,9 +1023,24 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
     budgets = [
         Arm(f"rl-budget-{k}", "ppo", environment={"verify_iter": k}, checkpoints=1) for k in (1, 3, 5, 10)
     ]
-    dft = Arm("dft", training={"objective": "dft"}, searched=True)
+    dft = Arm("dft", training={"objective": "dft"})
     control = last("sft-at-dft-rate", training={"lr": study.config(dft).lr})
     arms = {
+        # Rates are compared on validation deals; tests follow for the chosen ones.
+        "frontier": [
+            sampled_at_end(init, series="valid"),
+            *(
+                Arm(
+                    f"{arm.name}-{lr:g}",
+                    arm.algorithm,
+                    training={"lr": lr},
+                    series="valid",
+                    temperatures=(1.0,),
+                )
+                for arm in (demonstrated, reinforced)
+                for lr in study.grid
+            ),
+        ],
         "no-init": [last(f"no-init-{lr:g}", "ppo", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)],
         # An evaluation with 10 replies covers all smaller budgets.
         "verification": [sampled_at_end(arm, verify_iter=10) for arm in (init, demonstrated, *budgets)],
@@ -1035,22 +1048,20 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
             last(f"rl-from-sft-{k}", "ppo", f"sft@{k}", checkpoints=1) for k in range(1, study.count + 1)
         ],
         "recognition": [sampled_at_end(arm, pictures=p) for arm in main for p in evaluate.PICTURES],
-        "revision-sft": [
-            Arm("sft-revision", training={"loss_on": "last"}, records="revision", searched=True)
-        ],
+        "revision-sft": [Arm("sft-revision", training={"loss_on": "last"}, records="revision")],
         "sft-search": [
             last(f"sft-{parts}-{lr:g}", training={"lr": lr}, parts=parts, checkpoints=1)
             for parts in TRAINED
             for lr in study.grid[::2]
         ],
-        "reply-ratio": [Arm("rl-reply", "ppo", training=PAPERS_PPO, searched=True)],
+        "reply-ratio": [Arm("rl-reply", "ppo", training=PAPERS_PPO)],
         "rivals": [
             dft,
             *([control] if study.config(control).lr != study.config(demonstrated).lr else []),
-            Arm("self-sft", "ppo", training={"objective": "imitate"}, searched=True),
-            Arm("rl-kl", "ppo", training={"kl_coef": 0.1}, searched=True),
-            Arm("diverse-sft", environment=diverse, searched=True),
-            Arm("diverse-rl", "ppo", environment=diverse, searched=True),
+            Arm("self-sft", "ppo", training={"objective": "imitate"}),
+            Arm("rl-kl", "ppo", training={"kl_coef": 0.1}),
+            Arm("diverse-sft", environment=diverse),
+            Arm("diverse-rl", "ppo", environment=diverse),
         ],
     }.get(experiment, [])
     known = {"verify_iter", *envs.options_of(cls)}
@@ -1192,11 +1203,16 @@ class StudyRun:
         """Trains and evaluates all arms of experiments; reports after every seed, and prints the claims."""
         for seed in range(seeds):
             for name in experiments:
-                arms = main_arms(self.study) + arms_of(self.study, name, self.cls)
+                main = main_arms(self.study)[: 1 if name == "frontier" else 3]
+                arms = main + arms_of(self.study, name, self.cls)
                 for arm in arms:
                     self.train(arm, seed)
                 for arm in [Arm("base", curve=False)] * (name == "main") + arms:
                     self.measure(arm, seed, name)
+            if "frontier" in experiments and seed == seeds - 1:
+                other = "rule" if "rule" in self.variants else "id"
+                for name, s in sorted(evaluate.chosen_arms(self.results.points, other, self.headline)):
+                    self.measure(Arm(name, curve=False), s, "frontier")
             if policy_rank() == 0:
                 print("\n".join(["", *self.report(range(seed + 1), note)]), flush=True)
 
@@ -1237,53 +1253,6 @@ class StudyRun:
         settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in differ.items())
         return [arm.name, arm.start, arm.algorithm, settings]
 
-    def search(self, experiment: str) -> None:
-        """Chooses the rates of an experiment's arms by ID success on validation deals, in the mean over the
-        search's seeds: from the middle of the grid up, then down, as long as the next rate is better. Prints
-        and writes search-EXPERIMENT.md."""
-        init, *arms = main_arms(self.study)
-        arms = arms if experiment == "main" else arms_of(self.study, experiment, self.cls)
-        grid, rows = self.study.grid, [self.try_rate(init)[1]]
-        for arm in (arm for arm in arms if arm.searched):
-            tried: dict[int, tuple[float, list[str]]] = {}  # by index in the grid
-
-            def success(k: int) -> float:
-                if k not in tried:
-                    tried[k] = self.try_rate(arm, grid[k])
-                return tried[k][0]
-
-            best = len(grid) // 2
-            for step in (1, -1):
-                while 0 <= best + step < len(grid) and success(best) < success(best + step):
-                    best += step
-            rows += [tried[k][1] for k in sorted(tried)]
-            rows.append([arm.name, f"**chosen by id: {grid[best]:g}**", *[""] * len(self.variants)])
-        if policy_rank() == 0:
-            measure, seeds = self.headline.replace("_", " "), ", ".join(map(str, SEARCH_SEEDS))
-            title = f"{measure} on validation hands or routes, temperature 1, in percent, of seeds {seeds}"
-            lines = [title, "", *evaluate.table(["arm", "learning rate", *self.variants], rows)]
-            write_text(self.out / f"search-{experiment}.md", "\n".join([*lines, ""]))
-            print("\n".join(lines))
-
-    def try_rate(self, arm: Arm, rate: float | None = None) -> tuple[float, list[str]]:
-        """Trains an arm at a rate (None: its usual one): ID success on validation deals, summed over the
-        search's seeds, and its row of the table."""
-        name, arm = arm.name, sampled_at_end(arm, series="valid", checkpoints=1)
-        if rate:
-            arm = replace(arm, name=f"{name}-{rate:g}", training=arm.training | {"lr": rate})
-        for seed in SEARCH_SEEDS:
-            self.train(arm, seed)
-            self.measure(arm, seed, "search")
-        cells, success = [], {}
-        for variant in self.variants:
-            points = self.results.find(
-                arm=arm.name, variant=variant, experiment="search", episodes=self.hands
-            )
-            numbers = [100 * p[key] for p in points for key in (self.headline, self.headline + "_se")]
-            cells.append("{:.1f} ± {:.1f}, {:.1f} ± {:.1f}".format(*numbers))
-            success[variant] = sum(p[self.headline] for p in points)
-        return success["id"], [name, f"{self.study.config(arm).lr:g}", *cells]
-
 
 def policy_rank() -> int:
     """This process's rank."""
@@ -1320,7 +1289,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "model": (str, "tiny", Option("tiny (the task's built-in model), or a folder or Hub id as the base")),
         "hands": (int, None, Option("evaluation hands, or routes, per point; None: the task's", least=1)),
         "scale": (float, 1.0, Option("length of every stage relative to the defaults", above=0)),
-        "search": (bool, False, Option("only search the learning rates, by ID success on separate seeds")),
     },
     "sft ppo": {
         "model": (str, "tiny", _MODEL),
@@ -1382,6 +1350,8 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
         if run is command_study:
             text = "other learning rates for some arms, the init among them"
             sub.add_argument("--rates", type=named_number, nargs="+", metavar="ARM=RATE", help=text)
+            text = "learning rates of the frontier"
+            sub.add_argument("--grid", type=float, nargs="+", default=Study.grid, metavar="RATE", help=text)
             continue
         group = sub.add_argument_group("environment")
         variants = ", ".join(f"{variant} ({text})" for variant, text in cls.variants.items())
@@ -1445,10 +1415,11 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     elif args.task not in STUDIES:
         known = ", ".join(STUDIES)
         raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
+    study = replace(study, grid=tuple(sorted(set(args.grid))))
     arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
-    for name, rate in args.rates.items():
+    for name, rate in (*args.rates.items(), *(("sft", rate) for rate in study.grid)):
         if name not in arms or not 0 < rate < math.inf:
-            raise ValueError(f"--rates {name}={rate:g}: an arm and a positive number are needed")
+            raise ValueError(f"--rates, --grid: {name}={rate:g}: an arm and a positive number are needed")
     if args.rates:
         note += f" Given on the command line: {args.rates}."
     if study.options:
@@ -1468,11 +1439,7 @@ def command_study(args: argparse.Namespace) -> None:
     run = StudyRun(args.task, study, out, args.loading, args.model, args.hands)
     if run.tiny:
         run.train_base()
-    if args.search:
-        for name in chosen:
-            run.search(name)
-    else:
-        run.compare(chosen, args.seeds, note)
+    run.compare(chosen, args.seeds, note)
 
 
 def command_sft(args: argparse.Namespace) -> None:
