@@ -1350,8 +1350,8 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
         if run is command_study:
             text = "other learning rates for some arms, the init among them"
             sub.add_argument("--rates", type=named_number, nargs="+", metavar="ARM=RATE", help=text)
-            text = "learning rates of the frontier"
-            sub.add_argument("--grid", type=float, nargs="+", default=Study.grid, metavar="RATE", help=text)
+            text = "learning rates of the frontier (default: 2e-5 to 1e-3)"
+            sub.add_argument("--grid", type=float, nargs="+", metavar="RATE", help=text)
             continue
         group = sub.add_argument_group("environment")
         variants = ", ".join(f"{variant} ({text})" for variant, text in cls.variants.items())
@@ -1415,7 +1415,7 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     elif args.task not in STUDIES:
         known = ", ".join(STUDIES)
         raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
-    study = replace(study, grid=tuple(sorted(set(args.grid))))
+    study = replace(study, grid=tuple(sorted(set(args.grid or study.grid))))
     arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
     for name, rate in (*args.rates.items(), *(("sft", rate) for rate in study.grid)):
         if name not in arms or not 0 < rate < math.inf:

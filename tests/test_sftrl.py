@@ -873,18 +873,6 @@ def test_out_of_memory(tmp_path, capsys):
     assert error.startswith("sftrl: out of memory: lower --microbatch-size")
 
 
-def test_tensorboard(tmp_path, fails):
-    command = f"{SFT} --out {tmp_path} --steps 2 --tensorboard"
-    if not importlib.util.find_spec("tensorboard"):
-        assert "pip install tensorboard" in fails(command) and not names(tmp_path)
-        return
-    assert run(command) == 0
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("loss")] == [1, 2] and "grad_norm" in events.Tags()["scalars"]
-
-
 def test_keep_newest_checkpoints_and_foreign_files(tmp_path, monkeypatch, capsys):
     folder, blocked = tmp_path / "run", tmp_path / "blocked"
     command = f"{SFT} --out {folder} --steps 5 --checkpoints 5 --keep 2"
@@ -1009,49 +997,25 @@ def test_experiments(cards, name):
         assert "rl-from-sft-1 ends above its start under the other rule" in report
 
 
-def test_rate_search_on_validation_deals(cards, monkeypatch, prints):
+def test_frontier(cards, prints):
     folder, command = cards
-    # id and rule of both seeds' inits, then of each rate, the larger first; the second seed tips the scales
-    # for SFT, and RL goes on to the lower rate
-    success = iter([3, 2, 3, 2, 6, 1, 7, 1, 7, 9, 5, 9, 5, 3, 6, 3, 6, 2, 6, 2])
-    variants = iter(["id", "rule"] * 10)
-
-    def measured(policy, environments, temperature, max_new_tokens, series, *rest):
-        assert (series, environments[3].variant) == ("valid", next(variants))
-        return {"success": next(success) / 10, "success_se": 0.0, "episodes": 4}, []
-
-    monkeypatch.setattr(evaluate, "evaluate", measured)
-    table = prints(f"{command} --search")
-    assert next(success, None) is None and table == (folder / "search-main.md").read_text()
-    measures = r"(?: \| [0-9.]+ ± 0\.0, [0-9.]+ ± 0\.0){2} \|"
-    rates = re.findall(rf"\| (\w+) \| ([0-9.e-]+){measures}", table)
-    tried = [("sft", "0.0001"), ("sft", "0.001"), ("rl", "0.0001"), ("rl", "0.001")]
-    assert rates == [("init", "0.0003"), *tried]
-    assert all(settings_of(folder / f"seed-1000/{arm}-{lr}")["lr"] == float(lr) for arm, lr in tried)
-    assert re.findall(r"\| (\w+) \| \*\*chosen by id: ([0-9.e-]+)", table) == [tried[1], tried[2]]
-
-
-@pytest.mark.parametrize(
-    "success, path, chosen",
-    [
-        ([0, 2, 4, 3], [2, 3, 1], 2),
-        ([0, 2, 4, 5], [2, 3], 3),  # the one below the last is known
-        ([7, 6, 4, 3], [2, 3, 1, 0], 0),
-        ([0, 4, 4, 4], [2, 3, 1], 2),  # no better is not better
-    ],
-)
-def test_search_climbs_from_the_middle(success, path, chosen, tmp_path, monkeypatch):
-    tried, grid = [], (1e-5, 1e-4, 1e-3, 1e-2)
-
-    def try_rate(run, arm, rate=None):
-        if arm.name == "sft":
-            tried.append(grid.index(rate))
-        return success[grid.index(rate)] if rate else 0, [arm.name, f"{rate}"]
-
-    monkeypatch.setattr(sftrl.StudyRun, "try_rate", try_rate)
-    sftrl.StudyRun("gp-l", replace(sftrl.STUDIES["gp-l"], grid=grid), tmp_path).search("main")
-    assert tried == path
-    assert f"| sft | **chosen by id: {grid[chosen]:g}** |" in (tmp_path / "search-main.md").read_text()
+    prints(f"{command} --seeds 2 --experiment frontier --grid 1e-3 1e-4")
+    lines, rates = sftrl.read_lines(folder / "results.jsonl"), ("0.0001", "0.001")
+    found = [p for p in lines if p["experiment"] == "frontier"]
+    arms = {f"{algorithm}-{rate}" for algorithm in ("sft", "rl") for rate in rates}
+    valid = [p for p in found if p["series"] == "valid"]
+    assert {(p["arm"], p["temperature"]) for p in valid} == {(arm, 1.0) for arm in ("init", *arms)}
+    assert {p["variant"] for p in valid} == {"id", "rule"}
+    for arm in arms:  # every checkpoint, the last one on all hands
+        steps = [sftrl.step_of(path) for path in sftrl.checkpoints(folder / f"seed-1/{arm}")]
+        points = evaluate.find(valid, arm=arm, seed=1, variant="rule")
+        assert [p["step"] for p in points] == steps and points[-1]["episodes"] > points[0]["episodes"]
+        assert settings_of(folder / f"seed-1/{arm}")["lr"] == float(arm.partition("-")[2])
+    tested = {(p["arm"], p["seed"]) for p in found if p["series"] == "test"}
+    assert tested == evaluate.chosen_arms(lines, "rule", "success")  # no other run
+    report = (folder / "report.md").read_text()
+    assert "| rl-best ends above sft-best under the other rule |" in report
+    assert "| in distribution | sft 0.0001 | sft 0.001 | rl 0.0001 |" in report
 
 
 WALKS = ["step accuracy", "RL ends above SFT under the other rule, turn accuracy", "95% over episodes"]
