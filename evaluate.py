@@ -679,7 +679,8 @@ class Report:
             for v in ("id", self.ood)
         )
         init = {p["seed"]: p for p in self.final("init", variant=self.ood)}
-        others = {"init", *(arm for arm, _ in self.experiments.get("no-init", []))}
+        skipped = [*self.experiments.get("no-init", []), *self.experiments.get("frontier", [])]
+        others = {"init", *(arm for arm, _ in skipped)}  # the frontier's are runs under second names
         changes = []
         for arm, seed, step in sorted(here.keys() & there.keys()):
             p, q = here[arm, seed, step], there[arm, seed, step]
