@@ -161,8 +161,25 @@ ARCHITECTURES = {  # with what each needs beside the usual sizes
     "cohere": {"logit_scale": 0.5},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False} | MIXTURE,
     "bloom": {},
+    "gemma3_text": WINDOW,
+    "deepseek_v2": MIXTURE | LATENT,
+    "mamba2": {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+    "granite": {"logits_scaling": 2.0},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "head_dim": 16,
+        "shared_expert_intermediate_size": 32,
+    }
+    | MIXTURE,
+    **dict.fromkeys(("qwen3", "olmo2", "smollm3", "mpt"), {}),
 }
-KEPT = "llama qwen2 phi3 deepseek_v3 cohere llava llava-1.5 idefics3 llava-next"  # their caches are kept
+KEPT = "llama qwen2 qwen3 phi3 deepseek_v2 deepseek_v3 granite cohere olmo2 smollm3 "
+KEPT += "llava llava-1.5 idefics3 llava-next"  # their caches are kept
 SERVED = [(name, "gp-l", 1.0) for name in ARCHITECTURES]
 SERVED += [(kind, "gp-l", 0.6) for kind in MODELS if kind != "llama"]
 SERVED += [(kind, "gp-vl", 0.6) for kind in (*SIGHTED, *MORE_SIGHTED)]
