@@ -1192,9 +1192,10 @@ def test_rewards_option(tmp_path):
 
 
 WRONG = """study --task chess: unknown task
-study --experiment recognition: choose from main, no-init
-study --rates rl=0: --rates rl=0
-study --rates odd=1: --rates odd=1
+study --experiment recognition: choose from main, frontier, no-init
+study --rates rl=0: rl=0
+study --rates odd=1: odd=1
+study --grid 1e-3 0: sft=0
 ppo: --out
 ppo --out x --nope: --nope
 ppo --out x --variant odd: unknown variant
