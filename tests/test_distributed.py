@@ -1,7 +1,6 @@
 """Two gloo processes with FSDP against one process. This file is also the program that torchrun runs."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,6 @@ HERE = Path(__file__).resolve()
 PROGRAM = HERE.parent.parent / "sftrl.py"
 CASES = {"text": ("llama", "gp-l"), "pictures": ("mllama", "virl-vl")}
 VIEWS = {"view_size": 16, "panorama_width": 128, "turns": 1, "points_per_leg": 1}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(n, *args):
@@ -33,7 +31,7 @@ def command(n, *args):
 
 
 def torchrun(n, *args, check=0):
-    done = subprocess.run(command(n, *args), capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    done = subprocess.run(command(n, *args), capture_output=True, text=True, timeout=300)
     assert done.returncode == check, done.stderr[-3000:]
     return done
 
@@ -187,7 +185,7 @@ def test_a_run_begun_on_some_ranks_goes_on_on_others(tmp_path, first, then):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     torchrun(1, *args, whole)
     lines = broken / "metrics.jsonl"
-    process = subprocess.Popen(command(first, *args, broken), stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    process = subprocess.Popen(command(first, *args, broken), stderr=subprocess.DEVNULL)
     while not lines.exists() or len(lines.read_text().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.02)

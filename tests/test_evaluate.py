@@ -162,10 +162,14 @@ def test_distances_to_itself_are_zero_and_to_another_near_the_exact_ones(policy)
     assert reference.conversations["id", 64] is initial_streams  # sampled once
 
 
-def test_distances_stay_finite_where_a_token_was_all_but_impossible(policy):
+def test_kl_sums_against_a_loop_and_without_overflow(policy):
     streams = policy.streams([envs.demonstration(envs.make("gp-l", seed=0))])
-    total, tokens = evaluate.kl_sums(policy, lambda batch: {"logp": 200.0 * batch["mask"]}, streams)
-    assert math.isfinite(total) and tokens == sum(streams[0].mask)
+    gaps = (0.1 * policy(policy.collate(streams))["logp"][0]).tolist()
+    total, tokens = evaluate.kl_sums(policy, lambda batch: {"logp": 1.1 * policy(batch)["logp"]}, streams)
+    assert total == pytest.approx(sum(math.exp(gap) - 1 - gap for gap in gaps), rel=1e-4)
+    assert tokens == sum(streams[0].mask)
+    total, _ = evaluate.kl_sums(policy, lambda batch: {"logp": 200.0 * batch["mask"]}, streams)
+    assert math.isfinite(total)
 
 
 def test_rank_correlation_is_spearmans():
