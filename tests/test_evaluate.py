@@ -303,3 +303,45 @@ def test_forgetting_covers_the_arms_that_start_from_the_init(tmp_path):
     report = evaluate.Report(points, tmp_path, SETTINGS, {"no-init": [("raw", {})]})
     assert sorted((arm, p["seed"]) for arm, p, _ in report.changes) == [("rl", 0), ("rl", 1)]
     assert "| 2 checkpoints | +nan | +nan | +nan |" in report.section("forgetting")
+
+
+def frontier_points():
+    """A frontier's: (in distribution, under the other rule) by arm, seed and step."""
+    init, sft, fast, rl = [(0.4, 0.2)], [(0.6, 0.3), (0.8, 0.4)], [(0.7, 0.1), (0.9, 0.0)], [(0.5, 0.3)]
+    curves = {("init", s): init for s in (0, 1)} | {("sft-0.0001", 0): sft, ("sft-0.001", 0): fast}
+    curves |= {("sft-0.0001", 1): [sft[0], (0.9, 0.4)], ("sft-0.001", 1): [fast[0], (0.7, 0.0)]}
+    curves |= {("rl-0.0001", s): [*rl, (0.7, 0.5)] for s in (0, 1)}
+    points = points_of({(a, 2, v, "test"): 0.5 for a, _ in curves for v in ("id", "rule")})
+    for (arm, seed), curve in curves.items():
+        for step, pair in enumerate(curve, 1):
+            fields = {"arm": arm, "seed": seed, "step": step, "flops": step * 1e12, "series": "valid"}
+            fields |= {"temperature": 1.0, "experiment": "frontier", "episodes": 8}
+            points += [FIELDS | fields | {"variant": v, "success": x} for v, x in zip(("id", "rule"), pair)]
+    return points
+
+
+def test_a_rate_is_chosen_on_the_other_seeds():
+    ends = {1e-5: [(0.5, 0.9)] * 2, 1e-4: [(0.86, 0.5), (0.87, 0.3)], 1e-3: [(0.9, 0.0), (0.86, 0.1)]}
+    # Means .5, .865 and .88; the last one's standard error is .02.
+    assert evaluate.choose(ends) == {"best": 1e-3, "smallest": 1e-4, "peeking": 1e-5}
+    assert evaluate.choose({rate: x[:1] for rate, x in ends.items()})["smallest"] == 1e-3
+    rates = evaluate.chosen_rates(frontier_points(), "rule", "success")
+    assert [rates["sft", seed]["best"] for seed in (0, 1)] == [1e-4, 1e-3]
+    assert [rates["sft", seed]["peeking"] for seed in (0, 1)] == [1e-4, 1e-4]
+    alone = [p for p in frontier_points() if p["seed"] == 0]
+    assert evaluate.chosen_rates(alone, "rule", "success")["sft", 0]["best"] == 1e-3
+
+
+def test_success_elsewhere_at_equal_success_in_distribution(tmp_path):
+    curve = [(0.3, 0.1), (0.5, 0.2), (0.4, 0.9), (0.7, 0.0)]  # the first crossing counts
+    assert [evaluate.at_level(curve, x) for x in (0.4, 0.5, 0.8)] == pytest.approx([0.15, 0.2, None])
+    report = evaluate.Report(frontier_points(), tmp_path, SETTINGS, {"frontier": []})
+    title, _, head, _, *rows = report.levels("rule")
+    assert "RL at 6." in title and head.split(" | ")[1:4] == ["sft 0.0001", "sft 0.001", "rl 0.0001"]
+    assert "| 50 | 25.0 | 16.7 | 30.0 | 20.8 | 30.0 | +9.2 [+9.2, +9.2] |" in rows
+    assert "| 75 | 36.2 |  |  |  |  |  |" in rows and len(rows) == 8  # from 45 to 80
+    lines = dict(report.series("frontier", "rule"))
+    assert lines["sft 0.001"] == [(40, [0.2, 0.2]), (70, [0.1, 0.1]), (80, [0.0, 0.0])]
+    text = "\n".join(report.section("frontier"))
+    assert "| rl-best ends above sft-best under the other rule |" in text
+    assert "| best: highest success in distribution | 0.0001, 0.001 | 0.0001, 0.0001 |" in text

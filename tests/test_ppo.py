@@ -290,6 +290,8 @@ def test_equal_rewards_teach_nothing_though_fp32_does_not_hold_them(policy, rewa
     before = copies(policy.model)
     (logged,) = ppo.train(policy, policy.optimizers(1e-3, 1e-3), environments, config)
     assert logged["return"] == pytest.approx(reward) and logged["explained_variance"] == 0
+    equal = torch.full((64, 700), 0.1)
+    assert ppo.whiten(policy, equal, torch.ones_like(equal)).abs().max() < 1e-3
     assert unchanged(before, policy.model)
 
 
