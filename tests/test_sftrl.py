@@ -1016,7 +1016,7 @@ def test_experiments(cards, name):
 
 def test_frontier(cards, prints):
     folder, command = cards
-    prints(f"{command} --seeds 2 --experiment frontier --grid 1e-3 1e-4")
+    prints(f"{command} --seeds 1 --experiment frontier --grid 1e-3 1e-4")
     lines, rates = sftrl.read_lines(folder / "results.jsonl"), ("0.0001", "0.001")
     found = [p for p in lines if p["experiment"] == "frontier"]
     arms = {f"{algorithm}-{rate}" for algorithm in ("sft", "rl") for rate in rates}
@@ -1024,10 +1024,10 @@ def test_frontier(cards, prints):
     assert {(p["arm"], p["temperature"]) for p in valid} == {(arm, 1.0) for arm in ("init", *arms)}
     assert {p["variant"] for p in valid} == {"id", "rule"}
     for arm in arms:  # every checkpoint, the last one on all hands
-        steps = [sftrl.step_of(path) for path in sftrl.checkpoints(folder / f"seed-1/{arm}")]
-        points = evaluate.find(valid, arm=arm, seed=1, variant="rule")
+        steps = [sftrl.step_of(path) for path in sftrl.checkpoints(folder / f"seed-0/{arm}")]
+        points = evaluate.find(valid, arm=arm, variant="rule")
         assert [p["step"] for p in points] == steps and points[-1]["episodes"] > points[0]["episodes"]
-        assert settings_of(folder / f"seed-1/{arm}")["lr"] == float(arm.partition("-")[2])
+        assert settings_of(folder / f"seed-0/{arm}")["lr"] == float(arm.partition("-")[2])
     tested = {(p["arm"], p["seed"]) for p in found if p["series"] == "test"}
     assert tested == evaluate.chosen_arms(lines, "rule", "success")  # no other run
     report = (folder / "report.md").read_text()
