@@ -529,18 +529,11 @@ class Report:
 
     def frontier_tables(self) -> list[str]:
         """The chosen rates, and what every run has elsewhere at equal success in distribution."""
-        rows = [
-            [
-                f"{way}: {text}",
-                *(
-                    ", ".join(
-                        f"{self.rates[key][way]:g}" for key in sorted(self.rates) if key[0] == algorithm
-                    )
-                    for algorithm in ("sft", "rl")
-                ),
-            ]
-            for way, text in WAYS.items()
-        ]
+        rows = []
+        for way, text in WAYS.items():
+            rates = {key: f"{ways[way]:g}" for key, ways in sorted(self.rates.items())}
+            cells = [", ".join(rates[key] for key in rates if key[0] == a) for a in ("sft", "rl")]
+            rows.append([f"{way}: {text}", *cells])
         lines = ["", *table(["rate chosen on the other seeds by", "SFT, each seed", "RL, each seed"], rows)]
         for variant in (v for v in self.where if v != "id"):
             lines += ["", *self.levels(variant)]
@@ -782,7 +775,8 @@ def lines(report: Report, name: str, looks: dict) -> None:
                 continue
             style = {"color": color, "marker": marker, "label": arm, "ls": "" if dots else "-"}
             axis.plot(x, middle, markersize=4, **style)
-            axis.fill_between(x, low, high, color=color, alpha=0.0 if rate else 0.2, lw=0)
+            if not rate:
+                axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
             if rate or name == "recognition":
                 axis.annotate(rate or "end", (x[-1], middle[-1]), color=color)
         if not dots:

@@ -1211,14 +1211,18 @@ class StudyRun:
                     self.measure(arm, seed, name)
             if "frontier" in experiments and seed == seeds - 1:
                 other = "rule" if "rule" in self.variants else "id"
-                for name, s in sorted(evaluate.chosen_arms(self.results.points, other, self.headline)):
+                for name, s in sorted(evaluate.chosen_arms(self.points(range(seeds)), other, self.headline)):
                     self.measure(Arm(name, curve=False), s, "frontier")
             if policy_rank() == 0:
                 print("\n".join(["", *self.report(range(seed + 1), note)]), flush=True)
 
+    def points(self, seeds: Sequence[int]) -> list[dict]:
+        """What was measured of the base and of these seeds, on this study's numbers of episodes."""
+        return self.results.find(seed=(-1, *seeds), episodes=(self.hands, self.quarter))
+
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
         """Writes the report, with a `note` on page one; returns its table of claims."""
-        points = self.results.find(seed=(-1, *seeds), episodes=(self.hands, self.quarter))
+        points = self.points(seeds)
         measured, trained = {}, {arm.name: arm for arm in main_arms(self.study)}
         for name in experiments_of(self.cls)[1:]:
             arms = arms_of(self.study, name, self.cls)
@@ -1416,10 +1420,12 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
         known = ", ".join(STUDIES)
         raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
     study = replace(study, grid=tuple(sorted(set(args.grid or study.grid))))
+    if not all(0 < rate < math.inf for rate in study.grid):
+        raise ValueError(f"--grid {min(study.grid):g}: positive rates are needed")
     arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
-    for name, rate in (*args.rates.items(), *(("sft", rate) for rate in study.grid)):
+    for name, rate in args.rates.items():
         if name not in arms or not 0 < rate < math.inf:
-            raise ValueError(f"--rates, --grid: {name}={rate:g}: an arm and a positive number are needed")
+            raise ValueError(f"--rates {name}={rate:g}: an arm and a positive number are needed")
     if args.rates:
         note += f" Given on the command line: {args.rates}."
     if study.options:

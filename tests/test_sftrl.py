@@ -1016,8 +1016,12 @@ def test_experiments(cards, name):
 
 def test_frontier(cards, prints):
     folder, command = cards
+    unfinished = {"experiment": "frontier", "series": "valid", "arm": "sft-0.001", "variant": "id"}
+    point = sftrl.read_lines(folder / "results.jsonl")[0] | unfinished | {"seed": 7}
+    sftrl.append_line(folder / "results.jsonl", point)  # of another seed
     prints(f"{command} --seeds 1 --experiment frontier --grid 1e-3 1e-4")
     lines, rates = sftrl.read_lines(folder / "results.jsonl"), ("0.0001", "0.001")
+    lines.remove(point)
     found = [p for p in lines if p["experiment"] == "frontier"]
     arms = {f"{algorithm}-{rate}" for algorithm in ("sft", "rl") for rate in rates}
     valid = [p for p in found if p["series"] == "valid"]
@@ -1195,7 +1199,7 @@ WRONG = """study --task chess: unknown task
 study --experiment recognition: choose from main, frontier, no-init
 study --rates rl=0: rl=0
 study --rates odd=1: odd=1
-study --grid 1e-3 0: sft=0
+study --grid 1e-3 0: --grid 0
 ppo: --out
 ppo --out x --nope: --nope
 ppo --out x --variant odd: unknown variant
