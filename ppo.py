@@ -268,10 +268,7 @@ def collect(
     # tokens were sampled.
     scores = score(policy, batch, config, values=True)
     batch["old_logp"], values = action_logp(scores["logp"], batch), scores["value"]
-    sampled = torch.zeros_like(batch["mask"])
-    for b, stream in enumerate(rows):
-        sampled[b, : len(stream)] = torch.tensor(stream.logp)
-    batch["sampler_gap"] = (sampled - scores["logp"]).abs()
+    batch["sampler_gap"] = (batch.pop("sampled_logp") - scores["logp"]).abs()
     if config.kl_coef:
         with policy.initial_weights():
             batch["initial_logp"] = score(policy, batch, config)["logp"]
@@ -796,11 +793,12 @@ class Policy(nn.Module):
             raise ValueError(f"{what} has {length} tokens, but the {reach}")
 
     def collate(self, streams: Sequence[Stream]) -> Batch:
-        """ids, mask [B, T], length [B] and, in visual tasks, pictures: the B streams."""
+        """ids, mask, sampled_logp [B, T], length [B] and, in visual tasks, pictures: the B streams."""
         device = self.model.device
         batch = {
             "ids": pad_rows([s.ids for s in streams], self.pad_id, device),
             "mask": pad_rows([s.mask for s in streams], 0, device).float(),
+            "sampled_logp": pad_rows([s.logp for s in streams], 0.0, device),
             "length": torch.tensor([len(s) for s in streams], device=device),
         }
         return batch | {"pictures": list(streams)} if streams[0].picture else batch
@@ -1060,7 +1058,9 @@ class Policy(nn.Module):
         return list(chain(*lists))
 
 
-def pad_rows(rows: Sequence[Sequence[int]], fill: int, device: torch.device, left: bool = False) -> Tensor:
+def pad_rows(
+    rows: Sequence[Sequence[float]], fill: float, device: torch.device, left: bool = False
+) -> Tensor:
     """Rows of different length as one tensor [B, T]."""
     width = max(map(len, rows))
     gaps = [[fill] * (width - len(row)) for row in rows]

@@ -561,26 +561,22 @@ def check(policy: Policy, pictures: bool) -> None:
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     player = ppo.Player(policy, policy.model, 5, 1.0, torch.Generator().manual_seed(0))
     try:
-        plain = [policy.plain_logp(messages, image) for messages in conversations]
-        if not torch.cat(plain).isfinite().all():
+        plain = torch.stack([policy.plain_logp(messages, image) for messages in conversations])
+        if not plain.isfinite().all():
             raise FloatingPointError("with its weights, log-probabilities are not finite")
         for _ in range(2):
             replies = player([0, 1], [envs.Observation(messages, image) for messages in conversations])
             for messages, reply in zip(conversations, replies):
-                messages.append({"role": "assistant", "content": reply})
-                messages.append({"role": "user", "content": "No, try again."})
-        streams = [stream for i in (0, 1) for stream in player.streams[i]]
-        scores = policy(policy.collate(streams))["logp"].cpu()
+                messages += ({"role": "assistant", "content": reply}, {"role": "user", "content": "No."})
+        batch = policy.collate([player.streams[i][0] for i in (0, 1)])
+        gap = (policy(batch)["logp"] - batch["sampled_logp"])[batch["mask"] > 0].cpu()
     except Exception as error:  # foreign code can raise anything
         if out_of_memory(error):
             raise
         raise ValueError(f"{name} cannot be served: {type(error).__name__}: {one_line(error)}") from None
-    gaps = []
-    for row, stream, logp in zip(scores, streams, plain):
-        first = stream.replies[0][0]
-        gaps += [b - a for a, b, m in zip(row.tolist(), stream.logp, stream.mask) if m]
-        gaps.append(logp[stream.ids[first]].item() - stream.logp[first])
-    gap, policy.flops = torch.tensor(gaps).abs(), flops
+    first = batch["mask"].argmax(1, keepdim=True)
+    ids, sampled = (batch[key].gather(1, first).cpu() for key in ("ids", "sampled_logp"))
+    gap, policy.flops = torch.cat([gap, (plain.gather(1, ids) - sampled)[:, 0]]).abs(), flops
     exact = policy.model.dtype == torch.float32 and policy.model.device.type == "cpu"
     if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
         raise ValueError(f"{name} cannot be served: its log-probabilities differ by up to {gap.max():.2g}")
