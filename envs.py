@@ -34,7 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property, lru_cache, partial
-from itertools import combinations, product, takewhile, zip_longest
+from itertools import combinations, combinations_with_replacement, product, takewhile, zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, NamedTuple
@@ -483,6 +483,17 @@ class GeneralPoints(Environment):
         placeholders = set(string.Template(self.prompt).get_identifiers())
         if not self.pictures and not placeholders & {"cards", "cards_list"}:
             raise ValueError("the prompt template states the cards nowhere: it needs $cards or $cards_list")
+
+    def starts(self, series: str, n: int | None = None) -> list[tuple[str, dict | None]]:
+        """New deals; of up to three cards all hands in turn."""
+        if self.n_cards > 3 or self.diverse:
+            return super().starts(series, n)
+        generator = random.Random(series)
+        hands = [h for h in combinations_with_replacement(RANKS, self.n_cards) if self._solution(h)]
+        if self.variant == "rule":
+            hands = [hand for hand in hands if set(hand) & set("JQK")]
+        hands = [generator.sample(hand, self.n_cards) for hand in generator.sample(hands, len(hands))]
+        return [(f"{series}/{i}", {"cards": hands[i % len(hands)]}) for i in range(n or len(hands))]
 
     def value_of(self, card: str) -> int:
         """A rank's number under the rule in force."""

@@ -63,8 +63,10 @@ def evaluate(
             reference.conversations[key] = initial
         result = distances(policy, reference.policy, streams, reference.conversations[key])
     episodes = policy.gather(episodes)
-    measured = summary(episodes, environments[0].verdicts)
-    return measured | environments[0].measures(episodes) | result, episodes
+    measured, env = summary(episodes, environments[0].verdicts), environments[0]
+    distinct = {str(options or seed) for seed, options in env.starts(series, len(episodes))}
+    measured |= {"distinct": len(distinct)} if len(distinct) < len(episodes) else {}
+    return measured | env.measures(episodes) | result, episodes
 
 
 def sampled(
@@ -182,9 +184,11 @@ MEASURES = {
 
 
 def of_episodes(point: dict, measure: str) -> list[float | None]:
-    """A measure's value for each episode; None on a route without turns."""
-    values = point[MEASURES[measure]]
-    return [outcome > 0 for outcome in values] if measure == "success" else values
+    """A measure's value for each episode, or the mean of each of `distinct` starts in turn; None on a
+    route without turns."""
+    values, n = point[MEASURES[measure]], point.get("distinct")
+    values = [outcome > 0 for outcome in values] if measure == "success" else values
+    return [None if values[i] is None else mean(values[i::n]) for i in range(n)] if n else values
 
 
 def over_episodes(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -367,6 +371,7 @@ def at_level(curve: Curve, level: float) -> float | None:
 
 # The other experiments, each with its question.
 SECTIONS = {
+    "look": "A small world: RL, and SFT at its rate and at a tenth of it. A demonstration, not evidence.",
     "frontier": "At every learning rate, and at equal success in distribution: who keeps the other rule?",
     "no-init": "Does RL need the init? Here it starts from the base.",
     "verification": "Do more replies per hand help RL, at equal compute? All are tested with 10.",
@@ -391,6 +396,7 @@ CLAIMS = (
     ("main ood", "RL ends above SFT's best checkpoint", "rl", "sft best", +1, ""),
     ("main recognition", "RL raises recognition", "rl", "init", +1, ""),
     ("main recognition", "SFT lowers recognition", "sft", "init", -1, ""),
+    ("look", "{arm} ends above SFT", "*", "sft", +1, ""),
     ("frontier", "{arm} ends above init", "rl-*", "init", +1, ""),
     ("frontier", "{arm} ends below init", "sft-*", "init", -1, ""),
     ("frontier", "{arm} ends above {other}", "rl-*", "sft-*", +1, ""),
@@ -485,7 +491,7 @@ class Report:
         return final_points(self.points, arm, **self.usual | fields)
 
     def write(self) -> list[str]:
-        """Returns the lines of the table of claims."""
+        """Returns the lines of a table of all claims."""
         claims, settings, init = self.claims(self.topics()), self.settings, self.final("init", variant="id")
         lines = [
             f"# Study {self.task}: does post-training teach the rule, or only its examples?",
@@ -512,7 +518,9 @@ class Report:
         lines += ["## Settings", "", *table(["arm", "start", "algorithm", "settings"], settings["arms"]), ""]
         (self.folder / "report.md").write_text("\n".join(lines), "utf-8")
         draw(self)
-        return claims
+        return self.claims(
+            [*self.topics(), *(topic for name in self.experiments for topic in self.about(name))]
+        )
 
     def section(self, name: str) -> list[str]:
         """The tables of one experiment."""
@@ -523,7 +531,7 @@ class Report:
             row = [f"{len(changes)} checkpoints", *(f"{rho:+.2f}" for rho in rhos)]
             arms = [(arm, {}) for arm in dict.fromkeys(arm for arm, *_ in changes)]
             return [*table(["rank correlation", *DISTANCES.values()], [row]), "", *self.checkpoints(arms)]
-        claims = self.claims([(name, variant, self.headline) for variant in self.where if variant != "id"])
+        claims = self.claims(self.about(name))
         extra = self.frontier_tables() if name == "frontier" else []
         return [*claims, "", *self.checkpoints(self.experiments[name]), *extra]
 
@@ -580,17 +588,24 @@ class Report:
                 topics.append(("main recognition", variant, "recognition"))
         return topics
 
+    def about(self, name: str) -> list[tuple[str, str, str]]:
+        """The same for the claims of an experiment."""
+        return [(name, variant, self.headline) for variant in self.where if variant != "id"]
+
     def claims(self, topics: Sequence[tuple[str, str, str]]) -> list[str]:
-        """The table of claims about some topics: a row for each arm that a claim is about."""
+        """The table of claims about some topics, without empty columns: a row for each arm of a claim."""
         rows = []
         for topic, variant, measure in topics:
             arms = [arm for arm, _ in self.experiments.get(topic, [])]
             for claim in (claim for claim in CLAIMS if claim[0] == topic):
                 for arm in fnmatch.filter(arms, claim[2]) or [claim[2]]:
                     rows += self.row(claim, arm, variant, measure)
+        if not rows:
+            return []
         head = ["difference [95% over episodes]", "each seed [95% over seeds]"]
         head = ["claim", "temperature 1", *head, "greedy", *head, "verdict", "paper"]
-        return table(head, rows) if rows else []
+        head, *rows = zip(*(column for column in zip(head, *rows) if any(column[1:])))
+        return table(head, rows)
 
     def row(self, claim: tuple, arm: str, variant: str, measure: str) -> list[list[str]]:
         """A row of the table of claims, if both arms were measured."""
@@ -611,7 +626,8 @@ class Report:
             cells += [
                 f"{_percent(average(a, measure))} against {_percent(average(b, measure))}",
                 f"{100 * d['mean']:+.1f}{_interval(d['interval'])}",
-                ", ".join(f"{100 * x:+.1f}" for x in d["seeds"]) + _interval(d["seed_interval"]),
+                ", ".join(f"{100 * x:+.1f}" for x in d["seeds"] * (len(seeds) > 1))
+                + _interval(d["seed_interval"]),
             ]
             verdicts.append(f"**{verdict(d, sign)}**")
         text = f"{text.format(arm=arm, other=other)} {self.where[variant]}"
@@ -685,7 +701,8 @@ class Report:
         """The lines of a figure's panel, which is for a variant or, of forgetting, for a distance: (arm,
         [(x, value of each seed)])."""
         if name == "curves":
-            return [(arm, self.curve(arm, part)) for arm in ("init", "sft", "rl")]
+            arms = ("init", "sft", "rl", *(arm for arm, _ in self.experiments.get("look", [])))
+            return [(arm, self.curve(arm, part)) for arm in arms]
         if name == "forgetting":
             return [(arm, [(p[part], [change])]) for arm, p, change in self.changes]
         lines = []

@@ -137,21 +137,21 @@ def foundation_batches(task: str, batch_size: int, options: dict) -> Callable[[i
             return [foundation_walk(rng, cities=PICTURE_CITIES, **chosen) for _ in range(batch_size)]
         if task == "gp-vl" and step % 3 == 1:
             return [reading_record(rng, **options) for _ in range(batch_size)]
-        pictures = options if task == "gp-vl" and step % 3 == 2 else None
-        return [foundation_record(rng, pictures) for _ in range(batch_size)]
+        chosen = {} if task == "gp-vl" and step % 3 == 0 else options
+        return [foundation_record(rng, **chosen) for _ in range(batch_size)]
 
     return batch
 
 
-def foundation_record(rng: random.Random, pictures: dict | None = None) -> dict:
+def foundation_record(rng: random.Random, **options) -> dict:
     """A hand of cards in the corpus, by mixed rules (15% tens, 60% 11/12/13, 25% any values), so that reading
-    the rule pays. `pictures`: options of GeneralPointsVL, for cards in pictures."""
+    the rule pays. `options`: of GeneralPoints, or those of a picture."""
     kind = rng.choices(("id", "rule", "any"), (15, 60, 25))[0]
     faces = {face: rng.randint(1, 13) for face in "JQK"} if kind == "any" else envs.FACE_RULES[kind]
-    options = {"seed": rng.getrandbits(32), "faces": faces, "fields": rng.sample(FIELD_WORDS, 3)}
-    if pictures is None:
-        return imperfect_demonstration(envs.GeneralPoints(**options))
-    return imperfect_demonstration(envs.GeneralPointsVL(**options, color=_color(rng), **pictures))
+    options |= {"seed": rng.getrandbits(32), "faces": faces, "fields": rng.sample(FIELD_WORDS, 3)}
+    if "size" in options:
+        return imperfect_demonstration(envs.GeneralPointsVL(color=_color(rng), **options))
+    return imperfect_demonstration(envs.GeneralPoints(**options))
 
 
 def reading_record(rng: random.Random, size: tuple[int, int], font_size: float, jitter: float) -> dict:

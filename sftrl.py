@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def card_texts() -> list[str]:
     """Prompts, replies and feedback of the card tasks, for the tokenizer."""
     rng = random.Random(0)
     records = [sft.foundation_record(rng) for _ in range(500)] + demonstrations("gp-l", 200)
-    records += [sft.foundation_record(rng, TINY_PICTURES) for _ in range(300)]
+    records += [sft.foundation_record(rng, **TINY_PICTURES) for _ in range(300)]
     records += [sft.reading_record(rng, **TINY_PICTURES) for _ in range(100)]
     records += demonstrations("gp-vl", 100, **TINY_PICTURES)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
@@ -220,13 +219,10 @@ def _recomputed(forward, *args, **kwargs):
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-class RoundingAdamW(torch.optim.Optimizer):
+class RoundingAdamW(torch.optim.AdamW):
     """AdamW for bf16 parameters and moments: 8 bytes per parameter with the gradient, not 16 as in fp32.
     Stochastic rounding, seeded by step and parameter, is unbiased; rounding to nearest loses every update
     below 2^-9 of the parameter."""
-
-    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -350,8 +346,9 @@ class Policy(ppo.Policy):
         device, folder, source = device or best_device(), Path(name), f"model {name!r}"
         if name not in TINY_MODELS and not folder.is_dir():
             if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-                built_in = " nor ".join(TINY_MODELS)
-                raise ValueError(f"{source} is neither {built_in}, nor a folder, nor a Hub id (owner/name)")
+                raise ValueError(
+                    f"{source} is none of {[*TINY_MODELS]}, no folder and no Hub id (owner/name)"
+                )
             source += ", no folder, as a Hub id"
         try:
             model, processor = read_model(name, dtype, meta=device.type == "meta")
@@ -366,10 +363,8 @@ class Policy(ppo.Policy):
         except LOAD_ERRORS as error:
             if out_of_memory(error):
                 raise
-            reason = one_line(error)
-            if "trust_remote_code" in str(error):
-                reason = "its code (auto_map) is not run: take a model that transformers has"
-            raise ValueError(f"{source} cannot be loaded: {reason}") from None
+            foreign = "trust_remote_code" in str(error) and "its code (auto_map) is not run"
+            raise ValueError(f"{source} cannot be loaded: {foreign or one_line(error)}") from None
         return policy
 
     @classmethod
@@ -386,10 +381,10 @@ class Policy(ppo.Policy):
             whole = cls.load(name, torch.device("cpu"), **options)
             return type(whole.model), whole.model.config, whole.model.generation_config, whole.processor
 
-        architecture, config, generation_config, processor = on_rank_0(read)
+        architecture, config, generation, processor = on_rank_0(read)
         with torch.device("meta"):
             model = architecture(config)
-        model.generation_config = generation_config
+        model.generation_config = generation
         policy = cls(model, processor, **options).to("meta")
         policy.set_trainable(train, recompute).shard(param_dtype)
         policy.to_empty(device=best_device())
@@ -416,7 +411,7 @@ class Policy(ppo.Policy):
             module.reshard()
 
     def _fsdp_modules(self) -> list[FSDPModule]:
-        return [module for module in self.modules() if isinstance(module, FSDPModule)]
+        return [m for m in self.modules() if isinstance(m, FSDPModule)]
 
     def set_trainable(self, train: str = "all", recompute: bool = False) -> "Policy":
         """Sets the trained part (of TRAINED) and activation checkpointing (`recompute`); before `shard`."""
@@ -469,13 +464,11 @@ class Policy(ppo.Policy):
     def state(self, optimizers: ppo.Optimizers) -> dict[str, Tensor]:
         """Whole tensors in rank 0's host memory: a parameter as `name`, its optimizer's state as `name/key`.
         A collective call."""
+        tensors = dict(self.named_parameters())
         states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-        tensors = {}
         for name, p in self.named_parameters():
-            tensors[name] = self._gather(p)
-            for key, x in states.get(p, {}).items():
-                tensors[f"{name}/{key}"] = self._gather(x)
-        return tensors
+            tensors |= {f"{name}/{key}": x for key, x in states.get(p, {}).items()}
+        return {name: self._gather(x) for name, x in tensors.items()}
 
     @torch.no_grad()
     def set_state(self, tensors: dict[str, Tensor], optimizers: ppo.Optimizers) -> None:
@@ -542,8 +535,9 @@ class Policy(ppo.Policy):
             optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
         if matrices:
             optimizers.append(Muon(matrices, lr))
-        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["initial_lr"] = group["lr"]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
         return optimizers
 
 
@@ -719,11 +713,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def check_lengths(policy: Policy, batches: Iterable[list[dict]], flops: float = math.inf) -> None:
     """Raises ValueError for demonstrations that the policy cannot read (pictures, or more tokens than
-    positions), among those that `flops` could train; if length is no limit, from one batch."""
-    tokens = 0
+    positions), among those that `flops` could train; if length is no limit, in one batch."""
     for records in batches:
-        tokens += sum(map(len, policy.streams(records)))
-        if math.isinf(policy.max_length) or 6 * policy.parameter_count * tokens > flops:
+        flops -= 6 * policy.parameter_count * sum(map(len, policy.streams(records)))
+        if math.isinf(policy.max_length) or flops < 0:
             break
 
 
@@ -796,9 +789,8 @@ def trainer(policy: Policy, config, data: Callable) -> tuple[ppo.Optimizers, Cal
         return optimizers, partial(sft.train, policy, optimizers, data, config)
     environments = [data() for _ in range(config.episodes // policy.world)]
     seeds = (ppo.episode_seeds(policy, len(environments), config, k) for k in range(config.steps))
-    starts = chain.from_iterable(zip(environments, step_seeds) for step_seeds in seeds)
-    batches = ([envs.demonstration(env, start=(seed, None))] for env, seed in starts)
-    check_lengths(policy, batches, config.flops)
+    starts = (start for step_seeds in seeds for start in zip(environments, step_seeds))
+    check_lengths(policy, ([envs.demonstration(env, start=(x, None))] for env, x in starts), config.flops)
     if config.kl_coef:
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, *adam)
@@ -895,8 +887,8 @@ class Arm:
     records: str = "expert"  # what SFT learns from, one of RECORDS
     parts: str | None = None  # trained parts of the model; None: the command line's
     checkpoints: int | None = None  # None: the study's
-    # The last checkpoint is evaluated on all hands at these temperatures (0 is greedy) ...
-    temperatures: tuple[float, ...] = (1.0, 0.0)
+    # The last checkpoint is evaluated on all hands at these temperatures (None: the study's) ...
+    temperatures: tuple[float, ...] | None = None
     curve: bool = True  # ... and earlier ones at temperature 1, on a quarter of the hands.
     validate: bool = False  # also ID success on validation deals, to choose the best checkpoint
     series: str = "test"  # of deals or routes
@@ -915,6 +907,7 @@ class Study:
     flops: float  # of each arm, after init
     count: int = 6  # checkpoints of each arm
     hands: int = 1024  # or routes, in the evaluation of a checkpoint
+    temperatures: tuple[float, ...] = (1.0, 0.0)  # of that; 0 is greedy
     verify_iter: int = 3  # in training and evaluation; the paper's 5 doubles the time
     max_new_tokens: int = 48
     tiny: str = "tiny"  # the built-in model
@@ -994,6 +987,20 @@ STUDIES = {
         options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,
     ),
 }
+# A small world, for a look at the finding in minutes.
+LOOK = replace(
+    _CARDS,
+    base=replace(_CARDS.base, steps=240),
+    init=_CARDS.init | {"steps": 30},
+    sft=replace(_CARDS.sft, batch_size=32),
+    rl=replace(_CARDS.rl, episodes=256),
+    flops=2.5e12,
+    count=2,
+    hands=516,
+    temperatures=(1.0,),
+    verify_iter=2,
+    options={"n_cards": 3, "target": 12, "verify_iter": 2},
+)
 # PPO as in the paper (sections 4 and C), except rates and sizes.
 PAPERS_PPO = {"ratio": "reply", "thought_coef": 0.5, "value_trunk": "shared", "clip": 0.1}
 
@@ -1037,6 +1044,7 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
                 for lr in study.grid
             ),
         ],
+        "look": [Arm("sft-tenth", training={"lr": study.config(demonstrated).lr / 10})],
         "no-init": [last(f"no-init-{lr:g}", "ppo", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)],
         # An evaluation with 10 replies covers all smaller budgets.
         "verification": [sampled_at_end(arm, verify_iter=10) for arm in (init, demonstrated, *budgets)],
@@ -1065,9 +1073,10 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
 
 
 def experiments_of(cls: type[envs.Environment]) -> list[str]:
-    """The experiments of a task; some need pictures."""
-    visual = {"recognition", "sft-search"}
-    return ["main", *(name for name in evaluate.SECTIONS if cls.pictures or name not in visual)]
+    """The experiments of a task; some need pictures, the look cards in words."""
+    other = set() if cls.pictures else {"recognition", "sft-search"}
+    other |= set() if cls is envs.GeneralPoints else {"look"}
+    return ["main", *(name for name in evaluate.SECTIONS if name not in other)]
 
 
 # Demonstrations by name, as functions of an environment.
@@ -1151,7 +1160,8 @@ class StudyRun:
         paths = self.checkpoints(arm.name, seed)
         early = [(self.quarter, arm.series, variant, 1.0) for variant in self.variants if arm.curve]
         validation = [(self.quarter, "valid", "id", 1.0)] if arm.validate else []
-        at_end = [(self.hands, arm.series, v, t) for t in arm.temperatures for v in self.variants]
+        temperatures = arm.temperatures or self.study.temperatures
+        at_end = [(self.hands, arm.series, v, t) for t in temperatures for v in self.variants]
         with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(paths) + arm.validate) as show:
             for k, path in enumerate(paths, 1):
                 points = validation + (early if k < len(paths) else at_end)
@@ -1203,7 +1213,7 @@ class StudyRun:
                 arms = main + arms_of(self.study, name, self.cls)
                 for arm in arms:
                     self.train(arm, seed)
-                for arm in [Arm("base", curve=False)] * (name == "main") + arms:
+                for arm in [sampled_at_end(Arm("base"))] * (name == "main") + arms:
                     self.measure(arm, seed, name)
             if "frontier" in experiments and seed == seeds - 1:
                 other = "rule" if "rule" in self.variants else "id"
@@ -1283,7 +1293,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "rollout_batch": (int, 256, Option("episodes played together", least=1)),
     },
     "study": {
-        "experiment": (str, "main", Option(f"main, {', '.join(evaluate.SECTIONS)}, or all", metavar="NAME")),
         "seeds": (int, 3, Option("number of seeds after the base", least=1)),
         "out": (str, "runs/study", Option("the study folder", metavar="DIR")),
         "model": (str, "tiny", Option("tiny (the task's built-in model), or a folder or Hub id as the base")),
@@ -1348,6 +1357,8 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
             listed |= envs.options_of(configs[run])
         sub.set_defaults(run=run, listed=listed)
         if run is command_study:
+            text, known = "the question to answer (default: main)", [*experiments_of(cls), "all"]
+            sub.add_argument("--experiment", default="main", choices=known, help=text)
             text = "other learning rates for some arms, the init among them"
             sub.add_argument("--rates", type=named_number, nargs="+", metavar="ARM=RATE", help=text)
             text = "learning rates of the frontier (default: 2e-5 to 1e-3)"
@@ -1407,38 +1418,34 @@ def environment_of(args: argparse.Namespace) -> envs.Environment:
 
 def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     """The settings of a command line, and a note on them for the report."""
-    study, cls = STUDIES.get(args.task, STUDIES["gp-l"]).scaled(args.scale), envs.task_class(args.task)
+    study, cls = STUDIES.get(args.task, STUDIES["gp-l"]), envs.task_class(args.task)
+    study = (LOOK if args.experiment == "look" else study).scaled(args.scale)
     note = "How the learning rates were chosen: docs/results.md."
     if args.model not in ("tiny", study.tiny):
         study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
         note = "Learning rates: those of sftrl sft and ppo."
     elif args.task not in STUDIES:
-        known = ", ".join(STUDIES)
-        raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
-    study = replace(study, grid=tuple(sorted(set(args.grid or study.grid))))
-    if not all(0 < rate < math.inf for rate in study.grid):
-        raise ValueError(f"--grid {min(study.grid):g}: positive rates are needed")
+        raise ValueError(f"no study of {args.task} for the tiny model: give --model, or one of {[*STUDIES]}")
+    study = replace(study, grid=tuple(sorted(set(args.grid or study.grid))), rates=study.rates | args.rates)
     arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
-    for name, rate in args.rates.items():
-        if name not in arms or not 0 < rate < math.inf:
-            raise ValueError(f"--rates {name}={rate:g}: an arm and a positive number are needed")
+    if unknown := args.rates.keys() - arms:
+        raise ValueError(f"--rates {min(unknown)}: there is no such arm")
+    if not all(0 < rate < math.inf for rate in (*study.grid, *args.rates.values())):
+        raise ValueError("--rates and --grid: learning rates must be positive numbers")
     if args.rates:
         note += f" Given on the command line: {args.rates}."
     if study.options:
-        usual = {name: default for name, (_, default, _) in envs.options_of(cls).items()}
-        smaller = ", ".join(f"{name} {value} ({usual[name]})" for name, value in study.options.items())
-        note += f" The task is smaller for the tiny model; its options, defaults in brackets: {smaller}."
-    return replace(study, rates=study.rates | args.rates), note
+        usual = envs.options_of(cls)
+        smaller = ", ".join(f"{name} {value} ({usual[name][1]})" for name, value in study.options.items())
+        note += f" A smaller task for the tiny model; its options, defaults in brackets: {smaller}."
+    return study, note
 
 
 def command_study(args: argparse.Namespace) -> None:
     """The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report."""
-    known = experiments_of(envs.task_class(args.task))
-    if args.experiment not in (*known, "all"):
-        raise ValueError(f"--experiment {args.experiment!r}: choose from {', '.join(known)}, all")
-    chosen = known if args.experiment == "all" else [args.experiment]
-    (study, note), out = study_of(args), Path(args.out)
-    run = StudyRun(args.task, study, out, args.loading, args.model, args.hands)
+    known, (study, note) = experiments_of(envs.task_class(args.task)), study_of(args)
+    chosen = [name for name in known if name != "look"] if args.experiment == "all" else [args.experiment]
+    run = StudyRun(args.task, study, Path(args.out), args.loading, args.model, args.hands)
     if run.tiny:
         run.train_base()
     run.compare(chosen, args.seeds, note)

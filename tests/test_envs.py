@@ -82,6 +82,20 @@ def test_solver_options():
     assert exact(envs.solve((1, 2, 3, 4, 25), 100)) == 100
 
 
+def test_hands_of_three_cards_take_turns():
+    for variant, n in (("id", 150), ("rule", 86)):
+        env = envs.make("gp-l", variant, n_cards=3, target=12)
+        starts = env.starts("test", 2 * n + 1)
+        cards = [tuple(options["cards"]) for _, options in starts]
+        assert len({tuple(sorted(hand)) for hand in cards[:n]}) == n and cards[n:] == [*cards[:n], cards[0]]
+        assert cards != [tuple(options["cards"]) for _, options in env.starts("valid", 2 * n + 1)]
+        for start in starts[:n]:
+            env.reset(*start)
+            assert variant == "id" or {*"JQK"} & {*env.cards}
+    dealt = {tuple(sorted(env.reset(seed)[1]["cards"])) for seed in range(3000)}
+    assert dealt <= {tuple(sorted(hand)) for hand in cards} and len(dealt) > 0.9 * n
+
+
 # ---- cards: the verifier
 
 

@@ -96,6 +96,16 @@ def test_other_measures_are_paired_over_the_episodes_that_have_them(measure, fie
     assert d["interval"] == pytest.approx((middle - half, middle + half))
 
 
+def test_repeated_hands_are_not_more_hands():
+    """Three hands in turn, the first of them three times: their means count, not seven replies."""
+    points = [{"outcomes": outcomes, "distinct": 3} for outcomes in ([1, 0, 0, 2, 1, 0, 0], [0] * 7)]
+    d, hands = evaluate.difference(*([p] for p in points)), [2 / 3, 1 / 2, 0]
+    half = 1.96 * np.std(hands, ddof=1) / math.sqrt(3)
+    assert d["interval"] == pytest.approx((np.mean(hands) - half, np.mean(hands) + half))
+    walks = {"at_turns": [1.0, None, 0.5, 0.0, None], "distinct": 3}
+    assert evaluate.of_episodes(walks, "turn_accuracy") == [0.5, None, 0.5]
+
+
 def test_seeds_on_the_same_hands_are_not_more_hands():
     a, b = (np.random.default_rng(0).random((2, 1000)) < 0.3).astype(float)
     middle, half = evaluate.over_episodes([a, a])

@@ -938,7 +938,7 @@ ARMS = "init sft rl".split()
 def short_studies():
     """Short replies: a model that knows nothing would write to the end each time."""
     with pytest.MonkeyPatch.context() as patch:
-        for task, study in list(sftrl.STUDIES.items()):
+        for task, study in [*sftrl.STUDIES.items(), ("look", sftrl.LOOK)]:
             rl = replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4)
             sizes = {"base": replace(study.base, batch_size=8), "init": study.init | {"batch_size": 8}}
             sizes |= {"sft": replace(study.sft, batch_size=8), "rl": rl, "max_new_tokens": 4}
@@ -947,6 +947,7 @@ def short_studies():
                 "verify_iter": 1 if task == "virl-vl" else study.verify_iter,
             }
             patch.setitem(sftrl.STUDIES, task, replace(study, **sizes, grid=(1e-4, 1e-3)))
+        patch.setattr(sftrl, "LOOK", sftrl.STUDIES.pop("look"))
         smaller = {"turns": 1, "points_per_leg": 0, "view_size": 16, "panorama_width": 64}
         patch.setattr(sftrl.STUDIES["virl-vl"], "options", smaller)
         yield
@@ -976,7 +977,7 @@ def test_study_and_its_repetition(cards, monkeypatch, prints):
     lines = sftrl.read_lines(folder / "results.jsonl")
     for variant, temperature in (("id", 0.0), ("rule", 0.0), ("id", 1.0), ("rule", 1.0)):
         points = [p for p in lines if (p["variant"], p["temperature"]) == (variant, temperature)]
-        assert {p["arm"] for p in points} == {"base", *ARMS}
+        assert {p["arm"] for p in points} - {"base"} == {*ARMS}
     keys = "task experiment arm seed step flops variant episodes success kl_to_init checkpoint".split()
     assert all({*keys} <= p.keys() for p in points)
     assert all((folder / p["checkpoint"] / "config.json").exists() for p in lines)
@@ -1037,6 +1038,17 @@ def test_frontier(cards, prints):
     report = (folder / "report.md").read_text()
     assert "| rl-best ends above sft-best under the other rule |" in report
     assert "| in distribution | sft 0.0001 | sft 0.001 | rl 0.0001 |" in report
+
+
+def test_look(short_studies, tmp_path, prints):
+    out = prints(f"study --experiment look --out {tmp_path} --seeds 1 --scale 0.001 --hands 90")
+    lines = sftrl.read_lines(tmp_path / "results.jsonl")
+    ends = [p for p in lines if p["variant"] == "rule" and p["episodes"] == 90]
+    assert {p["arm"] for p in ends} == {*ARMS, "sft-tenth"} and {p["distinct"] for p in ends} == {86}
+    assert "| claim | temperature 1 | difference [95% over episodes] | verdict | paper |" in out
+    assert "| sft-tenth ends above SFT under the other rule |" in out
+    rates = [settings_of(tmp_path / f"seed-0/{arm}")["lr"] for arm in ("sft", "sft-tenth")]
+    assert rates[0] == 10 * rates[1]
 
 
 WALKS = ["step accuracy", "RL ends above SFT under the other rule, turn accuracy", "95% over episodes"]
@@ -1196,10 +1208,10 @@ def test_rewards_option(tmp_path):
 
 
 WRONG = """study --task chess: unknown task
-study --experiment recognition: choose from main, frontier, no-init
-study --rates rl=0: rl=0
-study --rates odd=1: odd=1
-study --grid 1e-3 0: --grid 0
+study --experiment recognition: invalid choice
+study --rates rl=0: positive
+study --rates odd=1: no such arm
+study --grid 1e-3 0: positive
 ppo: --out
 ppo --out x --nope: --nope
 ppo --out x --variant odd: unknown variant
