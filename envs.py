@@ -188,7 +188,7 @@ class Environment:
         raise NotImplementedError
 
     def next_message(self, right: bool, moved: bool) -> str:
-        """The user message after a reply; `moved`: it presents the next one, `self.decision`, too."""
+        """The user message after a reply; `moved`: it presents the next decision, now `self.decision`, too."""
         return self.verdict.feedback
 
     def draw(self) -> Picture:
@@ -231,6 +231,8 @@ class Environment:
         if any(self.done):
             return self.observe(), 0.0, *self.done, self._info()
         self.verdict = self.judge(reply)
+        if self.verdict.verdict not in self.rewards:
+            raise ValueError(f"{type(self).__name__} has no reward for {self.verdict.verdict!r}")
         self.last_decision, self.attempts = self.decision, self.attempts + 1
         right = self.verdict.verdict == "correct"
         used_up = not right and self.attempts >= self.verify_iter

@@ -88,6 +88,10 @@ def test_in_python(task, tmp_path):
     for wrong in ({"letters": 1}, {"letters": "x"}, {"odd": 1}, {"rewards": {"odd": 1}}, {"variant": "x"}):
         with pytest.raises(ValueError):
             envs.make(task, **wrong)
+    del env.rewards["unparsed"]
+    env.reset()
+    with pytest.raises(ValueError, match="Backwards has no reward for 'unparsed'"):
+        env.step("?")
 
 
 def test_every_command(task, tmp_path, capsys):
