@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -711,7 +712,8 @@ class Report:
                 for rate, by_seed in sorted(curves.items()):
                     steps = list(zip(*by_seed.values()))
                     line = [(100 * mean(x for x, _ in step), [y for _, y in step]) for step in steps]
-                    lines.append((f"{algorithm} {rate:g}", line))
+                    short = np.format_float_scientific(rate, trim="-", exp_digits=1)
+                    lines.append((f"{algorithm} {short}", line))
         if name == "recognition":
             for arm in ("sft", "rl"):
                 x, y = self.curve(arm, part, "recognition"), self.curve(arm, part)
@@ -762,8 +764,9 @@ def panels(report: Report, name: str, parts: dict[str, str], x: str, y: str):
     """Yields (axis, part) for each panel of a figure, then saves it; `parts`: panels with their titles."""
     import matplotlib.pyplot as plt
 
-    size = {"figsize": (4.5 * len(parts) + 1.5, 3.6), "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(parts), sharey=True, **size)
+    size = (4.5 * len(parts) + 1.5, 3.6) if len(parts) > 1 else (8, 4.8)
+    options = {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(parts), sharey=True, **options)
     for axis, (part, title) in zip(axes[0], parts.items()):
         axis.set(title=title, xlabel=x)
         axis.grid(alpha=0.3)
@@ -778,24 +781,27 @@ def panels(report: Report, name: str, parts: dict[str, str], x: str, y: str):
 
 
 def lines(report: Report, name: str, looks: dict) -> None:
-    """Lines through means over seeds, with bands from the lowest seed to the highest. The init alone is a
-    dashed line, a checkpoint in forgetting a dot."""
+    """Lines through means over seeds, with bands from the lowest seed to the highest; of the frontier, the
+    darker the higher the rate. The init alone is a dashed line, a checkpoint in forgetting a dot."""
     dots, (x_label, y_label) = name == "forgetting", AXES[name]
     parts = DISTANCES if dots else {v: t for v, t in report.where.items() if (name, v) != ("frontier", "id")}
     for axis, part in panels(report, name, parts, x_label, y_label or f"{report.label}, %"):
-        for arm, points in report.series(name, part):
-            arm, _, rate = arm.partition(" ")
+        shades: Counter[str] = Counter()
+        for label, points in report.series(name, part):
+            arm, _, rate = label.partition(" ")
+            shades[arm] += 1 if rate else 6
             x, (color, marker) = [x for x, _ in points], looks[arm]
             low, middle, high = ([100 * f(values) for _, values in points] for f in (min, mean, max))
             if arm == "init" and len(x) == 1:
                 axis.axhline(middle[0], ls="--", lw=1, color=color, label=arm)
                 continue
-            style = {"color": color, "marker": marker, "label": arm, "ls": "" if dots else "-"}
-            axis.plot(x, middle, markersize=4, **style)
+            style = {"color": color, "marker": marker, "label": label, "ls": "" if dots else "-"}
+            axis.plot(x, middle, markersize=4, alpha=min(1, 0.1 + 0.15 * shades[arm]), **style)
             if not rate:
                 axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
             if rate or name == "recognition":
-                axis.annotate(rate or "end", (x[-1], middle[-1]), color=color)
+                end = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(rate or "end", (x[-1], middle[-1]), color=color, **end)
         if not dots:
             axis.set_ylim(0, None)
         elif part != "changed":

@@ -887,9 +887,10 @@ class Arm:
     records: str = "expert"  # what SFT learns from, one of RECORDS
     parts: str | None = None  # trained parts of the model; None: the command line's
     checkpoints: int | None = None  # None: the study's
-    # The last checkpoint is evaluated on all hands at these temperatures (None: the study's) ...
+    # The last checkpoint is evaluated on all hands at these temperatures (None: the study's), earlier ones,
+    # and the last without any, at temperature 1 on a quarter of the hands.
     temperatures: tuple[float, ...] | None = None
-    curve: bool = True  # ... and earlier ones at temperature 1, on a quarter of the hands.
+    curve: bool = True  # whether earlier ones are evaluated
     validate: bool = False  # also ID success on validation deals, to choose the best checkpoint
     series: str = "test"  # of deals or routes
     verify_iter: int | None = None  # replies judged in evaluation; None: the study's
@@ -1158,10 +1159,11 @@ class StudyRun:
     def measure(self, arm: Arm, seed: int, experiment: str = "main") -> None:
         """Evaluates an arm's checkpoints, except what results.jsonl has."""
         paths = self.checkpoints(arm.name, seed)
-        early = [(self.quarter, arm.series, variant, 1.0) for variant in self.variants if arm.curve]
+        early = [(self.quarter, arm.series, v, 1.0) for v in self.variants]
         validation = [(self.quarter, "valid", "id", 1.0)] if arm.validate else []
-        temperatures = arm.temperatures or self.study.temperatures
+        temperatures = self.study.temperatures if arm.temperatures is None else arm.temperatures
         at_end = [(self.hands, arm.series, v, t) for t in temperatures for v in self.variants]
+        at_end, early = at_end or early, early if arm.curve else []
         with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(paths) + arm.validate) as show:
             for k, path in enumerate(paths, 1):
                 points = validation + (early if k < len(paths) else at_end)
@@ -1213,7 +1215,7 @@ class StudyRun:
                 arms = main + arms_of(self.study, name, self.cls)
                 for arm in arms:
                     self.train(arm, seed)
-                for arm in [sampled_at_end(Arm("base"))] * (name == "main") + arms:
+                for arm in [Arm("base", temperatures=())] * (name == "main") + arms:
                     self.measure(arm, seed, name)
             if "frontier" in experiments and seed == seeds - 1:
                 other = "rule" if "rule" in self.variants else "id"
