@@ -351,7 +351,7 @@ def test_success_elsewhere_at_equal_success_in_distribution(tmp_path):
     assert "| 50 | 25.0 | 16.7 | 30.0 | 20.8 | 30.0 | +9.2 [+9.2, +9.2] |" in rows
     assert "| 75 | 36.2 |  |  |  |  |  |" in rows and len(rows) == 8  # from 45 to 80
     lines = dict(report.series("frontier", "rule"))
-    assert lines["sft 0.001"] == [(40, [0.2, 0.2]), (70, [0.1, 0.1]), (80, [0.0, 0.0])]
+    assert lines["sft 1e-3"] == [(40, [0.2, 0.2]), (70, [0.1, 0.1]), (80, [0.0, 0.0])]
     text = "\n".join(report.section("frontier"))
     assert "| rl-best ends above sft-best under the other rule |" in text
     assert "| best: highest success in distribution | 0.0001, 0.001 | 0.0001, 0.0001 |" in text
