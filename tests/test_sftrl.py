@@ -1275,7 +1275,7 @@ DAMAGES = [
     ("config.json", with_fewer_tokens, "of another shape than its config.json says"),
     ("model.safetensors", with_fewer_embeddings, "its vocabulary 500"),
     ("adapter_config.json", Path.touch, "merge it into its base model"),
-    ("config.json", lambda file: set_in(file, **CODE), "a model that transformers has"),
+    ("config.json", lambda file: set_in(file, **CODE), "its code (auto_map) is not run"),
     ("processor_config.json", lambda file: set_in(file, patch_size=None), 'add "patch_size" to'),
 ]
 
