@@ -188,7 +188,7 @@ class Environment:
         raise NotImplementedError
 
     def next_message(self, right: bool, moved: bool) -> str:
-        """The user message after a reply; `moved`: it presents the next decision, now `self.decision`, too."""
+        """The user message after a reply; `moved`: it presents the next decision, `self.decision`, too."""
         return self.verdict.feedback
 
     def draw(self) -> Picture:

@@ -519,9 +519,8 @@ class Report:
         lines += ["## Settings", "", *table(["arm", "start", "algorithm", "settings"], settings["arms"]), ""]
         (self.folder / "report.md").write_text("\n".join(lines), "utf-8")
         draw(self)
-        return self.claims(
-            [*self.topics(), *(topic for name in self.experiments for topic in self.about(name))]
-        )
+        others = [topic for name in self.experiments for topic in self.topics_of(name)]
+        return self.claims(self.topics() + others)
 
     def section(self, name: str) -> list[str]:
         """The tables of one experiment."""
@@ -532,7 +531,7 @@ class Report:
             row = [f"{len(changes)} checkpoints", *(f"{rho:+.2f}" for rho in rhos)]
             arms = [(arm, {}) for arm in dict.fromkeys(arm for arm, *_ in changes)]
             return [*table(["rank correlation", *DISTANCES.values()], [row]), "", *self.checkpoints(arms)]
-        claims = self.claims(self.about(name))
+        claims = self.claims(self.topics_of(name))
         extra = self.frontier_tables() if name == "frontier" else []
         return [*claims, "", *self.checkpoints(self.experiments[name]), *extra]
 
@@ -589,8 +588,8 @@ class Report:
                 topics.append(("main recognition", variant, "recognition"))
         return topics
 
-    def about(self, name: str) -> list[tuple[str, str, str]]:
-        """The same for the claims of an experiment."""
+    def topics_of(self, name: str) -> list[tuple[str, str, str]]:
+        """The same for an experiment's claims."""
         return [(name, variant, self.headline) for variant in self.where if variant != "id"]
 
     def claims(self, topics: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -624,11 +623,11 @@ class Report:
                 continue
             a, b = find(a, seed=seeds), find(b, seed=seeds)
             d = difference(a, b, measure)
+            each_seed = ", ".join(f"{100 * x:+.1f}" for x in d["seeds"]) if len(seeds) > 1 else ""
             cells += [
                 f"{_percent(average(a, measure))} against {_percent(average(b, measure))}",
                 f"{100 * d['mean']:+.1f}{_interval(d['interval'])}",
-                ", ".join(f"{100 * x:+.1f}" for x in d["seeds"] * (len(seeds) > 1))
-                + _interval(d["seed_interval"]),
+                each_seed + _interval(d["seed_interval"]),
             ]
             verdicts.append(f"**{verdict(d, sign)}**")
         text = f"{text.format(arm=arm, other=other)} {self.where[variant]}"

@@ -346,9 +346,8 @@ class Policy(ppo.Policy):
         device, folder, source = device or best_device(), Path(name), f"model {name!r}"
         if name not in TINY_MODELS and not folder.is_dir():
             if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-                raise ValueError(
-                    f"{source} is none of {[*TINY_MODELS]}, no folder and no Hub id (owner/name)"
-                )
+                built_in = " nor ".join(TINY_MODELS)
+                raise ValueError(f"{source} is neither {built_in}, nor a folder, nor a Hub id (owner/name)")
             source += ", no folder, as a Hub id"
         try:
             model, processor = read_model(name, dtype, meta=device.type == "meta")
@@ -363,8 +362,10 @@ class Policy(ppo.Policy):
         except LOAD_ERRORS as error:
             if out_of_memory(error):
                 raise
-            foreign = "trust_remote_code" in str(error) and "its code (auto_map) is not run"
-            raise ValueError(f"{source} cannot be loaded: {foreign or one_line(error)}") from None
+            reason = one_line(error)
+            if "trust_remote_code" in str(error):
+                reason = "its code (auto_map) is not run: take a model that transformers has"
+            raise ValueError(f"{source} cannot be loaded: {reason}") from None
         return policy
 
     @classmethod
@@ -1000,7 +1001,7 @@ LOOK = replace(
     hands=516,
     temperatures=(1.0,),
     verify_iter=2,
-    options={"n_cards": 3, "target": 12, "verify_iter": 2},
+    options={"n_cards": 3, "target": 12, "verify_iter": 2},  # of the base's corpus too
 )
 # PPO as in the paper (sections 4 and C), except rates and sizes.
 PAPERS_PPO = {"ratio": "reply", "thought_coef": 0.5, "value_trunk": "shared", "clip": 0.1}
@@ -1424,16 +1425,18 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     study = (LOOK if args.experiment == "look" else study).scaled(args.scale)
     note = "How the learning rates were chosen: docs/results.md."
     if args.model not in ("tiny", study.tiny):
+        if args.experiment == "look":
+            raise ValueError("--experiment look is for the tiny model")
         study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
         note = "Learning rates: those of sftrl sft and ppo."
     elif args.task not in STUDIES:
-        raise ValueError(f"no study of {args.task} for the tiny model: give --model, or one of {[*STUDIES]}")
+        known = ", ".join(STUDIES)
+        raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
     study = replace(study, grid=tuple(sorted(set(args.grid or study.grid))), rates=study.rates | args.rates)
     arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
-    if unknown := args.rates.keys() - arms:
-        raise ValueError(f"--rates {min(unknown)}: there is no such arm")
-    if not all(0 < rate < math.inf for rate in (*study.grid, *args.rates.values())):
-        raise ValueError("--rates and --grid: learning rates must be positive numbers")
+    for name, rate in (*args.rates.items(), *(("sft", rate) for rate in study.grid)):
+        if name not in arms or not 0 < rate < math.inf:
+            raise ValueError(f"--rates, --grid: {name}={rate:g}: an arm and a positive number are needed")
     if args.rates:
         note += f" Given on the command line: {args.rates}."
     if study.options:

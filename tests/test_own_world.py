@@ -200,7 +200,7 @@ def test_several_decisions_each_with_its_budget_and_its_picture(go_on):
 def test_a_study_needs_a_model_and_writes_a_report(task, tmp_path, capsys):
     study = ("study", "--task", task, "--out", "study", "--seeds", 1, "--hands", 2, "--scale", 0.001)
     assert run(*study) == 2
-    assert "no study of" in capsys.readouterr().err
+    assert "the tiny model has no study of" in capsys.readouterr().err
     tokenizer = chat_tokenizer(eos_token="<|end|>", pad_token="<|im_end|>")
     model = random_model("llama", tokenizer)
     model.generation_config.eos_token_id = list(range(20, len(tokenizer)))

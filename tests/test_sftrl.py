@@ -1209,9 +1209,10 @@ def test_rewards_option(tmp_path):
 
 WRONG = """study --task chess: unknown task
 study --experiment recognition: invalid choice
-study --rates rl=0: positive
-study --rates odd=1: no such arm
-study --grid 1e-3 0: positive
+study --rates rl=0: rl=0
+study --rates odd=1: odd=1
+study --experiment look --model tiny-streets: for the tiny model
+study --grid 1e-3 0: sft=0
 ppo: --out
 ppo --out x --nope: --nope
 ppo --out x --variant odd: unknown variant
@@ -1275,7 +1276,7 @@ DAMAGES = [
     ("config.json", with_fewer_tokens, "of another shape than its config.json says"),
     ("model.safetensors", with_fewer_embeddings, "its vocabulary 500"),
     ("adapter_config.json", Path.touch, "merge it into its base model"),
-    ("config.json", lambda file: set_in(file, **CODE), "its code (auto_map) is not run"),
+    ("config.json", lambda file: set_in(file, **CODE), "a model that transformers has"),
     ("processor_config.json", lambda file: set_in(file, patch_size=None), 'add "patch_size" to'),
 ]
 
