@@ -266,11 +266,11 @@ def find(points: Sequence[dict], **wanted) -> list[dict]:
 
 def final_points(points: Sequence[dict], arm: str, **wanted) -> list[dict]:
     """One point per seed, on most episodes: of an arm's last checkpoint; of "ARM best", its best by success
-    on validation episodes (ID, temperature 1); of "ARM@K", its checkpoint number K."""
+    on validation episodes (ID, temperature 1), if all seeds have it; of "ARM@K", its checkpoint number K."""
     name, best, _ = arm.partition(" best")
     name, _, number = name.partition("@")
-    final = []
-    for seed in sorted({p["seed"] for p in points if p["arm"] == name}):
+    final, seeds = [], sorted({p["seed"] for p in points if p["arm"] == name})
+    for seed in seeds:
         measured = find(points, arm=name, seed=seed)
         steps = sorted({p["step"] for p in measured})  # greedily only the last checkpoint is measured
         if best and (valid := find(measured, variant="id", series="valid")):
@@ -278,7 +278,7 @@ def final_points(points: Sequence[dict], arm: str, **wanted) -> list[dict]:
         elif number:
             steps = steps[int(number) - 1 : int(number)]
         final += find(measured, step=tuple(steps), **wanted)[-1:]
-    return final
+    return final if not best or len(final) == len(seeds) else []  # greedily it may be measured in some
 
 
 class Results:
@@ -462,7 +462,7 @@ class Report:
     Args:
         points: lines of `results.jsonl`.
         folder: of the study.
-        settings: `task`, `model`, `parameters`, `verify_iter`, `arms` (rows of a table), and a `note`.
+        settings: `task`, `model`, `parameters`, `verify_iter`, and a `note`.
         experiments: by name, each arm and the fields of its points that are not as in the main comparison.
     """
 
@@ -509,14 +509,12 @@ class Report:
             "![success against compute](figures/curves.png)",
             "",
             *["## Checkpoints", "", *self.checkpoints([("base", {}), *MAIN]), ""],
-            *["## Curves", "", *self.curves(), ""],
         ]
         if "visual" in self.where:
             lines += ["![success against recognition](figures/recognition.png)", ""]
         for name in (name for name in SECTIONS if name in self.experiments):
             lines += [f"## {name}", "", SECTIONS[name], "", *self.section(name), ""]
             lines += [f"![{name}](figures/{name}.png)", ""]
-        lines += ["## Settings", "", *table(["arm", "start", "algorithm", "settings"], settings["arms"]), ""]
         (self.folder / "report.md").write_text("\n".join(lines), "utf-8")
         draw(self)
         others = [topic for name in self.experiments for topic in self.topics_of(name)]
@@ -655,15 +653,6 @@ class Report:
                     row.append(" / ".join(f"{x:.3f}" if key in DISTANCES else _percent(x) for x in means))
                 rows.append(row)
         return table(["checkpoint", "steps", "tested (temperature 1 / greedy)", *map(_label, columns)], rows)
-
-    def curves(self) -> list[str]:
-        """The main comparison's arms by compute."""
-        rows = []
-        for arm in ("sft", "rl"):
-            for same in zip(*(self.curve(arm, v) for v in self.where)):
-                spread = [f"{_percent(mean(x))} [{_percent(min(x))}, {_percent(max(x))}]" for _, x in same]
-                rows.append([arm, f"{same[0][0]:.2f}", *spread])
-        return table(["arm", "compute, 10^12 FLOP", *self.where.values()], rows)
 
     def curve(self, arm: str, variant: str, key: str = "") -> list[tuple[float, list[float]]]:
         """An arm at temperature 1, the init first: (10^12 FLOP after it, `key` or the main measure

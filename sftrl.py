@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -227,7 +228,8 @@ class RoundingAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
+            options = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            options |= dict(zip(("beta1", "beta2"), group["betas"]))
             for k, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -235,19 +237,16 @@ class RoundingAdamW(torch.optim.AdamW):
                 if not state:
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] += 1
-                t, grad = state["step"].item(), p.grad.float()
-                first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
-                second = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                change = first / ((second / (1 - beta2**t)).sqrt_().add_(group["eps"])) / (1 - beta1**t)
-                new = p.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"])
-                random_bits = torch.Generator(p.device).manual_seed(int(t) * 1_000_003 + k)
-                for stored, exact in ((state["exp_avg"], first), (state["exp_avg_sq"], second), (p, new)):
+                stored = state["exp_avg"], state["exp_avg_sq"], p
+                first, second, new = exact = [x.float() for x in stored]
+                adamw([new], [p.grad.float()], [first], [second], [], [state["step"]], **options)
+                random_bits = torch.Generator(p.device).manual_seed(int(state["step"]) * 1_000_003 + k)
+                for old, x in zip(stored, exact):
                     # bf16 is the upper half of fp32: add a random lower half, then cut it
-                    bits, options = exact.view(torch.int32), {"device": p.device, "dtype": torch.int32}
-                    bits += torch.randint(0, 2**16, bits.shape, generator=random_bits, **options)
+                    bits = x.view(torch.int32)
+                    bits += torch.empty_like(bits).random_(0, 2**16, generator=random_bits)
                     bits &= -(2**16)
-                    stored.copy_(exact)
+                    old.copy_(x)
 
 
 class Muon(torch.optim.Optimizer):
@@ -1165,16 +1164,11 @@ class StudyRun:
         temperatures = self.study.temperatures if arm.temperatures is None else arm.temperatures
         at_end = [(self.hands, arm.series, v, t) for t in temperatures for v in self.variants]
         at_end, early = at_end or early, early if arm.curve else []
-        with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(paths) + arm.validate) as show:
+        with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(paths)) as show:
             for k, path in enumerate(paths, 1):
                 points = validation + (early if k < len(paths) else at_end)
                 self.evaluate_checkpoint(arm, seed, experiment, path, points)
                 show(k)
-            if arm.validate:
-                valid = self.results.find(arm=arm.name, seed=seed, series="valid", episodes=self.quarter)
-                best = self.out / max(valid, key=lambda p: p[self.headline])["checkpoint"]
-                self.evaluate_checkpoint(arm, seed, experiment, best, at_end)
-                show(k + 1)
 
     def evaluate_checkpoint(
         self, arm: Arm, seed: int, experiment: str, path, points: Sequence[tuple]
@@ -1232,7 +1226,7 @@ class StudyRun:
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
         """Writes the report, with a `note` on page one; returns its table of claims."""
         points = self.points(seeds)
-        measured, trained = {}, {arm.name: arm for arm in main_arms(self.study)}
+        measured: dict[str, list[tuple[str, dict]]] = {}
         for name in experiments_of(self.cls)[1:]:
             arms = arms_of(self.study, name, self.cls)
             if arms and not evaluate.find(points, experiment=name):
@@ -1242,29 +1236,17 @@ class StudyRun:
                 key = {"pictures": arm.pictures, "verify_iter": arm.verify_iter or self.study.verify_iter}
                 if all(evaluate.find(points, arm=arm.name, variant=v, **key) for v in self.variants):
                     measured[name].append((arm.name, key))
-                    trained[arm.name] = arm
         model = self.study.tiny if self.tiny else self.model
+        rates = ", ".join(f"{arm.name} {self.study.config(arm).lr:g}" for arm in main_arms(self.study))
         settings = {
             "task": self.task,
             "model": self.model,
             "parameters": Policy.load(model, torch.device("meta")).parameter_count,
             "verify_iter": self.study.verify_iter,
-            "arms": [self.row_of(arm) for arm in trained.values()],
-            "note": note,
+            "note": f"Learning rates: {rates} (a run's config.json has all settings). {note}",
         }
         claims = evaluate.Report(points, self.out, settings, measured).write()
         return [*claims, "", f"report: {self.out / 'report.md'}"]
-
-    def row_of(self, arm: Arm) -> list[str]:
-        """An arm's row in the report's table of settings."""
-        config = self.study.config(arm)
-        differ = {k: v for k, v in asdict(config).items() if v != getattr(type(config), k)} | arm.environment
-        if config.flops < math.inf:
-            differ.pop("steps", None)  # `flops` comes first
-        extra = {"records": arm.records, "train": arm.parts}
-        differ |= {name: value for name, value in extra.items() if value not in ("expert", None)}
-        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in differ.items())
-        return [arm.name, arm.start, arm.algorithm, settings]
 
 
 def policy_rank() -> int:
@@ -1423,12 +1405,12 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     """The settings of a command line, and a note on them for the report."""
     study, cls = STUDIES.get(args.task, STUDIES["gp-l"]), envs.task_class(args.task)
     study = (LOOK if args.experiment == "look" else study).scaled(args.scale)
-    note = "How the learning rates were chosen: docs/results.md."
+    note = "How they were chosen: docs/results.md."
     if args.model not in ("tiny", study.tiny):
         if args.experiment == "look":
             raise ValueError("--experiment look is for the tiny model")
         study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
-        note = "Learning rates: those of sftrl sft and ppo."
+        note = "These are the defaults of sftrl sft and ppo."
     elif args.task not in STUDIES:
         known = ", ".join(STUDIES)
         raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
@@ -1438,7 +1420,7 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
         if name not in arms or not 0 < rate < math.inf:
             raise ValueError(f"--rates, --grid: {name}={rate:g}: an arm and a positive number are needed")
     if args.rates:
-        note += f" Given on the command line: {args.rates}."
+        note = f"Given on the command line: {args.rates}."
     if study.options:
         usual = envs.options_of(cls)
         smaller = ", ".join(f"{name} {value} ({usual[name][1]})" for name, value in study.options.items())

@@ -259,7 +259,7 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
     for point in points_of(rates):
         results.add(point)
     assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
-    settings = SETTINGS | {"note": "modèle", "model": "M", "parameters": 2_500_000, "arms": []}
+    settings = SETTINGS | {"note": "modèle", "model": "M", "parameters": 2_500_000}
     report = evaluate.Report(results.points, tmp_path, settings, {})
     # An old locale: files whose encoding is not named are ASCII.
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *level: encoding or "ascii")

@@ -986,7 +986,7 @@ def test_study_and_its_repetition(cards, monkeypatch, prints):
     assert budgets == [None, 1.6e10, 1.6e10]  # SFT and RL at equal compute
     assert "holds" in report or "not significant" in report
     assert "tiny, has 1.1M parameters" in report
-    assert "| sft | init | sft | lr 0.001, batch_size 8, microbatch_size 16, flops" in report
+    assert "Learning rates: init 0.0003, sft 0.001, rl 0.0002 (" in report
 
 
 EXPERIMENTS = {  # by name, arms
