@@ -6,7 +6,6 @@ is a paired one. Training and validation ("valid/...") have other seeds.
 """
 
 import fnmatch
-import json
 import math
 import random
 from collections import Counter
@@ -17,7 +16,6 @@ from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -42,29 +40,27 @@ def evaluate(
     max_new_tokens: int = 128,
     series: str = "test",
     reference: Reference | None = None,
-    pictures: str = "own",
-    watch: Callable[[int], None] = lambda done: None,
+    **options,
 ) -> tuple[dict, list[envs.Episode]]:
     """Plays one episode per environment, divided among the ranks; environment i plays hand i of the series,
     or walks route i of its world.
 
-    Temperature 0 is greedy. `pictures`: the task's "own", or a control, see `image_control`. Returns the
-    `summary`, with a `reference` also the `distances` to it, and all episodes. `watch` is called with the
-    number of this rank's finished episodes.
+    Temperature 0 is greedy. `options`: see `sampled`. Returns the `summary`, with a `reference` also the
+    `distances` to it, and all episodes.
     """
     for env in environments:
         env.continue_after_failure = True  # accuracy counts all waypoints
-    streams, episodes = sampled(policy, environments, temperature, max_new_tokens, series, pictures, watch)
+    streams, episodes = sampled(policy, environments, temperature, max_new_tokens, series, **options)
     result = {}
     if reference is not None:
         first = environments[: SAMPLED_FOR_KL * policy.world]
         key = first[0].variant, len(first)
         if key not in reference.conversations:
-            initial, _ = sampled(reference.policy, first, 1.0, max_new_tokens, series)
-            reference.conversations[key] = initial
+            reference.conversations[key], _ = sampled(reference.policy, first, 1.0, max_new_tokens, series)
         result = distances(policy, reference.policy, streams, reference.conversations[key])
     episodes = policy.gather(episodes)
-    measured, env = summary(episodes, environments[0].verdicts), environments[0]
+    env = environments[0]
+    measured = summary(episodes, env.verdicts)
     distinct = {str(options or seed) for seed, options in env.starts(series, len(episodes))}
     measured |= {"distinct": len(distinct)} if len(distinct) < len(episodes) else {}
     return measured | env.measures(episodes) | result, episodes
@@ -79,7 +75,9 @@ def sampled(
     pictures="own",
     watch=lambda done: None,
 ) -> tuple[list, list[envs.Episode]]:
-    """This rank's share of `evaluate`'s episodes: their conversations as streams, and the episodes."""
+    """This rank's share of `evaluate`'s episodes: their conversations as streams, and the episodes.
+    `pictures`: the task's "own", or a control, see `image_control`. `watch` is called with the number of
+    finished episodes."""
     n, k, world = len(environments), policy.rank, policy.world
     if n < world:
         raise ValueError(f"{n} episodes cannot be shared by {world} ranks")
@@ -281,27 +279,6 @@ def final_points(points: Sequence[dict], arm: str, **wanted) -> list[dict]:
     return final if not best or len(final) == len(seeds) else []  # greedily it may be measured in some
 
 
-class Results:
-    """The measured points of a study: `results.jsonl`, one line each."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def find(self, **wanted) -> list[dict]:
-        """`find` among these points."""
-        return find(self.points, **wanted)
-
-    def add(self, point: dict, write: bool = True) -> None:
-        """Appends a point and replaces the file as a whole; under torchrun one rank writes."""
-        self.points.append(point)
-        if not write:
-            return
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(p) + "\n" for p in self.points))
-        temporary.replace(self.path)
-
-
 # ---- the frontier: every learning rate
 
 # Ways to choose a rate on validation episodes, by the last checkpoints of the other seeds.
@@ -316,16 +293,17 @@ Curve = list[tuple[float, float]]  # (in distribution, elsewhere), from the init
 def frontier(points: Sequence[dict], variant: str, measure: str) -> dict[str, dict[float, dict[int, Curve]]]:
     """Curves on validation episodes by algorithm ("sft", "rl"), rate and seed; elsewhere is `variant`."""
     valid = find(points, experiment="frontier", series="valid")
-    there = {(p["arm"], p["seed"], p["step"]): p[measure] for p in find(valid, variant=variant)}
+    here, there = (
+        {(p["arm"], p["seed"], p["step"]): p[measure] for p in find(valid, variant=v)}
+        for v in ("id", variant)
+    )
+    starts = {seed: (x, there["init", seed, step]) for (arm, seed, step), x in here.items() if arm == "init"}
     curves: dict[str, dict[float, dict[int, Curve]]] = {}
-    starts = {p["seed"]: p for p in find(valid, arm="init", variant="id")}
-    for p in find(valid, variant="id"):
-        arm, seed = p["arm"], p["seed"]
+    for (arm, seed, step), x in here.items():
         if arm != "init":
             algorithm, _, rate = arm.partition("-")
-            init = [(starts[seed][measure], there["init", seed, starts[seed]["step"]])]
             by_seed = curves.setdefault(algorithm, {}).setdefault(float(rate), {})
-            by_seed.setdefault(seed, init).append((p[measure], there[arm, seed, p["step"]]))
+            by_seed.setdefault(seed, [starts[seed]]).append((x, there[arm, seed, step]))
     return curves
 
 
@@ -385,34 +363,36 @@ SECTIONS = {
     "forgetting": "Does the distance to the init, in distribution, predict the change under the other rule?",
 }
 
-# Claims: topic ("main ..." or a section), text, arm, other arm, sign of the difference, the paper's result
-# ("": see PAPER). Arms are named as by `final_points`; "*" is every matching arm of the section, in the name
+# Claims: topic ("main ..." or a section), arm, other arm, sign of the difference, the paper's result ("": see
+# PAPER). Arms are named as by `final_points`; "*" is every matching arm of the section, in the name
 # of the other arm the end of that name.
 CLAIMS = (
-    ("main id", "RL ends above init", "rl", "init", +1, ""),
-    ("main id", "SFT ends above init", "sft", "init", +1, ""),
-    ("main ood", "RL ends above init", "rl", "init", +1, ""),
-    ("main ood", "SFT ends below init", "sft", "init", -1, ""),
-    ("main ood", "RL ends above SFT", "rl", "sft", +1, ""),
-    ("main ood", "RL ends above SFT's best checkpoint", "rl", "sft best", +1, ""),
-    ("main recognition", "RL raises recognition", "rl", "init", +1, ""),
-    ("main recognition", "SFT lowers recognition", "sft", "init", -1, ""),
-    ("look", "{arm} ends above SFT", "*", "sft", +1, ""),
-    ("frontier", "{arm} ends above init", "rl-*", "init", +1, ""),
-    ("frontier", "{arm} ends below init", "sft-*", "init", -1, ""),
-    ("frontier", "{arm} ends above {other}", "rl-*", "sft-*", +1, ""),
-    ("no-init", "{arm} ends below RL", "*", "rl", -1, "yes"),
-    ("verification", "{arm} ends above init", "rl-*", "init", +1, "by .5, 2.2, 3.0, 6.0"),
-    ("verification", "{arm} ends above {other}", "rl-budget-10", "rl-budget-1", +1, "yes"),
-    ("start", "{arm} ends above its start", "*", "sft@*", +1, "not from an overfitted start"),
-    ("revision-sft", "{arm} ends below init", "*", "init", -1, "yes"),
-    ("sft-search", "{arm} ends above init", "*", "init", +1, "none passes 30% ID"),
-    ("reply-ratio", "{arm} ends above init", "*", "init", +1, "yes"),
-    ("reply-ratio", "{arm} ends below RL", "*", "rl", -1, ""),
-    ("rivals", "{arm} ends above init", "*", "init", +1, ""),
-    ("rivals", "{arm} ends below RL", "*", "rl", -1, ""),
-    ("rivals", "{arm} ends above {other}", "dft", "sft-at-dft-rate", +1, ""),
+    ("main id", "rl", "init", +1, ""),
+    ("main id", "sft", "init", +1, ""),
+    ("main ood", "rl", "init", +1, ""),
+    ("main ood", "sft", "init", -1, ""),
+    ("main ood", "rl", "sft", +1, ""),
+    ("main ood", "rl", "sft best", +1, ""),
+    ("main recognition", "rl", "init", +1, ""),
+    ("main recognition", "sft", "init", -1, ""),
+    ("look", "*", "sft", +1, ""),
+    ("frontier", "rl-*", "init", +1, ""),
+    ("frontier", "sft-*", "init", -1, ""),
+    ("frontier", "rl-*", "sft-*", +1, ""),
+    ("no-init", "*", "rl", -1, "yes"),
+    ("verification", "rl-*", "init", +1, "by .5, 2.2, 3.0, 6.0"),
+    ("verification", "rl-budget-10", "rl-budget-1", +1, "yes"),
+    ("start", "*", "sft@*", +1, "not from an overfitted start"),
+    ("revision-sft", "*", "init", -1, "yes"),
+    ("sft-search", "*", "init", +1, "none passes 30% ID"),
+    ("reply-ratio", "*", "init", +1, "yes"),
+    ("reply-ratio", "*", "rl", -1, ""),
+    ("rivals", "*", "init", +1, ""),
+    ("rivals", "*", "rl", -1, ""),
+    ("rivals", "dft", "sft-at-dft-rate", +1, ""),
 )
+
+NAMES = {"rl": "RL", "sft": "SFT", "sft best": "SFT's best checkpoint"}  # in the report
 
 # What the paper reports of init, SFT and RL in percent, by (task, variant, measure); its temperature is .2.
 PAPER = {
@@ -596,7 +576,7 @@ class Report:
         for topic, variant, measure in topics:
             arms = [arm for arm, _ in self.experiments.get(topic, [])]
             for claim in (claim for claim in CLAIMS if claim[0] == topic):
-                for arm in fnmatch.filter(arms, claim[2]) or [claim[2]]:
+                for arm in fnmatch.filter(arms, claim[1]) or [claim[1]]:
                     rows += self.row(claim, arm, variant, measure)
         if not rows:
             return []
@@ -607,7 +587,7 @@ class Report:
 
     def row(self, claim: tuple, arm: str, variant: str, measure: str) -> list[list[str]]:
         """A row of the table of claims, if both arms were measured."""
-        topic, text, _, other, sign, finding = claim
+        topic, _, other, sign, finding = claim
         other = other.replace("*", arm.rpartition("-")[2])
         fields, cells, verdicts = dict(self.experiments.get(topic, [])), [], []
         for t in (1.0, 0.0):
@@ -628,7 +608,10 @@ class Report:
                 each_seed + _interval(d["seed_interval"]),
             ]
             verdicts.append(f"**{verdict(d, sign)}**")
-        text = f"{text.format(arm=arm, other=other)} {self.where[variant]}"
+        one, two = (NAMES.get(name, "its start" if "@" in name else name) for name in (arm, other))
+        text = f"{one} ends {'above' if sign > 0 else 'below'} {two} {self.where[variant]}"
+        if measure == "recognition":
+            text = f"{one} {'raises' if sign > 0 else 'lowers'} recognition {self.where[variant]}"
         if topic == "main ood" and measure != self.headline:
             text += f", {_label(measure)}"
         paper = dict(zip(("init", "sft", "rl"), PAPER.get((self.task, variant, measure), ())))
@@ -659,12 +642,10 @@ class Report:
         of each seed), on the episodes that points between were measured on."""
         curve = []
         for name in dict.fromkeys(["init", arm]):
-            found = find(self.points, arm=name, variant=variant, **self.usual)
-            fewest = {(p["seed"], p["step"]): p for p in reversed(found)}
-            by_seed: dict[int, list[dict]] = {}
-            for seed, step in sorted(fewest):
-                by_seed.setdefault(seed, []).append(fewest[seed, step])
-            for points in zip(*by_seed.values()):
+            by_seed: dict[int, dict[int, dict]] = {}
+            for p in find(self.points, arm=name, variant=variant, **self.usual):
+                by_seed.setdefault(p["seed"], {}).setdefault(p["step"], p)  # on the fewest episodes
+            for points in zip(*(steps.values() for steps in by_seed.values())):
                 flops = 0.0 if name == "init" else average(points, "flops") / 1e12
                 curve.append((flops, [p[key or self.headline] for p in points]))
         return curve
@@ -700,8 +681,7 @@ class Report:
                 for rate, by_seed in sorted(curves.items()):
                     steps = list(zip(*by_seed.values()))
                     line = [(100 * mean(x for x, _ in step), [y for _, y in step]) for step in steps]
-                    short = np.format_float_scientific(rate, trim="-", exp_digits=1)
-                    lines.append((f"{algorithm} {short}", line))
+                    lines.append((f"{algorithm} {rate:g}", line))
         if name == "recognition":
             for arm in ("sft", "rl"):
                 x, y = self.curve(arm, part, "recognition"), self.curve(arm, part)

@@ -1001,7 +1001,7 @@ class Policy(nn.Module):
         else:
             factor = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = factor * group["initial_lr"]
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         return factor
 
     @torch.no_grad()

@@ -111,6 +111,12 @@ def fresh_batches(env, demonstrate: Callable, batch_size: int, label: str) -> Ca
     return batch
 
 
+def demonstrations(task: str, n: int, **options) -> list[dict]:
+    """n conversations with one wrong reply each under both rules."""
+    cases = [(variant, seed) for variant in ("id", "rule") for seed in range(n)]
+    return [envs.demonstration(envs.make(task, *case, **options), 1) for case in cases]
+
+
 # -------- the corpus of the tiny base
 
 # Names of fields in the corpus, none of them a task's: post-training must teach the format of replies.

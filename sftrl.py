@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -21,14 +20,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +65,14 @@ TINY_WALKS = {"turns": 3, "points_per_leg": 1}
 TINY_VIEWS = {"view_size": 64, "panorama_width": 256}
 
 
-def demonstrations(task: str, n: int, **options) -> list[dict]:
-    """n conversations with one wrong reply each under both rules."""
-    cases = [(variant, seed) for variant in ("id", "rule") for seed in range(n)]
-    return [envs.demonstration(envs.make(task, *case, **options), 1) for case in cases]
-
-
-@lru_cache(maxsize=None)  # takes seconds
+@cache  # takes seconds
 def card_texts() -> list[str]:
     """Prompts, replies and feedback of the card tasks, for the tokenizer."""
     rng = random.Random(0)
-    records = [sft.foundation_record(rng) for _ in range(500)] + demonstrations("gp-l", 200)
+    records = [sft.foundation_record(rng) for _ in range(500)] + sft.demonstrations("gp-l", 200)
     records += [sft.foundation_record(rng, **TINY_PICTURES) for _ in range(300)]
     records += [sft.reading_record(rng, **TINY_PICTURES) for _ in range(100)]
-    records += demonstrations("gp-vl", 100, **TINY_PICTURES)
+    records += sft.demonstrations("gp-vl", 100, **TINY_PICTURES)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     formulas = ("1)", "(1", "1+", "1 1", "1/0", "x", "24=1=1", "24=1", "01", "1" * 300, "(" * 30, "1", "2")
     answers = [([], [], "")] + [(["A"] * 4, [1] * 4, formula) for formula in formulas]
@@ -90,12 +81,12 @@ def card_texts() -> list[str]:
     return texts
 
 
-@lru_cache(maxsize=None)
+@cache
 def street_texts() -> list[str]:
     """The same for walks."""
     rng = random.Random(0)
     records = [sft.foundation_walk(rng, cities=sft.PICTURE_CITIES, **TINY_WALKS) for _ in range(500)]
-    records += demonstrations("virl-l", 100, **TINY_WALKS)
+    records += sft.demonstrations("virl-l", 100, **TINY_WALKS)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     env = envs.make("virl-vl", **TINY_WALKS, **TINY_VIEWS)
     env.reset(seed=0)
@@ -122,7 +113,7 @@ TINY_MODELS = {
 }
 
 
-def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.PreTrainedTokenizerFast:
+def build_tokenizer(name: str = "tiny") -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on the task's texts: fixed phrases become single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -135,24 +126,22 @@ def build_tokenizer(name: str = "tiny", vocab_size: int = 1024) -> transformers.
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<image>"] + [f"<|{role}|>" for role in ("system", "user", "assistant")]
     options = {"initial_alphabet": bytewise.alphabet(), "special_tokens": special, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, **options))
     named = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "additional_special_tokens": special[2:]}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **named
     )
 
 
-def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrainedModel, Any]:
+def build_tiny(name: str = "tiny") -> tuple[transformers.PreTrainedModel, Any]:
     """One of TINY_MODELS, a Hugging Face Llava of about 1M random parameters, and its processor."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
     tokenizer = build_tokenizer(name)
     side, patch = 128, 32  # 16 patches: four for each card of a hand, stretched to a square
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(**sizes, image_size=side, patch_size=patch, projection_dim=64)
+    patches = {"image_size": side, "patch_size": patch}
+    vision = transformers.CLIPVisionConfig(**sizes, **patches, projection_dim=64)
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text = LlamaConfig(
+    text = transformers.LlamaConfig(
         **sizes,
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
@@ -165,14 +154,14 @@ def build_tiny(name: str = "tiny", seed: int = 0) -> tuple[transformers.PreTrain
     features = {"vision_feature_select_strategy": "full"}
     image = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "vision_feature_layer": -1}
     parts = {"vision_config": vision, "text_config": text}
-    config = LlavaConfig(**parts, **image, **features, tie_word_embeddings=True)
+    config = transformers.LlavaConfig(**parts, **image, **features, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config)
+        torch.manual_seed(0)
+        model = transformers.LlavaForConditionalGeneration(config)
     square = {"height": side, "width": side}
-    pictures = CLIPImageProcessorPil(size=square, crop_size=square)
+    pictures = transformers.CLIPImageProcessorPil(size=square, crop_size=square)
     options = {"patch_size": patch, "num_additional_image_tokens": 1, "chat_template": CHAT_TEMPLATE}
-    return model, LlavaProcessor(pictures, tokenizer, **options, **features)
+    return model, transformers.LlavaProcessor(pictures, tokenizer, **options, **features)
 
 
 # -------- loading, sharding, saving
@@ -184,7 +173,7 @@ def best_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """A library's message as one short line."""
     return " ".join(str(error).split())[:200]
 
@@ -213,20 +202,13 @@ def on_rank_0(work: Callable[[], Any]) -> Any:
 TRAINED = ("all", "language", "language+adapter")
 
 
-def _recomputed(forward, *args, **kwargs):
-    """Activation checkpointing of a block. Without dropout there is no random state to keep."""
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
 class RoundingAdamW(torch.optim.AdamW):
     """AdamW for bf16 parameters and moments: 8 bytes per parameter with the gradient, not 16 as in fp32.
     Stochastic rounding, seeded by step and parameter, is unbiased; rounding to nearest loses every update
     below 2^-9 of the parameter."""
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             options = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
             options |= dict(zip(("beta1", "beta2"), group["betas"]))
@@ -253,17 +235,17 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for fp32 matrices: momentum orthogonalized by five Newton-Schulz iterations
     and scaled like AdamW. torch.optim.Muon computes in bf16, which is slow on many CPUs."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params, lr: float):
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
                 momentum = state.setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                momentum.lerp_(p.grad, 1 - 0.95)
+                x = p.grad.lerp(momentum, 0.95)  # Nesterov's
                 x = x.T if len(x) > len(x.T) else x
                 x = x / (x.norm() + 1e-7)
                 for _ in range(5):
@@ -315,12 +297,9 @@ def shard_like(p: Tensor, x: Tensor) -> Tensor:
     return x.to(p.device)
 
 
-LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError)
-
-
 class Policy(ppo.Policy):
     """The policy of ppo.py, loaded and saved in Hugging Face format, and on FSDP's shards after `shard()`.
-    `pictures`: whether the model must read pictures. Raises ValueError for a model that cannot be served."""
+    `pictures`: whether the model must read pictures."""
 
     def __init__(
         self, model: transformers.PreTrainedModel, processor: Any, pictures: bool = False, **options
@@ -358,10 +337,10 @@ class Policy(ppo.Policy):
             if head.exists() and device.type != "meta":
                 source = str(head)
                 policy.value_head.load_state_dict(load_file(head))
-        except LOAD_ERRORS as error:
+        except Exception as error:  # foreign code can raise anything
             if out_of_memory(error):
                 raise
-            reason = one_line(error)
+            reason = one_line(error if isinstance(error, (OSError, ValueError)) else repr(error))
             if "trust_remote_code" in str(error):
                 reason = "its code (auto_map) is not run: take a model that transformers has"
             raise ValueError(f"{source} cannot be loaded: {reason}") from None
@@ -374,11 +353,11 @@ class Policy(ppo.Policy):
     ) -> "Policy":
         """`load`, `set_trainable` and `shard` in one: rank 0 alone reads files, and broadcasts tensor by
         tensor, or its error. A collective call."""
-        whole: Policy | None = None
+        source: dict[str, Tensor] = {}  # on rank 0; some buffers (RoPE frequencies) are in no checkpoint
 
         def read() -> tuple:
-            nonlocal whole
             whole = cls.load(name, torch.device("cpu"), **options)
+            source.update([*whole.named_parameters(), *whole.named_buffers()])
             return type(whole.model), whole.model.config, whole.model.generation_config, whole.processor
 
         architecture, config, generation, processor = on_rank_0(read)
@@ -389,29 +368,16 @@ class Policy(ppo.Policy):
         policy.set_trainable(train, recompute).shard(param_dtype)
         policy.to_empty(device=best_device())
         policy.model.tie_weights()
-        # With buffers, some of which (RoPE frequencies) are in no checkpoint.
-        source = {**dict(whole.named_parameters()), **dict(whole.named_buffers())} if whole else {}
         for key, p in (*policy.named_parameters(), *policy.named_buffers()):
-            x = source[key] if whole else torch.empty(p.shape, dtype=p.dtype)
+            x = source[key] if source else torch.empty(p.shape, dtype=p.dtype)
             x = x.to(p.device).contiguous()
             dist.broadcast(x, 0)
             p.copy_(shard_like(p, x))
-        policy._initialize_fsdp()
-        return policy
-
-    @torch.no_grad()
-    def _initialize_fsdp(self) -> None:
-        """Gathers, and so initializes, every block: those that a task never uses (vision, for text) would
-        break gradient accumulation."""
-        flops = self.flops
-        self(self.collate([ppo.Stream([self.end_id] * 2, [0, 1])]), values="detached")
-        self.flops = flops
-        for module in self._fsdp_modules():
-            module.unshard()
-            module.reshard()
-
-    def _fsdp_modules(self) -> list[FSDPModule]:
-        return [m for m in self.modules() if isinstance(m, FSDPModule)]
+        # Gathers, and so initializes, every block: those that a task never uses (vision, for text) would
+        # break gradient accumulation.
+        policy(policy.collate([ppo.Stream([policy.end_id] * 2, [0, 1])]), values="detached")
+        with policy.rollout_weights():
+            return policy
 
     def set_trainable(self, train: str = "all", recompute: bool = False) -> "Policy":
         """Sets the trained part (of TRAINED) and activation checkpointing (`recompute`); before `shard`."""
@@ -420,24 +386,22 @@ class Policy(ppo.Policy):
         for name, p in self.model.named_parameters():
             part = next((k for k, names in modules.items() if names & set(name.split("."))), "language")
             p.requires_grad_(train == "all" or part in train.split("+"))
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # without dropout there is none
         for block in self._blocks() if recompute else ():
-            block.forward = partial(_recomputed, block.forward)
+            block.forward = partial(checkpoint, block.forward, **options)
         return self
 
     def _blocks(self) -> list[nn.Module]:
         return [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
 
-    def shard(self, param_dtype: torch.dtype = torch.float32) -> "Policy":
+    def shard(self, param_dtype: torch.dtype) -> "Policy":
         """FSDP2 on every block, then the root. The value head stays in fp32."""
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         for block in reversed(self._blocks()):  # inner ones first
             fully_shard(block, mp_policy=precision)
         fully_shard(self.value_head)
+        self.sharded = True
         return fully_shard(self, mp_policy=precision)
-
-    @property
-    def sharded(self) -> bool:
-        return isinstance(self, FSDPModule)
 
     def _gather(self, x: Tensor) -> Tensor | None:
         """The whole tensor, on rank 0's CPU alone. A collective call."""
@@ -448,10 +412,8 @@ class Policy(ppo.Policy):
     def save(self, folder: Path) -> None:
         """Writes the model in Hugging Face format and the value head. A collective call: rank 0 gathers the
         weights in host memory."""
-        whole: dict[Tensor, Tensor | None] = {}  # by parameter: tied weights have two names
-        for x in self.state_dict(keep_vars=True).values():
-            if x not in whole:
-                whole[x] = self._gather(x)
+        parameters = dict.fromkeys(self.state_dict(keep_vars=True).values())  # tied weights have two names
+        whole = {x: self._gather(x) for x in parameters}
         if self.rank == 0:
             model, head = (
                 {name: whole[x].contiguous() for name, x in part.state_dict(keep_vars=True).items()}
@@ -493,20 +455,16 @@ class Policy(ppo.Policy):
             with super().rollout_weights() as model:
                 yield model
             return
-        for module in self._fsdp_modules():
+        modules = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield self.model
         finally:
-            for module in self._fsdp_modules():
+            for module in modules:
                 module.reshard()
                 module.set_reshard_after_forward(module is not self, recurse=False)
-
-    def reshard(self) -> None:
-        """Shards parameters again: FSDP's root stays gathered after a forward pass."""
-        for module in self._fsdp_modules():
-            module.reshard()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """As in ppo.Policy. FSDP averages gradients over ranks; here they are summed."""
@@ -521,23 +479,18 @@ class Policy(ppo.Policy):
     ) -> ppo.Optimizers:
         """AdamW (RoundingAdamW in bf16) on the trained part of the model and, at `value_lr`, the value head;
         with `muon`, Muon on the language model's fp32 matrices: pre-training takes half the steps."""
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        bf16, settings = self.model.dtype == torch.bfloat16, {"betas": betas, "eps": eps}
-        settings["weight_decay"] = weight_decay
-        matrices = [p for name, p in trained if p.ndim == 2 and "language_model.layers" in name]
-        matrices = matrices if muon and not bf16 else []
-        rest = [p for _, p in trained if p not in set(matrices)]
-        optimizers = [RoundingAdamW(rest, lr, **settings)] if bf16 else []
-        groups = [] if bf16 else [{"params": rest, "lr": lr}]
+        settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        adam = partial(torch.optim.AdamW, fused=True, **settings)
+        bf16, matrices, rest = self.model.dtype == torch.bfloat16, [], []
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                matrix = muon and not bf16 and p.ndim == 2 and "language_model.layers" in name
+                (matrices if matrix else rest).append(p)
+        optimizers = [RoundingAdamW(rest, lr, **settings) if bf16 else adam(rest, lr)]
         if value_lr:
-            groups.append({"params": list(self.value_head.parameters()), "lr": value_lr})
-        if groups:
-            optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
+            optimizers.append(adam(self.value_head.parameters(), value_lr))
         if matrices:
             optimizers.append(Muon(matrices, lr))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
         return optimizers
 
 
@@ -549,30 +502,26 @@ def check(policy: Policy, pictures: bool) -> None:
     """Samples two conversations of two turns. Raises ValueError if their log-probabilities differ from those
     of `forward`, or their first tokens' from a plain call of the model: by over 1e-3 in fp32, or .1 in the
     mean in bf16."""
-    name, flops = type(policy.model).__name__, policy.flops
+    flops = policy.flops
     image = Image.effect_noise((64, 64), 100).convert("RGB") if pictures else None
     prompts = [envs.parts_of(text) if pictures else text for text in ("1?", "Make 24 from 1, 2, 3, 4.")]
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     player = ppo.Player(policy, policy.model, 5, 1.0, torch.Generator().manual_seed(0))
-    try:
-        plain = torch.stack([policy.plain_logp(messages, image) for messages in conversations])
-        if not plain.isfinite().all():
-            raise FloatingPointError("with its weights, log-probabilities are not finite")
-        for _ in range(2):
-            replies = player([0, 1], [envs.Observation(messages, image) for messages in conversations])
-            for messages, reply in zip(conversations, replies):
-                messages += ({"role": "assistant", "content": reply}, {"role": "user", "content": "No."})
-        batch = policy.collate([player.streams[i][0] for i in (0, 1)])
-        gap = (policy(batch)["logp"] - batch["sampled_logp"])[batch["mask"] > 0].cpu()
-    except Exception as error:  # foreign code can raise anything
-        if out_of_memory(error):
-            raise
-        raise ValueError(f"{name} cannot be served: {type(error).__name__}: {one_line(error)}") from None
+    plain = torch.stack([policy.plain_logp(messages, image) for messages in conversations])
+    if not plain.isfinite().all():
+        raise ValueError("with its weights, log-probabilities are not finite")
+    for _ in range(2):
+        replies = player([0, 1], [envs.Observation(messages, image) for messages in conversations])
+        for messages, reply in zip(conversations, replies):
+            messages += ({"role": "assistant", "content": reply}, {"role": "user", "content": "No."})
+    batch = policy.collate([player.streams[i][0] for i in (0, 1)])
+    gap = (policy(batch)["logp"] - batch["sampled_logp"])[batch["mask"] > 0].cpu()
     first = batch["mask"].argmax(1, keepdim=True)
     ids, sampled = (batch[key].gather(1, first).cpu() for key in ("ids", "sampled_logp"))
     gap, policy.flops = torch.cat([gap, (plain.gather(1, ids) - sampled)[:, 0]]).abs(), flops
     exact = policy.model.dtype == torch.float32 and policy.model.device.type == "cpu"
     if not (gap.max() < 1e-3 if exact else gap.mean() < 0.1):
+        name = type(policy.model).__name__
         raise ValueError(f"{name} cannot be served: its log-probabilities differ by up to {gap.max():.2g}")
 
 
@@ -608,8 +557,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-            if temporary.is_dir() and path.is_dir() and not path.is_symlink():
-                remove(path)
             os.replace(temporary, path)
     finally:
         remove(temporary)
@@ -619,6 +566,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, "utf-8")
+
+
+def write_lines(path: Path, lines: Iterable[dict]) -> None:
+    """The same for JSONL."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def remove(path: Path) -> None:
@@ -669,8 +621,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    main = threading.current_thread() is threading.main_thread()  # which alone handles signals
-    handlers = {n: signal.signal(n, record) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    handlers = {n: signal.signal(n, record) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -707,7 +658,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; other folders and links are ignored."""
-    named = (path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name))
+    named = [path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
@@ -720,32 +671,20 @@ def check_lengths(policy: Policy, batches: Iterable[list[dict]], flops: float = 
             break
 
 
-def check_settings(folder: Path, settings: dict) -> None:
-    """Raises ValueError if a folder holds a run with other settings."""
-    config = folder / "config.json"
-    old = json.loads(config.read_text())["settings"] if config.exists() else settings
-    changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
-    if changed:
-        fault = f"{folder} holds a run with other settings ({', '.join(changed)})"
-        raise ValueError(f"{fault}: choose another --out, or remove it")
-
-
-def resume(
-    folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimizers
-) -> tuple[int, float, float]:
-    """Loads a run's resume state, if any; returns its step, FLOPs and progress. Drops later checkpoints and
-    log lines. Writes config.json for a new run."""
-    path, (step, flops, progress) = folder / "resume.pt", (0, 0.0, 0.0)
+def resume(folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimizers) -> tuple[int, float]:
+    """Loads a run's resume state, if any; returns its step and FLOPs. Drops later checkpoints and log lines.
+    Writes config.json for a new run."""
+    path, step, flops = folder / "resume.pt", 0, 0.0
     if path.exists():
         try:  # memory-mapped: one copy for all ranks of a node
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            tensors, step, flops, progress = (state[k] for k in ("tensors", "step", "flops", "progress"))
-        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            tensors, step, flops = state["tensors"], state["step"], state["flops"]
+        except Exception as error:  # a damaged file can raise anything
             advice = "damaged, or of another version; remove it to train from the start"
             raise ValueError(f"{path} cannot be read ({one_line(error)}): {advice}") from None
         policy.set_state(tensors, optimizers)
     if policy.rank > 0:
-        return step, flops, progress
+        return step, flops
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         versions = {module.__name__: module.__version__ for module in (torch, transformers)}
@@ -759,14 +698,13 @@ def resume(
         if step_of(path) > step:
             remove(path)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = [line for line in read_lines(folder / name) if line["step"] <= step]
-        write_text(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
-    return step, flops, progress
+        write_lines(folder / name, [line for line in read_lines(folder / name) if line["step"] <= step])
+    return step, flops
 
 
 def save_state(folder: Path, policy: Policy, optimizers: ppo.Optimizers, **position: float) -> None:
-    """Writes resume.pt (`position`: step, flops, progress). Randomness, a function of (seed, step), has no
-    state. A collective call."""
+    """Writes resume.pt (`position`: step and flops). Randomness, a function of (seed, step), has no state. A
+    collective call."""
     tensors = policy.state(optimizers)
     if policy.rank == 0:
         with atomic_write(folder / "resume.pt") as temporary:
@@ -822,16 +760,22 @@ def train_run(
     """
     # Strict JSON: tuples as lists, no limit as null.
     settings = json.loads(json.dumps(settings | asdict(config)), parse_constant=lambda _: None)
-    check_settings(folder, settings)
-    ended = [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["progress"] >= 1]
-    if ended and ended[-1] in map(step_of, checkpoints(folder)):
+    written = folder / "config.json"
+    old = json.loads(written.read_text())["settings"] if written.exists() else settings
+    changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+    if changed:
+        fault = f"{folder} holds a run with other settings ({', '.join(changed)})"
+        raise ValueError(f"{fault}: choose another --out, or remove it")
+    ended = {line["step"] for line in read_lines(folder / "metrics.jsonl") if line["progress"] >= 1}
+    if ended.intersection(map(step_of, checkpoints(folder))):
         return
     policy = load()
     for name in ("batch_size", "episodes", "minibatch_size"):
         if (size := getattr(config, name, 0)) % policy.world:
             raise ValueError(f"--{name.replace('_', '-')} {size} cannot be shared by {policy.world} ranks")
     optimizers, train = trainer(policy, config, data)
-    step, flops, progress = resume(folder, settings, policy, optimizers)
+    step, flops = resume(folder, settings, policy, optimizers)
+    progress = max(step / config.steps, flops / config.flops)
     save_every = 50 if isinstance(config, sft.SFTConfig) else 5
     writes, bar = policy.rank == 0, progress_bar("/".join(folder.parts[-2:]), 1)
     with deferred_interrupt() as signals, bar as show:
@@ -849,7 +793,7 @@ def train_run(
                     policy.save(temporary)
             interrupted = policy.largest(bool(signals))  # on any rank
             if due or interrupted or step % save_every == 0:
-                save_state(folder, policy, optimizers, step=step, flops=metrics["flops"], progress=progress)
+                save_state(folder, policy, optimizers, step=step, flops=metrics["flops"])
                 for old in checkpoints(folder)[:-keep] if keep and writes else ():
                     remove(old)
             if interrupted:
@@ -880,12 +824,12 @@ class Arm:
     """A training run of a study, and how its checkpoints are evaluated. Arms with one name share the run."""
 
     name: str  # of its folder, and in results.jsonl
-    algorithm: str = "sft"  # or "ppo"
+    algorithm: str = "sft"  # or "rl"
     start: str = "init"  # from this arm's last checkpoint; "NAME@K": its K-th
     training: dict = field(default_factory=dict)  # overrides the study's settings for the algorithm
     environment: dict = field(default_factory=dict)  # overrides the study's options, in training
     records: str = "expert"  # what SFT learns from, one of RECORDS
-    parts: str | None = None  # trained parts of the model; None: the command line's
+    loading: dict = field(default_factory=dict)  # overrides the command line's options of the model
     checkpoints: int | None = None  # None: the study's
     # The last checkpoint is evaluated on all hands at these temperatures (None: the study's), earlier ones,
     # and the last without any, at temperature 1 on a quarter of the hands.
@@ -901,7 +845,7 @@ class Arm:
 class Study:
     """The settings of `sftrl study` for one task and the tiny model."""
 
-    base: sft.SFTConfig
+    base: sft.SFTConfig | None  # None: the model is the base
     sft: sft.SFTConfig
     rl: ppo.PPOConfig
     init: dict  # overrides `sft` for the init
@@ -911,7 +855,7 @@ class Study:
     temperatures: tuple[float, ...] = (1.0, 0.0)  # of that; 0 is greedy
     verify_iter: int = 3  # in training and evaluation; the paper's 5 doubles the time
     max_new_tokens: int = 48
-    tiny: str = "tiny"  # the built-in model
+    model: str = "tiny"  # built-in, or a folder or Hub id
     options: dict = field(default_factory=dict)  # of the environments, small enough for the tiny model
     # Learning rates by arm, see docs/results.md; else that of "sft" or "rl".
     rates: dict = field(default_factory=dict)
@@ -923,18 +867,19 @@ class Study:
         init = self.init | {"steps": max(1, round(self.init["steps"] * scale))}
         return replace(self, base=base, init=init, flops=self.flops * scale)
 
-    def for_model(self, parameters: int) -> "Study":
+    def for_model(self, model: str) -> "Study":
         """For a user's model: the full task, as many tokens, the rates of `sftrl sft` and `ppo`."""
-        rates, rl = {"init": sft.SFTConfig.lr}, replace(self.rl, value_lr=ppo.PPOConfig.value_lr)
-        flops = self.flops * parameters / TINY_PARAMETERS
-        return replace(self, rates=rates, rl=rl, flops=flops, max_new_tokens=256, options={})
+        parameters = Policy.load(model, torch.device("meta")).parameter_count
+        flops, rates = self.flops * parameters / TINY_PARAMETERS, {"init": sft.SFTConfig.lr}
+        changes = {"rl": replace(self.rl, value_lr=ppo.PPOConfig.value_lr), "flops": flops, "rates": rates}
+        return replace(self, base=None, model=model, max_new_tokens=256, options={}, **changes)
 
     def config(self, arm: Arm) -> sft.SFTConfig | ppo.PPOConfig:
         """The training settings of an arm."""
-        usual, main = (self.sft, "sft") if arm.algorithm == "sft" else (self.rl, "rl")
-        settings = {"lr": self.rates.get(arm.name, self.rates.get(main, usual.lr)), "flops": self.flops}
-        settings |= {"max_new_tokens": self.max_new_tokens} if main == "rl" else {}
-        return replace(usual, **settings | arm.training)
+        usual = self.sft if arm.algorithm == "sft" else self.rl
+        lr = self.rates.get(arm.name, self.rates.get(arm.algorithm, usual.lr))
+        longest = {"max_new_tokens": self.max_new_tokens} if arm.algorithm == "rl" else {}
+        return replace(usual, **{"lr": lr, "flops": self.flops} | longest | arm.training)
 
 
 TINY_PARAMETERS = 1_128_832
@@ -958,14 +903,17 @@ _WALKS = replace(
     count=4,
     hands=256,
     verify_iter=2,
-    tiny="tiny-streets",
+    model="tiny-streets",
     rates=_CARDS.rates | {"rl": 5e-4},
     options=TINY_WALKS,
 )
-_CARD_RATES = {"dft": 2e-4, "self-sft": 2e-4, "rl-kl": 5e-4, "diverse-sft": 1e-3, "diverse-rl": 2e-4}
-_CARD_RATES |= {"sft-revision": 5e-4, "rl-reply": 2e-4}
 STUDIES = {
-    "gp-l": replace(_CARDS, rates=_CARDS.rates | _CARD_RATES),
+    "gp-l": replace(
+        _CARDS,
+        rates=_CARDS.rates
+        | {"dft": 2e-4, "self-sft": 2e-4, "rl-kl": 5e-4, "diverse-sft": 1e-3, "diverse-rl": 2e-4}
+        | {"sft-revision": 5e-4, "rl-reply": 2e-4},
+    ),
     "gp-vl": replace(
         _CARDS,
         base=replace(_CARDS.base, steps=1200),
@@ -1011,66 +959,52 @@ def main_arms(study: Study) -> list[Arm]:
     replies on demonstrations as imperfect as the base's corpus."""
     training = study.init | {"flops": math.inf}
     init = Arm("init", start="base", training=training, records="imperfect", checkpoints=1)
-    return [init, Arm("sft", validate=True), Arm("rl", "ppo")]
-
-
-def sampled_at_end(arm: Arm, **changes) -> Arm:
-    """The arm, evaluated at its last checkpoint alone, at temperature 1."""
-    return replace(arm, curve=False, validate=False, temperatures=(1.0,), **changes)
+    return [init, Arm("sft", validate=True), Arm("rl", "rl")]
 
 
 def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[Arm]:
     """The arms of an experiment beside the main ones, without those whose options the environment lacks; none
     for "main" and "forgetting", which compares the others."""
     main = init, demonstrated, reinforced = main_arms(study)
-    rate, last, diverse = study.config(reinforced).lr, partial(Arm, curve=False), {"diverse": True}
-    budgets = [
-        Arm(f"rl-budget-{k}", "ppo", environment={"verify_iter": k}, checkpoints=1) for k in (1, 3, 5, 10)
-    ]
+    rate, last, diverse = study.config(reinforced).lr, partial(Arm, checkpoints=1), {"diverse": True}
+    budgets = [last(f"rl-budget-{k}", "rl", environment={"verify_iter": k}) for k in (1, 3, 5, 10)]
+    valid = partial(Arm, series="valid", temperatures=(1.0,))
+    end = {"curve": False, "validate": False, "temperatures": (1.0,)}  # the last checkpoint alone, sampled
     dft = Arm("dft", training={"objective": "dft"})
     control = last("sft-at-dft-rate", training={"lr": study.config(dft).lr})
     arms = {
         # Rates are compared on validation deals; tests follow for the chosen ones.
         "frontier": [
-            sampled_at_end(init, series="valid"),
+            replace(init, **end, series="valid"),
             *(
-                Arm(
-                    f"{arm.name}-{lr:g}",
-                    arm.algorithm,
-                    training={"lr": lr},
-                    series="valid",
-                    temperatures=(1.0,),
-                )
-                for arm in (demonstrated, reinforced)
+                valid(f"{algorithm}-{lr:g}", algorithm, training={"lr": lr})
+                for algorithm in ("sft", "rl")
                 for lr in study.grid
             ),
         ],
         "look": [Arm("sft-tenth", training={"lr": study.config(demonstrated).lr / 10})],
-        "no-init": [last(f"no-init-{lr:g}", "ppo", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)],
+        "no-init": [last(f"no-init-{lr:g}", "rl", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)],
         # An evaluation with 10 replies covers all smaller budgets.
-        "verification": [sampled_at_end(arm, verify_iter=10) for arm in (init, demonstrated, *budgets)],
-        "start": [
-            last(f"rl-from-sft-{k}", "ppo", f"sft@{k}", checkpoints=1) for k in range(1, study.count + 1)
-        ],
-        "recognition": [sampled_at_end(arm, pictures=p) for arm in main for p in evaluate.PICTURES],
+        "verification": [replace(arm, **end, verify_iter=10) for arm in (init, demonstrated, *budgets)],
+        "start": [last(f"rl-from-sft-{k}", "rl", f"sft@{k}") for k in range(1, study.count + 1)],
+        "recognition": [replace(arm, **end, pictures=p) for arm in main for p in evaluate.PICTURES],
         "revision-sft": [Arm("sft-revision", training={"loss_on": "last"}, records="revision")],
         "sft-search": [
-            last(f"sft-{parts}-{lr:g}", training={"lr": lr}, parts=parts, checkpoints=1)
+            last(f"sft-{parts}-{lr:g}", training={"lr": lr}, loading={"train": parts})
             for parts in TRAINED
             for lr in study.grid[::2]
         ],
-        "reply-ratio": [Arm("rl-reply", "ppo", training=PAPERS_PPO)],
+        "reply-ratio": [Arm("rl-reply", "rl", training=PAPERS_PPO)],
         "rivals": [
             dft,
             *([control] if study.config(control).lr != study.config(demonstrated).lr else []),
-            Arm("self-sft", "ppo", training={"objective": "imitate"}),
-            Arm("rl-kl", "ppo", training={"kl_coef": 0.1}),
+            Arm("self-sft", "rl", training={"objective": "imitate"}),
+            Arm("rl-kl", "rl", training={"kl_coef": 0.1}),
             Arm("diverse-sft", environment=diverse),
-            Arm("diverse-rl", "ppo", environment=diverse),
+            Arm("diverse-rl", "rl", environment=diverse),
         ],
     }.get(experiment, [])
-    known = {"verify_iter", *envs.options_of(cls)}
-    return [arm for arm in arms if arm.environment.keys() <= known]
+    return [arm for arm in arms if arm.environment.keys() <= envs.options_of(cls).keys()]
 
 
 def experiments_of(cls: type[envs.Environment]) -> list[str]:
@@ -1084,26 +1018,19 @@ def experiments_of(cls: type[envs.Environment]) -> list[str]:
 RECORDS = {"expert": envs.demonstration, "imperfect": sft.imperfect_demonstration, "revision": sft.revision}
 
 
-@dataclass
+@dataclass(eq=False)
 class StudyRun:
     """A study in its folder: trains and evaluates arms, and resumes each."""
 
     task: str  # by name, or FILE.py:CLASS
     study: Study
     out: Path
-    loading: dict = field(default_factory=dict)  # options of `load_policy`
-    model: str = "tiny"  # its base is trained here; or a folder or Hub id, used as the base
-    hands: int | None = None  # or routes, per evaluation; None: the study's
+    loading: dict  # options of `load_policy`
 
     def __post_init__(self):
-        self.tiny, self.hands = self.model in ("tiny", self.study.tiny), self.hands or self.study.hands
-        if self.hands < 2:
-            raise ValueError("--hands must be at least 2, for an interval")
-        self.quarter = max(2, self.hands // 4)  # for earlier checkpoints
-        self.results = evaluate.Results(self.out / "results.jsonl")
-        self.reference: tuple[int | None, evaluate.Reference | None] = None, None  # a seed's init
+        self.quarter = max(2, self.study.hands // 4)  # for earlier checkpoints
+        self.results = read_lines(self.out / "results.jsonl")
         self.cls = envs.task_class(self.task)
-        self.variants, self.headline = tuple(self.cls.variants), self.cls.headline
         self.options = {"verify_iter": self.study.verify_iter} | self.study.options
 
     def load(self, model: str, **loading) -> Policy:
@@ -1113,13 +1040,13 @@ class StudyRun:
     def environment(self, variant: str = "id", series: str = "train", **options) -> envs.Environment:
         """An environment of the study; routes of the series "valid" and "test" differ from training's."""
         split = {"split": series} if "split" in envs.options_of(self.cls) else {}
-        return envs.make(self.task, variant, **self.options | split | options)
+        return self.cls(variant, **self.options | split | options)
 
     def checkpoints(self, name: str, seed: int) -> list:
         """The checkpoints of an arm; all seeds share the base, here or a user's model."""
-        if name == "base" and not self.tiny:
-            return [self.model]
-        return checkpoints(self.out / name if name == "base" else self.out / f"seed-{seed}" / name)
+        if name == "base" and not self.study.base:
+            return [self.study.model]
+        return checkpoints(self.out / (name if name == "base" else f"seed-{seed}/{name}"))
 
     def relative(self, model: str | Path) -> str:
         """A checkpoint's path in the study's folder, which may move; another model's name."""
@@ -1133,36 +1060,41 @@ class StudyRun:
         study = self.study
         corpus = sft.foundation_batches(self.task, study.base.batch_size, study.options)
         settings = {"stage": "base", "options": study.options}
-        train_run(self.out / "base", lambda: self.load(study.tiny), study.base, corpus, settings)
+        train_run(self.out / "base", lambda: self.load(study.model), study.base, corpus, settings)
 
     def train(self, arm: Arm, seed: int) -> None:
         """One arm, unless it is finished."""
-        self.reference = None, None  # training needs its memory
+        self.reference.cache_clear()  # training needs its memory
         start, _, number = arm.start.partition("@")
         found = self.checkpoints(start, seed)
-        model = found[min(int(number or len(found)), len(found)) - 1]
+        model = found[: int(number or len(found))][-1]
         config, make = self.study.config(arm), partial(self.environment, **arm.environment)
-        loading = self.loading | ({"train": arm.parts} if arm.parts else {})
         settings = {"task": self.task, "arm": arm.name, "model": self.relative(model), "seed": seed}
-        settings |= {"options": self.options | arm.environment, "records": arm.records, **loading}
+        settings |= {"options": self.options | arm.environment, "records": arm.records}
+        settings |= self.loading | arm.loading
         if arm.algorithm == "sft":
             label = f"{arm.records}/{seed}"
             data = sft.fresh_batches(make(), RECORDS[arm.records], config.batch_size, label)
         else:
             config, data = replace(config, seed=seed), make
         folder, count = self.out / f"seed-{seed}" / arm.name, arm.checkpoints or self.study.count
-        load = partial(self.load, str(model), **loading)
+        load = partial(self.load, str(model), **arm.loading)
         train_run(folder, load, config, data, settings, count)
 
     # ---- evaluation
 
-    def measure(self, arm: Arm, seed: int, experiment: str = "main") -> None:
+    @lru_cache(maxsize=1)
+    def reference(self, seed: int) -> evaluate.Reference:
+        """A seed's init, from which distances are measured."""
+        return evaluate.Reference(self.load(str(self.checkpoints("init", seed)[-1])))
+
+    def measure(self, arm: Arm, seed: int, experiment: str) -> None:
         """Evaluates an arm's checkpoints, except what results.jsonl has."""
         paths = self.checkpoints(arm.name, seed)
-        early = [(self.quarter, arm.series, v, 1.0) for v in self.variants]
+        early = [(self.quarter, arm.series, v, 1.0) for v in self.cls.variants]
         validation = [(self.quarter, "valid", "id", 1.0)] if arm.validate else []
         temperatures = self.study.temperatures if arm.temperatures is None else arm.temperatures
-        at_end = [(self.hands, arm.series, v, t) for t in temperatures for v in self.variants]
+        at_end = [(self.study.hands, arm.series, v, t) for t in temperatures for v in self.cls.variants]
         at_end, early = at_end or early, early if arm.curve else []
         with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(paths)) as show:
             for k, path in enumerate(paths, 1):
@@ -1183,22 +1115,19 @@ class StudyRun:
         same |= {"verify_iter": budget, "pictures": arm.pictures}
         for hands, series, variant, temperature in points:
             key = same | {"series": series, "temperature": temperature, "variant": variant}
-            if self.results.find(**key, episodes=hands):
+            if evaluate.find(self.results, **key, episodes=hands):
                 continue
             policy = policy or self.load(str(path))
-            distances = temperature > 0 and arm.pictures == "own"
-            if distances and self.reference[0] != seed:
-                self.reference = seed, evaluate.Reference(self.load(str(self.checkpoints("init", seed)[-1])))
-            reference = self.reference[1] if distances else None
+            reference = self.reference(seed) if temperature > 0 and arm.pictures == "own" else None
             environments = [self.environment(variant, series, verify_iter=budget) for _ in range(hands)]
-            result, episodes = evaluate.evaluate(
-                policy, environments, temperature, self.study.max_new_tokens, series, reference, arm.pictures
-            )
+            how = temperature, self.study.max_new_tokens, series, reference
+            result, episodes = evaluate.evaluate(policy, environments, *how, pictures=arm.pictures)
             point = {"task": self.task, "experiment": experiment, **key, "flops": line["flops"], **result}
-            self.results.add(point | {"checkpoint": self.relative(path)}, write=policy.rank == 0)
+            self.results.append(point | {"checkpoint": self.relative(path)})
             if policy.rank == 0:
-                with open(self.out / "transcripts.jsonl", "a") as file:
-                    file.writelines(json.dumps(key | e.transcript()) + "\n" for e in episodes[:2])
+                write_lines(self.out / "results.jsonl", self.results)
+                for episode in episodes[:2]:
+                    append_line(self.out / "transcripts.jsonl", key | episode.transcript())
 
     # ---- experiments
 
@@ -1213,15 +1142,15 @@ class StudyRun:
                 for arm in [Arm("base", temperatures=())] * (name == "main") + arms:
                     self.measure(arm, seed, name)
             if "frontier" in experiments and seed == seeds - 1:
-                other = "rule" if "rule" in self.variants else "id"
-                for name, s in sorted(evaluate.chosen_arms(self.points(range(seeds)), other, self.headline)):
+                other, points = "rule" if "rule" in self.cls.variants else "id", self.points(range(seeds))
+                for name, s in sorted(evaluate.chosen_arms(points, other, self.cls.headline)):
                     self.measure(Arm(name, curve=False), s, "frontier")
             if policy_rank() == 0:
                 print("\n".join(["", *self.report(range(seed + 1), note)]), flush=True)
 
     def points(self, seeds: Sequence[int]) -> list[dict]:
         """What was measured of the base and of these seeds, on this study's numbers of episodes."""
-        return self.results.find(seed=(-1, *seeds), episodes=(self.hands, self.quarter))
+        return evaluate.find(self.results, seed=(-1, *seeds), episodes=(self.study.hands, self.quarter))
 
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
         """Writes the report, with a `note` on page one; returns its table of claims."""
@@ -1234,14 +1163,13 @@ class StudyRun:
             measured[name] = []
             for arm in arms:
                 key = {"pictures": arm.pictures, "verify_iter": arm.verify_iter or self.study.verify_iter}
-                if all(evaluate.find(points, arm=arm.name, variant=v, **key) for v in self.variants):
+                if all(evaluate.find(points, arm=arm.name, variant=v, **key) for v in self.cls.variants):
                     measured[name].append((arm.name, key))
-        model = self.study.tiny if self.tiny else self.model
         rates = ", ".join(f"{arm.name} {self.study.config(arm).lr:g}" for arm in main_arms(self.study))
         settings = {
             "task": self.task,
-            "model": self.model,
-            "parameters": Policy.load(model, torch.device("meta")).parameter_count,
+            "model": self.study.model,
+            "parameters": Policy.load(self.study.model, torch.device("meta")).parameter_count,
             "verify_iter": self.study.verify_iter,
             "note": f"Learning rates: {rates} (a run's config.json has all settings). {note}",
         }
@@ -1258,10 +1186,7 @@ def policy_rank() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, with exit status 2; options cannot be abbreviated."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, allow_abbrev=False, **options)
+    """Errors in one line, with exit status 2."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"sftrl: error: {message}\n")
@@ -1279,14 +1204,14 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
     },
     "study": {
         "seeds": (int, 3, Option("number of seeds after the base", least=1)),
-        "out": (str, "runs/study", Option("the study folder", metavar="DIR")),
+        "out": (Path, Path("runs/study"), Option("the study folder", metavar="DIR")),
         "model": (str, "tiny", Option("tiny (the task's built-in model), or a folder or Hub id as the base")),
-        "hands": (int, None, Option("evaluation hands, or routes, per point; None: the task's", least=1)),
+        "hands": (int, None, Option("evaluation hands, or routes, per point; None: the task's", least=2)),
         "scale": (float, 1.0, Option("length of every stage relative to the defaults", above=0)),
     },
     "sft ppo": {
         "model": (str, "tiny", _MODEL),
-        "out": (str, ..., Option("the run folder; an existing run is resumed", metavar="DIR")),
+        "out": (Path, ..., Option("the run folder; an existing run is resumed", metavar="DIR")),
         "checkpoints": (int, 4, Option("checkpoints written, denser early", least=1)),
         "keep": (int, None, Option("keep only the newest K checkpoints", least=1, metavar="K")),
     },
@@ -1298,7 +1223,9 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
     "sft": {
         "demos": (str, None, Option("JSON file of demonstrations; None: the expert's", metavar="PATH")),
         "images": (str, None, Option("folder of their pictures; None: that of --demos", metavar="DIR")),
+        **envs.options_of(sft.SFTConfig),
     },
+    "ppo": envs.options_of(ppo.PPOConfig),
     "sft data": {"wrong_turns": (int, 0, Option("wrong replies before the expert's", least=0))},
     "sft play data": {"seed": (int, 0, Option("random seed, of a city too", least=0, most=2**32 - 1))},
     "evaluate play": {
@@ -1309,8 +1236,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "model": (str, ..., _MODEL),
         "episodes": (int, None, Option("hands, or routes in their order; None: 234, or all routes", least=1)),
         "transcripts": (int, 2, Option("episodes to print", least=0)),
-        "out": (str, None, Option("write result.json and transcripts.jsonl, all of them", metavar="DIR")),
-        "save": (str, None, Option("visual tasks: write the pictures of those episodes", metavar="DIR")),
+        "out": (Path, None, Option("write result.json and transcripts.jsonl, all of them", metavar="DIR")),
+        "save": (Path, None, Option("visual tasks: write the pictures of those episodes", metavar="DIR")),
         "pictures": (str, "own", Option("visual tasks: control pictures instead", choices=evaluate.PICTURES)),
     },
     "play": {
@@ -1318,7 +1245,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
         "save": (str, None, Option("write the picture of a visual task", metavar="PATH")),
     },
     "data": {
-        "out": (str, ..., Option("FILE.json; for the streets of a virl task a folder", metavar="PATH")),
+        "out": (Path, ..., Option("FILE.json; for the streets of a virl task a folder", metavar="PATH")),
         "episodes": (int, None, Option("demonstrations (None: 1000), or routes (None: all)", least=1)),
     },
 }
@@ -1327,19 +1254,16 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
 def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
     """All commands and options, with the task's. Raises ValueError for an unknown task."""
     cls = envs.task_class(task)
-    parser = Parser(prog="sftrl", description="SFT and PPO side by side: which one learns the rule?")
+    text = "SFT and PPO side by side: which one learns the rule?"
+    parser = Parser(prog="sftrl", description=text, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    configs = {command_sft: sft.SFTConfig, command_ppo: ppo.PPOConfig}
     for run in (command_study, command_sft, command_ppo, command_evaluate, command_play, command_data):
         name = run.__name__.removeprefix("command_")
-        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         listed: dict = {}
         for names, options in OPTIONS.items():
             listed |= options if name in names.split() else {}
         add_options(sub, listed)
-        if run in configs:
-            add_options(sub.add_argument_group("training"), envs.options_of(configs[run]))
-            listed |= envs.options_of(configs[run])
         sub.set_defaults(run=run, listed=listed)
         if run is command_study:
             text, known = "the question to answer (default: main)", [*experiments_of(cls), "all"]
@@ -1355,7 +1279,8 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
         usual = " ".join(f"{verdict}={reward:g}" for verdict, reward in cls.rewards.items())
         text = f"other rewards for some verdicts, or for a budget that is used up (default: {usual})"
         group.add_argument("--rewards", type=named_number, nargs="+", metavar="VERDICT=REWARD", help=text)
-        add_options(group, envs.options_of(cls), keep_default=False)
+        add_options(group, envs.options_of(cls))
+        sub.set_defaults(**dict.fromkeys(envs.options_of(cls)))  # None: not given
         if run is command_play:
             text = "judge this reply; may be given several times"
             sub.add_argument("--reply", action="append", default=[], metavar="TEXT", help=text)
@@ -1364,25 +1289,23 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(group, options: dict[str, tuple[Any, Any, Option]], keep_default: bool = True) -> None:
-    """Flags for options as in OPTIONS; without `keep_default` their default is None."""
+def add_options(group, options: dict[str, tuple[Any, Any, Option]]) -> None:
+    """Flags for options as in OPTIONS."""
     for name, (kind, default, option) in options.items():
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            kind = typing.get_args(kind)[0]  # of int | None the integer
-        many = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
+        parts, many = typing.get_args(kind), typing.get_origin(kind) is tuple
+        kind = parts[0] if parts else kind  # of int | None, or of a pair of them, the integer
         limits = ": " + ", ".join(option.choices) if option.choices else ", " + option.limits()
         text = (option.help + limits).removesuffix(", ")
         if default not in (None, ...) and option.metavar != "FILE":
             words = " ".join(map(str, default)) if many else default
             text += f" (default: {('no', 'yes')[default] if kind is bool else words})"
         flag: dict = {"help": text.replace("%", "%%")}
-        flag["default"] = default if keep_default and default is not ... else None
+        flag["default"] = None if default is ... else default
         if kind is bool:
             flag["action"] = argparse.BooleanOptionalAction
         else:
-            flag |= {"type": many[0] if many else kind, "metavar": option.metavar, "required": default is ...}
-        if many:
-            flag["nargs"] = len(many)
+            flag |= {"type": kind, "metavar": option.metavar, "required": default is ...}
+            flag["nargs"] = len(parts) if many else None
         group.add_argument("--" + name.replace("_", "-"), **flag)
 
 
@@ -1406,15 +1329,16 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     study, cls = STUDIES.get(args.task, STUDIES["gp-l"]), envs.task_class(args.task)
     study = (LOOK if args.experiment == "look" else study).scaled(args.scale)
     note = "How they were chosen: docs/results.md."
-    if args.model not in ("tiny", study.tiny):
+    if args.model not in ("tiny", study.model):
         if args.experiment == "look":
             raise ValueError("--experiment look is for the tiny model")
-        study = study.for_model(Policy.load(args.model, torch.device("meta")).parameter_count)
+        study = study.for_model(args.model)
         note = "These are the defaults of sftrl sft and ppo."
     elif args.task not in STUDIES:
         known = ", ".join(STUDIES)
         raise ValueError(f"the tiny model has no study of {args.task}: give --model, or one of {known}")
-    study = replace(study, grid=tuple(sorted(set(args.grid or study.grid))), rates=study.rates | args.rates)
+    grid, hands = tuple(sorted(set(args.grid or study.grid))), args.hands or study.hands
+    study = replace(study, grid=grid, hands=hands, rates=study.rates | args.rates)
     arms = {arm.name for name in experiments_of(cls) for arm in main_arms(study) + arms_of(study, name, cls)}
     for name, rate in (*args.rates.items(), *(("sft", rate) for rate in study.grid)):
         if name not in arms or not 0 < rate < math.inf:
@@ -1432,8 +1356,8 @@ def command_study(args: argparse.Namespace) -> None:
     """The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report."""
     known, (study, note) = experiments_of(envs.task_class(args.task)), study_of(args)
     chosen = [name for name in known if name != "look"] if args.experiment == "all" else [args.experiment]
-    run = StudyRun(args.task, study, Path(args.out), args.loading, args.model, args.hands)
-    if run.tiny:
+    run = StudyRun(args.task, study, args.out, args.loading)
+    if study.base:
         run.train_base()
     run.compare(chosen, args.seeds, note)
 
@@ -1466,35 +1390,31 @@ def train_as_asked(args: argparse.Namespace, config: type, data: Callable, pictu
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     config = config(**{name: settings[name] for name in envs.options_of(config)})
     load = partial(load_policy, args.model, pictures, **args.loading)
-    train_run(Path(args.out), load, config, data, settings, args.checkpoints, args.keep)
+    train_run(args.out, load, config, data, settings, args.checkpoints, args.keep)
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
     """Success of one checkpoint, with standard errors and sample transcripts."""
     env = environment_of(args)
     starts = env.starts("test", args.episodes)
-    n = len(starts)
-    environments = [env, *(env.fresh_copy() for _ in range(n - 1))]
+    environments = [env, *(env.fresh_copy() for _ in starts[1:])]
     if args.save:
         if not env.pictures:
             raise ValueError(f"task {args.task!r} has no pictures to --save")
-        Path(args.save).mkdir(parents=True, exist_ok=True)  # a wrong path fails before the work
+        args.save.mkdir(parents=True, exist_ok=True)  # a wrong path fails before the work
     policy = load_policy(args.model, env.pictures, **args.loading)
     check_lengths(policy, ([envs.demonstration(env, start=start)] for start in starts))
-    with progress_bar("evaluation", n // policy.world) as show:
-        options = {"pictures": args.pictures, "watch": show}
-        result, episodes = evaluate.evaluate(
-            policy, environments, args.temperature, args.max_new_tokens, **options
-        )
+    with progress_bar("evaluation", len(starts) // policy.world) as show:
+        how = args.temperature, args.max_new_tokens
+        result, episodes = evaluate.evaluate(policy, environments, *how, pictures=args.pictures, watch=show)
     if policy.rank > 0:
         return
     if args.out:
-        write_text(Path(args.out) / "result.json", json.dumps(result, indent=1))
-        lines = (json.dumps(episode.transcript()) + "\n" for episode in episodes)
-        write_text(Path(args.out) / "transcripts.jsonl", "".join(lines))
+        write_text(args.out / "result.json", json.dumps(result, indent=1))
+        write_lines(args.out / "transcripts.jsonl", [e.transcript() for e in episodes])
     for i, episode in enumerate(episodes[: args.transcripts]):
         if args.save:
-            save_pictures(env, episode, starts[i], Path(args.save) / str(i))
+            save_pictures(env, episode, starts[i], args.save / str(i))
         print(f"--- {'solved' if episode.success else 'not solved'}")
         print_transcript(episode)
     per_hand = evaluate.MEASURES.values()
@@ -1522,8 +1442,7 @@ def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], fo
 def command_play(args: argparse.Namespace) -> None:
     """One episode to read: prompt, expert reply, and the verdict on each reply."""
     env = environment_of(args)
-    given = {name: getattr(args, name) for name in env.start_options}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name in env.start_options if (value := getattr(args, name)) is not None}
     observation, _ = env.reset(args.seed, options)
     if args.save:
         if observation.image is None:
@@ -1544,7 +1463,7 @@ def command_play(args: argparse.Namespace) -> None:
 
 def command_data(args: argparse.Namespace) -> None:
     """Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes."""
-    env, out = environment_of(args), Path(args.out)
+    env, out = environment_of(args), args.out
     if hasattr(env, "write") and out.suffix != ".json":
         if args.data or args.wrong_turns:
             advice = "without --data and --wrong-turns: for demonstrations let --out end in .json"
@@ -1565,12 +1484,6 @@ def command_data(args: argparse.Namespace) -> None:
     print(f"{len(records)} demonstrations in {args.out}")
 
 
-def complain(message: str, every_rank: bool = False) -> None:
-    """Prints one line to stderr, on rank 0 alone for a fault of all ranks."""
-    if policy_rank() == 0 or every_rank:
-        print(f"sftrl: {message}", file=sys.stderr)
-
-
 def exit_rank(status: int) -> None:
     """Ends a process of torchrun without the interpreter's shutdown, in which gloo's threads may abort it
     (pytorch issue 190489). A failed rank skips the process-group shutdown too: torchrun ends the others."""
@@ -1581,23 +1494,21 @@ def exit_rank(status: int) -> None:
     os._exit(status)
 
 
-def prepare(threads: int) -> bool:
+def prepare(threads: int) -> None:
     """Sets the number of threads (0: all cores), joins the process group, prints warnings as one line on rank
-    0. Returns whether there are several processes."""
+    0."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if threads:
         torch.set_num_threads(threads)
-    distributed, gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.is_available()
-    if distributed:
-        if gpu:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if gpu := torch.cuda.is_available():
             torch.cuda.set_device(best_device())
         dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "gloo")
     warnings.formatwarning = lambda message, *_: f"sftrl: warning: {message}\n"
     if policy_rank():
         warnings.simplefilter("ignore")
-    return distributed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1605,7 +1516,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # letters outside its encoding become question marks
-    first = Parser(add_help=False)  # options depend on the task
+    first = Parser(add_help=False, allow_abbrev=False)  # options depend on the task
     first.add_argument("--task", default="gp-l")
     try:
         args = build_parser(first.parse_known_args(argv)[0].task).parse_args(argv)
@@ -1619,32 +1530,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         setattr(args, name, dict(getattr(args, name) or ()))
     loading = ("rollout_batch", "weights", "train", "recompute")
     args.loading = {name: getattr(args, name) for name in loading if name in args}
-    distributed, status = prepare(args.threads), 0
+    prepare(args.threads)
+    status, message, of_all = 0, "", True  # whether the fault is that of all ranks
     try:
         with ExitStack() as locks:
             if args.command not in ("play", "data") and args.out:  # one command at a time writes to a folder
-                on_rank_0(lambda: locks.enter_context(locked(Path(args.out))))
+                on_rank_0(lambda: locks.enter_context(locked(args.out)))
             args.run(args)
     except (ValueError, OSError) as error:
-        complain(f"error: {error}")
-        status = 2
-    except NotSaved as error:
-        complain(f"stopped: {error}; what was saved before is kept", every_rank=True)
-        status = 1
+        status, message = 2, f"error: {error}"
+    except NotSaved as error:  # of rank 0, which alone writes
+        status, message = 1, f"stopped: {error}; what was saved before is kept"
     except FloatingPointError as error:
-        complain(f"stopped: non-finite loss or gradient: {error}; the last checkpoint is kept")
-        status = 1
+        status, message = 1, f"stopped: non-finite loss or gradient: {error}; the last checkpoint is kept"
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         smaller = "lower --microbatch-size, --rollout-batch or --max-new-tokens"
         other = "--recompute, --weights bfloat16 or more processes"
-        complain(f"out of memory: {smaller}, or try {other}", every_rank=True)
-        status = 1
+        status, message, of_all = 1, f"out of memory: {smaller}, or try {other}", False
     except KeyboardInterrupt:
-        complain("interrupted; the same command resumes from the last saved state")
-        status = 130
-    if distributed:
+        status, message = 130, "interrupted; the same command resumes from the last saved state"
+    if status and not (of_all and policy_rank()):
+        print(f"sftrl: {message}", file=sys.stderr)
+    if dist.is_initialized():
         exit_rank(status)
     return status
 

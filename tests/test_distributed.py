@@ -80,7 +80,6 @@ def train(kind, task, out):
     records = [envs.demonstration(env, wrong_turns=k % 2) for k in range(8)]
     # Plain gradient descent: its step is the gradient itself, the first of Adam only its sign.
     descent = torch.optim.SGD(policy.parameters(), lr=0.5)
-    descent.param_groups[0]["initial_lr"] = 0.5
     config = sft.SFTConfig(batch_size=8, microbatch_size=micro, steps=1, max_grad_norm=1.0)
     (metrics,) = sft.train(policy, [descent], lambda step: records, config)
     policy.save(out / "sft")
@@ -157,14 +156,14 @@ def test_bf16_shards_accumulate_gradients_and_share_65_hands(one_and_two):
 
 
 def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_path):
-    first, last = tmp_path / "sft/checkpoint-1", tmp_path / "ppo/checkpoint-2"
-    args = ("--threads", 1, "--steps")
-    torchrun(2, PROGRAM, "sft", "--out", first.parent, "--batch-size", 4, *args, 1)
-    sizes = ("--episodes", 4, "--minibatch-size", 2, "--max-new-tokens", 8)
-    torchrun(2, PROGRAM, "ppo", "--out", last.parent, "--model", first, *sizes, *args, 2)
-    trained, fresh = (sftrl.Policy.load(str(name)).model.state_dict() for name in (last, "tiny"))
+    start, run = tmp_path / "start", tmp_path / "run"
+    sftrl.Policy.load("tiny").save(start)
+    sizes = ("--episodes", 4, "--minibatch-size", 2, "--max-new-tokens", 8, "--steps", 2, "--threads", 1)
+    torchrun(2, PROGRAM, "ppo", "--out", run, "--model", start, *sizes)
+    last = run / "checkpoint-2"
+    trained, fresh = (sftrl.Policy.load(str(name)).model.state_dict() for name in (last, start))
     assert trained.keys() == fresh.keys() and any(not torch.equal(trained[k], fresh[k]) for k in fresh)
-    assert len(sftrl.read_lines(last.parent / "metrics.jsonl")) == 2
+    assert len(sftrl.read_lines(run / "metrics.jsonl")) == 2
     out = torchrun(2, PROGRAM, "evaluate", "--model", last, "--episodes", 5, "--max-new-tokens", 8).stdout
     assert out.count('"episodes": 5') == 1  # all hands, and rank 0 alone prints
 

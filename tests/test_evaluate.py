@@ -255,12 +255,9 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
     for step, sft_id, sft_rule, rl in ((1, 0.9, 0.5, 0.4), (2, 0.9, 0.1, 0.6)):
         rates |= {("sft", step, "id", "test"): sft_id, ("sft", step, "rule", "test"): sft_rule}
         rates |= {("rl", step, "id", "test"): 0.8, ("rl", step, "rule", "test"): rl}
-    results = evaluate.Results(tmp_path / "results.jsonl")
-    for point in points_of(rates):
-        results.add(point)
-    assert evaluate.Results(tmp_path / "results.jsonl").points == results.points
+    points = points_of(rates)
     settings = SETTINGS | {"note": "modèle", "model": "M", "parameters": 2_500_000}
-    report = evaluate.Report(results.points, tmp_path, settings, {})
+    report = evaluate.Report(points, tmp_path, settings, {})
     # An old locale: files whose encoding is not named are ASCII.
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *level: encoding or "ascii")
     claims = report.write()
@@ -272,11 +269,11 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
     assert [compute for compute, _ in curve] == [0, 1, 2] and len(curve[1][1]) == 2  # in 10^12 FLOP
 
     def steps(arm, **fields):
-        return [p["step"] for p in evaluate.final_points(results.points, arm, variant="rule", **fields)]
+        return [p["step"] for p in evaluate.final_points(points, arm, variant="rule", **fields)]
 
     assert steps("sft best") == [1, 1] and steps("sft") == [2, 2] and steps("sft@1") == [1, 1]
     # Greedily only last checkpoints are measured; their numbers stay.
-    results.points = [p for p in results.points if p["temperature"] or p["step"] != 1]
+    points = [p for p in points if p["temperature"] or p["step"] != 1]
     assert steps("sft@2", temperature=0.0) == [2, 2] and steps("sft@1", temperature=0.0) == []
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -351,7 +348,7 @@ def test_success_elsewhere_at_equal_success_in_distribution(tmp_path):
     assert "| 50 | 25.0 | 16.7 | 30.0 | 20.8 | 30.0 | +9.2 [+9.2, +9.2] |" in rows
     assert "| 75 | 36.2 |  |  |  |  |  |" in rows and len(rows) == 8  # from 45 to 80
     lines = dict(report.series("frontier", "rule"))
-    assert lines["sft 1e-3"] == [(40, [0.2, 0.2]), (70, [0.1, 0.1]), (80, [0.0, 0.0])]
+    assert lines["sft 0.001"] == [(40, [0.2, 0.2]), (70, [0.1, 0.1]), (80, [0.0, 0.0])]
     text = "\n".join(report.section("frontier"))
     assert "| rl-best ends above sft-best under the other rule |" in text
     assert "| best: highest success in distribution | 0.0001, 0.001 | 0.0001, 0.0001 |" in text
