@@ -831,11 +831,11 @@ class Arm:
     records: str = "expert"  # what SFT learns from, one of RECORDS
     loading: dict = field(default_factory=dict)  # overrides the command line's options of the model
     checkpoints: int | None = None  # None: the study's
-    # The last checkpoint is evaluated on all hands at these temperatures (None: the study's), earlier ones,
-    # and the last without any, at temperature 1 on a quarter of the hands.
+    # Of the last checkpoint, on all hands (None: the study's). Earlier ones, and the last without any, are
+    # evaluated at temperature 1 on a quarter of the hands.
     temperatures: tuple[float, ...] | None = None
     curve: bool = True  # whether earlier ones are evaluated
-    validate: bool = False  # also ID success on validation deals, to choose the best checkpoint
+    validate: bool = False  # also on validation deals, to choose the best checkpoint
     series: str = "test"  # of deals or routes
     verify_iter: int | None = None  # replies judged in evaluation; None: the study's
     pictures: str = "own"  # or a control, see `evaluate.PICTURES`
@@ -852,7 +852,7 @@ class Study:
     flops: float  # of each arm, after init
     count: int = 6  # checkpoints of each arm
     hands: int = 1024  # or routes, in the evaluation of a checkpoint
-    temperatures: tuple[float, ...] = (1.0, 0.0)  # of that; 0 is greedy
+    temperatures: tuple[float, ...] = (1.0, 0.0)  # 0 is greedy
     verify_iter: int = 3  # in training and evaluation; the paper's 5 doubles the time
     max_new_tokens: int = 48
     model: str = "tiny"  # built-in, or a folder or Hub id
@@ -1154,23 +1154,22 @@ class StudyRun:
 
     def report(self, seeds: Sequence[int], note: str) -> list[str]:
         """Writes the report, with a `note` on page one; returns its table of claims."""
-        points = self.points(seeds)
-        measured: dict[str, list[tuple[str, dict]]] = {}
+        points, usual, measured = self.points(seeds), self.study.verify_iter, {}
         for name in experiments_of(self.cls)[1:]:
             arms = arms_of(self.study, name, self.cls)
-            if arms and not evaluate.find(points, experiment=name):
-                continue
-            measured[name] = []
-            for arm in arms:
-                key = {"pictures": arm.pictures, "verify_iter": arm.verify_iter or self.study.verify_iter}
-                if all(evaluate.find(points, arm=arm.name, variant=v, **key) for v in self.cls.variants):
-                    measured[name].append((arm.name, key))
+            if not arms or evaluate.find(points, experiment=name):
+                of = [(a.name, {"pictures": a.pictures, "verify_iter": a.verify_iter or usual}) for a in arms]
+                measured[name] = [
+                    (arm, fields)
+                    for arm, fields in of
+                    if all(evaluate.find(points, arm=arm, variant=v, **fields) for v in self.cls.variants)
+                ]
         rates = ", ".join(f"{arm.name} {self.study.config(arm).lr:g}" for arm in main_arms(self.study))
         settings = {
             "task": self.task,
             "model": self.study.model,
             "parameters": Policy.load(self.study.model, torch.device("meta")).parameter_count,
-            "verify_iter": self.study.verify_iter,
+            "verify_iter": usual,
             "note": f"Learning rates: {rates} (a run's config.json has all settings). {note}",
         }
         claims = evaluate.Report(points, self.out, settings, measured).write()
