@@ -17,7 +17,6 @@ import importlib.util
 import json
 import math
 import operator
-import os
 import pickle
 import pickletools
 import random
@@ -29,12 +28,12 @@ import unicodedata
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property, lru_cache, partial
-from itertools import combinations, combinations_with_replacement, product, takewhile, zip_longest
+from itertools import combinations, combinations_with_replacement, pairwise, product, takewhile, zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, NamedTuple
@@ -63,7 +62,8 @@ class Option:
     def check(self, name: str, kind: Any, value: Any) -> None:
         """Raises ValueError in one line for a value of another type or outside the limits."""
         if not _fits(kind, value):
-            raise ValueError(f"{name} must be {_type_name(kind)}, not {_line(repr(value))}")
+            words = kind.__name__ if isinstance(kind, type) else re.sub(r"\w+\.", "", str(kind))
+            raise ValueError(f"{name} must be {words}, not {_line(repr(value))}")
         if self.choices and value is not None and value not in self.choices:
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, self.choices))}")
         for x in value if isinstance(value, (tuple, list)) else (value,):
@@ -115,7 +115,6 @@ class Environment:
     Args:
         variant: a key of `variants`; training takes "id".
         seed: of the random generator.
-        verify_iter: None: the task's default.
         rewards: by verdict, over the task's defaults.
 
     Raises ValueError for a wrong argument.
@@ -137,22 +136,17 @@ class Environment:
         self,
         variant: str = "id",
         seed: int = 0,
-        verify_iter: int | None = None,
         rewards: dict[str, float] | None = None,
         **options,
     ):
-        if variant not in self.variants:
-            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(self.variants)}")
+        Option("", choices=tuple(self.variants)).check("variant", str, variant)
         if not _fits(dict | None, rewards):
             raise ValueError(f"rewards must be a dict by verdict, not {_line(repr(rewards))}")
         defaults = {"budget": 0.0} | self.rewards
         for name, value in (rewards or {}).items():
-            if name not in defaults:
-                raise ValueError(f"unknown reward {name!r}: choose from {', '.join(defaults)}")
+            Option("", choices=tuple(defaults)).check("reward", str, name)
             if not _fits(float, value) or not math.isfinite(value):
                 raise ValueError(f"the reward {name!r} must be a finite number, not {_line(repr(value))}")
-        if verify_iter is not None:
-            options["verify_iter"] = verify_iter
         cls = type(self)
         known, listed = typing.get_type_hints(cls), options_of(cls)
         for name, value in options.items():
@@ -166,7 +160,6 @@ class Environment:
             raise ValueError(f"fields must be {len(cls.fields)} different names, not {self.fields!r}")
         self.answer_field = self.fields[-1] if self.fields else self.answer_field
         self.variant, self.random, self.rewards = variant, random.Random(seed), defaults | (rewards or {})
-        self.messages: list[dict[str, Any]] = []
         self.picture: Picture = None
 
     # What a subclass defines:
@@ -218,11 +211,10 @@ class Environment:
         self.attempts = 0  # replies to the current decision
         self.failed, self.done = False, (False, False)
         self.verdict: Verdict | None = None
-        prompt, self.messages = self.begin(options or {}), []
-        self._append_user_message(prompt, new_picture=True)
+        self.messages: list[dict[str, Any]] = []
+        self._append_user_message(self.begin(options or {}), new_picture=True)
         observation = self.observe()
-        if self.pictures:
-            observation.image  # raises here if it cannot be read
+        observation.image  # raises here if it cannot be read
         return observation, self._info()
 
     def step(self, reply: str) -> tuple[Observation, float, bool, bool, dict]:
@@ -441,18 +433,15 @@ class GeneralPoints(Environment):
 
     Variants: "id" (J, Q, K count 10) and "rule" (11, 12, 13, and every hand holds a face card).
 
-    In Python also: `faces`, the values of J, Q, K; `fields`, the names of a reply's fields; `feedback`,
-    templates over those of FEEDBACK.
+    In Python also: `faces`, the values of J, Q, K; `feedback`, templates over those of FEEDBACK.
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
-    rules = FACE_RULES
     # Paper, appendix; an unparsed reply counts as an illegal equation.
     rewards = dict(
         correct=5.0, wrong_value=-1.0, wrong_numbers=-2.0, illegal=-3.0, unparsed=-3.0, budget=-1.0
     )
     start_options = {"cards": (str, 'deal this hand, for example "A 3 K 10"')}
-    default_feedback = FEEDBACK
     suits = SUITS
 
     n_cards: Annotated[int, Option("cards per hand", least=1, most=6)] = 4
@@ -463,21 +452,21 @@ class GeneralPoints(Environment):
     prompt: Annotated[str, Option("a template in place of PROMPT", metavar="FILE")] = PROMPT
     faces: dict[str, int] | None = None
     fields: Sequence[str] = FIELDS
-    feedback: dict[str, str] | None = None
+    feedback: dict[str, str] = FEEDBACK
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         if not self.operators or set(self.operators) - set(OPERATORS):
             raise ValueError(f"operators must be some of {OPERATORS}, not {self.operators!r}")
         self.operators = "".join(op for op in OPERATORS if op in self.operators)
-        self.faces = dict(self.faces or self.rules[self.variant])
+        self.faces = dict(self.faces or FACE_RULES.get(self.variant, FACE_RULES["id"]))
         if not all(_fits(int, n) and n >= 1 for n in self.faces.values()):
             raise ValueError("what faces count must be integers from 1")
-        texts = {} if self.feedback is None else self.feedback
-        known = isinstance(texts, dict) and texts.keys() <= self.default_feedback.keys()
+        texts, usual = self.feedback, type(self).feedback
+        known = isinstance(texts, dict) and texts.keys() <= usual.keys()
         if not known or not all(isinstance(text, str) for text in texts.values()):
-            raise ValueError(f"feedback must be a dict of texts by {', '.join(self.default_feedback)}")
-        self.feedback = self.default_feedback | texts
+            raise ValueError(f"feedback must be a dict of texts by {', '.join(usual)}")
+        self.feedback = usual | texts
         try:
             self._prompt(["A"] * self.n_cards)
         except (KeyError, ValueError) as error:
@@ -502,16 +491,15 @@ class GeneralPoints(Environment):
         return self.faces.get(card) or (1 if card == "A" else int(card))
 
     def _prompt(self, cards: Sequence[str]) -> str:
+        where = "in the picture, from left to right" if self.pictures else ""
         return string.Template(self.prompt).substitute(
-            self._placeholders(cards),
+            cards=where or ", ".join(cards),
+            cards_list=where or str(list(cards)),
             target=self.target,
             operators=self.operators,
             rule=", ".join(f"{face} is {self.faces[face]}" for face in "JQK"),
             **self._field_names(),
         )
-
-    def _placeholders(self, cards: Sequence[str]) -> dict[str, str]:
-        return {"cards": ", ".join(cards), "cards_list": str(list(cards))}
 
     def begin(self, options: dict) -> str:
         if self.diverse:
@@ -602,8 +590,8 @@ def judge(
         text = string.Template(feedback[name]).safe_substitute(values, target=target)
         return Verdict(name, text, recognized)
 
-    parsed, recognized = parse_reply(reply, fields), False
-    named, stated, formula = [parsed[f] for f in fields] if parsed else (None, None, None)
+    parsed, recognized = parse_reply(reply, fields) or {}, False
+    named, stated, formula = map(parsed.get, fields)
     if not (isinstance(stated, list) and isinstance(formula, str)):
         return verdict("unparsed")
     if isinstance(named, list) and len(named) == len(cards):
@@ -613,14 +601,15 @@ def judge(
     left, equals, right = formula.partition("=")
     try:
         value, used = evaluate_formula(left)
-        if any(re.match(r"\s*-?0[0-9]", str(n)) for n in stated[: len(numbers) + 1]):
+        stated = [str(n).strip() for n in stated[: len(numbers) + 1]]
+        if any(re.match("-?0[0-9]", n) for n in stated):
             raise Illegal("a number begins with a zero")
         if value == target and equals and evaluate_formula(right)[0] != target:
             raise Illegal("its two sides differ")
     except Illegal as reason:
         return verdict("illegal", reason=str(reason))
     have = Counter(map(str, numbers))
-    for count in (Counter(str(n).strip() for n in stated[: len(numbers) + 1]), Counter(map(str, used))):
+    for count in (Counter(stated), Counter(map(str, used))):
         if extra := count - have:
             number = _short(next(iter(extra)))
             return verdict("wrong_numbers", reason=f"There is no {number} left to use", number=number)
@@ -772,9 +761,8 @@ class GeneralPointsVL(GeneralPoints):
     training rule on red suits."""
 
     variants = GeneralPoints.variants | {"visual": "on the other colour"}
-    rules = FACE_RULES | {"visual": FACE_RULES["id"]}
     rewards = GeneralPoints.rewards | {"misread": -1.5}
-    default_feedback = PICTURE_FEEDBACK
+    feedback = PICTURE_FEEDBACK
     pictures = True
 
     color: Annotated[str | None, Option("of the suits; None: the variant's", choices=tuple(COLORS))] = None
@@ -782,12 +770,9 @@ class GeneralPointsVL(GeneralPoints):
     jitter: Annotated[float, Option("disorder of the cards", least=0, most=1)] = 0.3
     font_size: Annotated[float, Option("the ranks' share of a card's height", least=0.05, most=0.5)] = 0.17
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.suits = COLORS[self.color or ("red" if self.variant == "visual" else "black")]
-
-    def _placeholders(self, cards: Sequence[str]) -> dict[str, str]:
-        return dict.fromkeys(("cards", "cards_list"), "in the picture, from left to right")
+    @property
+    def suits(self) -> tuple[str, ...]:
+        return COLORS[self.color or ("red" if self.variant == "visual" else "black")]
 
     def draw(self) -> Image.Image:
         """The hand. Cards of one rank get different suits as long as there are some."""
@@ -808,7 +793,7 @@ class GeneralPointsVL(GeneralPoints):
 
 
 TABLE, PAPER, GOLD, SKIN = (31, 107, 66), (252, 251, 246), (226, 178, 60), (240, 208, 176)  # RGB
-INK = {"spades": (20, 20, 24), "clubs": (20, 20, 24), "hearts": (226, 78, 78), "diamonds": (226, 78, 78)}
+INK = dict.fromkeys(COLORS["black"], (20, 20, 24)) | dict.fromkeys(COLORS["red"], (226, 78, 78))
 # Rows of the marks on a number card, 0 (top) to 6, in the outer columns and in the middle one.
 PIPS = {
     "2": ((), (0, 6)),
@@ -851,25 +836,23 @@ def draw_card(rank: str, suit: str, height: int, font_size: float) -> Image.Imag
     Where large letters leave no room a number has one large mark, as the ace."""
     h = 4 * height  # scaled down at the end, for smooth edges
     w = round(h * 5 / 7)
-    corner, gap, ink = Image.new("RGBA", (w, h)), round(0.035 * h), INK[suit]
-    corner.paste(_mark(rank, suit, font_size * h), (gap, gap))
-    card = corner.copy()
+    card, half = (Image.new("RGBA", (w, h)) for _ in range(2))  # half: drawn mirrored, then turned
+    mark, gap, ink = _mark(rank, suit, font_size * h), round(0.035 * h), INK[suit]
+    card.paste(mark, (gap, gap))
     if rank in PIPS and font_size <= 0.22:
         outer, middle = PIPS[rank]
-        half = Image.new("RGBA", (w, h))
         for column, row in [(c, r) for c in (-1, 1) for r in outer] + [(0, r) for r in middle]:
-            # Marks below the middle are upside down: drawn mirrored, then turned.
             sign, picture = (1, card) if row <= 3 else (-1, half)
             x, y = w * (0.5 + 0.16 * sign * column), h * (0.5 + 0.64 * sign * (row / 6 - 0.5))
             _suit(_Pen(picture, x, y, 0.14 * h), suit)
-        card.alpha_composite(half.rotate(180))
     elif rank in "JQK":
         frame = [0.24 * w, 0.18 * h, 0.76 * w, 0.775 * h]
         ImageDraw.Draw(card).rectangle(frame, outline=ink, width=max(1, h // 120))
         _figure(_Pen(card, w / 2, 0.52 * h, 0.42 * h), rank, ink)
     else:
         _suit(_Pen(card, w / 2, h / 2, (0.3 if font_size <= 0.22 else 0.2) * h), suit)
-    card.alpha_composite(corner.rotate(180))
+    half.alpha_composite(mark, (gap, gap))
+    card.alpha_composite(half.rotate(180))
     paper = Image.new("RGBA", (w, h))
     edge = {"outline": (90, 90, 90), "width": max(1, h // 150)}
     ImageDraw.Draw(paper).rounded_rectangle([0, 0, w - 1, h - 1], h // 14, fill=PAPER, **edge)
@@ -982,7 +965,7 @@ def bearing(a: Geocode, b: Geocode) -> float:
 
 def compass_word(heading: float) -> str:
     """The nearest of the eight compass words."""
-    return COMPASS[round(heading % 360.0 / 45.0) % 8]
+    return COMPASS[round(heading / 45.0) % 8]
 
 
 def relative_word(turn: float) -> str:
@@ -993,7 +976,7 @@ def relative_word(turn: float) -> str:
 
 # ---- streets: routes
 
-PanoramaOf = Callable[[Geocode], tuple[Image.Image, float]]  # at a geocode: equirectangular, its rotation
+PanoramaOf = Callable[[Geocode], tuple[Image.Image, float]]  # equirectangular, and its rotation in degrees
 
 
 class Leg(NamedTuple):
@@ -1015,8 +998,7 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """Routes, and ids of panoramas by geocode. `picture(geocode)` returns an equirectangular picture and its
-    rotation in degrees; None: no pictures."""
+    """Routes, ids of panoramas by geocode, and their pictures, if any."""
 
     routes: tuple[Route, ...]
     panoramas: dict[Geocode, str]
@@ -1084,7 +1066,6 @@ class VIRL(Environment):
     """
 
     variants = {"id": "in distribution", "rule": "under the other rule"}
-    rules = {"id": COMPASS, "rule": RELATIVE}
     # Paper, appendix; a wrong observation: also a false report of an intersection.
     rewards = dict(correct=1.0, wrong_action=-1.0, wrong_observation=-1.5, unparsed=-1.0, budget=-1.0)
     headline = "step_accuracy"
@@ -1105,6 +1086,7 @@ class VIRL(Environment):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
+        self.words = RELATIVE if self.variant == "rule" else COMPASS
         self.waypoints: list[Waypoint] = []
         if isinstance(self.data, World):
             self.world = self.data
@@ -1115,6 +1097,8 @@ class VIRL(Environment):
                 if name in options:
                     raise ValueError(f"{name} is for built-in streets alone")
             self.world = load_world(self.data, self.pictures)
+        if self.pictures and self.world.picture is None:
+            raise ValueError("the routes have no panoramas")
 
     @property
     def cities(self) -> Cities:
@@ -1133,12 +1117,11 @@ class VIRL(Environment):
         number, routes = options.get("route"), self.world.routes
         if number is None:
             number = self.random.randrange(len(routes))
-        elif not _fits(int, number) or not 0 <= number < len(routes):
-            raise ValueError(f"route must be a number from 0 to {len(routes) - 1}, not {number!r}")
+        Option("", least=0, most=len(routes) - 1).check("route", int, number)
         self.number, (sentences, self.waypoints) = number, self._plan(number)
         return STREET_PROMPT.substitute(
             route=" ".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, 1)),
-            words=", ".join(self.rules[self.variant]),
+            words=", ".join(self.words),
             report=self.report,
             observation=self._seen(),
             **self._field_names(),
@@ -1154,7 +1137,7 @@ class VIRL(Environment):
         for leg in route.legs:
             last, relative = leg is route.legs[-1], relative_word(leg.heading - heading)
             sentences.append(f"Turn {relative} to face {leg.compass}.")
-            action = f"turn_direction({leg.compass if self.rules[self.variant] is COMPASS else relative})"
+            action = f"turn_direction({leg.compass if self.words is COMPASS else relative})"
             waypoints.append(Waypoint(at, heading, seen, intersection, sentences[-1], action))
             end, goal = self.world.nearest(leg.end), "the destination" if last else "an intersection"
             if leg.landmark != NOTHING:
@@ -1209,12 +1192,10 @@ class VIRL(Environment):
 
     def wrong_reply(self) -> str:
         right = self.here.action
-        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.rules[self.variant])]
+        actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in self.words)]
         return self._act(self.random.choice([action for action in actions if action != right]))
 
-    def write(
-        self, folder: Path, seed: int = 0, n: int | None = None, watch: Callable = lambda share: None
-    ) -> str:
+    def write(self, folder: Path, seed: int, n: int | None, watch: Callable[[float], None]) -> str:
         """Writes `n` built-in routes (None: all; with a seed: of other cities) and their panoramas in the
         released format. `watch` gets the finished share. Returns a summary."""
         cities = tuple((name, number + 1000 * seed) for name, number in self.cities)
@@ -1234,10 +1215,10 @@ class VIRL(Environment):
             for e in episodes
         ]
         right = [["correct" in verdicts for verdicts in route] for route in tries]
-        kinds = [[a.partition("(")[0].removesuffix("_direction") for a in e.expected] for e in episodes]
 
         def of_kind(kind: str) -> list[list[bool]]:
-            return [[r for r, k in zip(*pair) if k == kind] for pair in zip(right, kinds)]
+            pairs = (zip(route, e.expected) for route, e in zip(right, episodes))
+            return [[r for r, action in pair if action.startswith(kind)] for pair in pairs]
 
         n = sum(map(len, right))
         accuracy = sum(map(sum, right)) / n
@@ -1259,7 +1240,6 @@ class VIRLVL(VIRL):
     training rule in nine other cities."""
 
     variants = VIRL.variants | {"visual": "in other cities"}
-    rules = VIRL.rules | {"visual": COMPASS}
     pictures = True
     report = (
         ' Report a landmark of the route as "NAME is on your left" (right, left behind, right behind), '
@@ -1273,24 +1253,13 @@ class VIRLVL(VIRL):
     panorama_width: Annotated[int, Option("width of built-in panoramas, pixels", least=64, most=8192)] = 1024
     tell_intersections: Annotated[bool, Option("say in words where there is an intersection")] = True
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        if self.world.picture is None:
-            raise ValueError("the routes have no panoramas")
-
     def _seen(self) -> str:
         intersection = self.tell_intersections and self.here.intersection
         return "You are at an intersection." if intersection else "You see the picture."
 
     def draw(self) -> Callable[[], Image.Image]:
-        here = self.here
-
-        @cache
-        def picture() -> Image.Image:
-            panorama, rotation = self.world.picture(here.geocode)
-            return look_around(panorama, rotation, here.heading, self.view_size, self.view_layout)
-
-        return picture
+        here, size, layout = self.here, self.view_size, self.view_layout
+        return cache(lambda: look_around(*self.world.picture(here.geocode), here.heading, size, layout))
 
 
 # ---- streets: the verifier
@@ -1302,10 +1271,10 @@ def judge_step(
     """One verdict per reply, by its action: the expert's is right, whatever the report. A wrong one is worse
     if the report is false about an intersection. Recognition of the landmark is only measured; `names` as in
     World."""
-    parsed = parse_reply(reply, fields)
-    report, _, action = [parsed[f] for f in fields] if parsed else (None, None, None)
+    parsed = parse_reply(reply, fields) or {}
+    report, _, action = map(parsed.get, fields)
     if not isinstance(action, str):
-        return Verdict("unparsed", "The answer is not in the form asked for.", False)
+        return Verdict("unparsed", "The answer is not in the form asked for.")
     report = report[:1000] if isinstance(report, str) else ""
     claims, recognized = _read_report(_words(report), waypoint.landmark, names)
     words = " ".join(re.sub("['\"]", "", action.lower()).split())
@@ -1362,8 +1331,8 @@ def _landmark(text: str) -> tuple[str, str, list[str]]:
 
 
 def _sides(words: str) -> list[str]:
-    named = re.findall(r"\b(?:left|right|behind|back|rear)\b", words)
-    return sorted({"back": "behind", "rear": "behind"}.get(side, side) for side in named)
+    words = re.sub(r"\b(?:back|rear)\b", "behind", words)
+    return sorted(re.findall(r"\b(?:left|right|behind)\b", words))
 
 
 def _words(text: str) -> str:
@@ -1379,6 +1348,15 @@ def _words(text: str) -> str:
 # ---- streets: the released files
 
 
+@contextmanager
+def _reading(what: Any) -> Iterator[None]:
+    """Turns errors of any kind into a ValueError in one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} cannot be read: {_line(error) or type(error).__name__}") from None
+
+
 def load_world(folder: str | Path, pictures: bool = False) -> World:
     """Reads a folder in the released format: route_infos.json, gps_pano_mapping.pkl and, for pictures,
     street_views/, whose files are read when they are drawn. Panoramas without a picture and routes that
@@ -1386,17 +1364,14 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     file, route and field if nothing is left."""
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
+    with _reading(path):
+        content = json.loads(path.read_bytes())
     panoramas = names = _read_mapping(mapping)
     if pictures:
         if not views.is_dir():
             raise ValueError(f"{folder} has no street_views/")
-        files = set(os.listdir(views))
-        whole = {n for n in names.values() if {file.name for file in _picture_files(views, n)} <= files}
-        panoramas = {geocode: name for geocode, name in names.items() if name in whole}
+        files = set(views.iterdir())
+        panoramas = {at: name for at, name in names.items() if files.issuperset(_picture_files(views, name))}
         if lost := len(names) - len(panoramas):
             warnings.warn(f"{views}: {lost} of {len(names)} panoramas are missing", stacklevel=2)
     routes = read_routes(content, str(path), World((), panoramas).nearest)
@@ -1412,10 +1387,8 @@ _ALLOWED_CODES = _NUMBERS | set(
 
 
 def _read_mapping(path: Path) -> dict[Geocode, str]:
-    try:
+    with _reading(path):
         content = _read_pickle(path.read_bytes())
-    except Exception as error:  # of nearly any kind
-        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
     ids = {}
     for key, name in content.items() if isinstance(content, dict) else ():
         if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):  # part of a file name
@@ -1451,19 +1424,16 @@ def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
 def _read_picture(views: Path, names: dict[Geocode, str], geocode: Geocode) -> tuple[Image.Image, float]:
     path, metadata = _picture_files(views, names[geocode])
     picture = read_picture(path, ["JPEG"])
-    try:
-        return picture, _degrees(json.loads(metadata.read_text(encoding="utf-8"))["rotation"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{metadata}: rotation: {_line(error)}") from None
+    with _reading(metadata):
+        return picture, _field(json.loads(metadata.read_bytes()), _degrees, "rotation")
 
 
 def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
     """A picture file in RGB, as an image viewer shows it: first frame, turned by its EXIF data, 16 bits cut
     to 8, transparency on white. `formats` are Pillow's names. Raises ValueError in one line that names the
     file if it is damaged, too large or deeper than 16 bits."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF data and large pictures
+    with _reading(f"picture {path}"):
+        with warnings.catch_warnings(action="ignore"):  # of odd EXIF data and large pictures
             with open(path, "rb") as file:  # given a path, Pillow 13.0 misreads a turned TIFF
                 picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
         if picture.mode.startswith(("I", "F")):  # Pillow would clip at 255
@@ -1476,9 +1446,6 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return picture.convert("RGB")
-    except Exception as error:  # of nearly any kind
-        reason = _line(error) or type(error).__name__
-        raise ValueError(f"picture {path} cannot be read: {reason}") from None
 
 
 def read_routes(
@@ -1714,7 +1681,7 @@ class City:
     """Streets, landmarks and panoramas of a plan, a function of the seed: 7 x 7 crossings, Points from the
     plan's centre."""
 
-    def __init__(self, plan: CityPlan, seed: int = 0):
+    def __init__(self, plan: CityPlan, seed: int):
         self.plan, rng = plan, random.Random(f"{plan.name}/{seed}")
         self.crossings = self._grid(rng)
         self.ways: dict[Crossing, list[Crossing]] = {c: [] for c in self.crossings}
@@ -1724,27 +1691,27 @@ class City:
                 if end in self.crossings:
                     self.ways[i, j].append(end)
                     self.ways[end].append((i, j))
-        edges = [(a, b) for a, ends in self.ways.items() for b in ends if a < b]
-        self.streets = np.array([(self.crossings[a], self.crossings[b]) for a, b in edges])  # [n, 2]
+        at = self.crossings
+        streets = [(at[a], at[b]) for a, ends in self.ways.items() for b in ends if a < b]
+        self.streets = np.array(streets)  # [n, 2]
         self._name_places(rng)
-        stands = list(self.crossings.values())
-        for a, b in edges:
-            start, way = self.crossings[a], self.crossings[b] - self.crossings[a]
-            n = max(1, round(abs(way) / 12))
-            stands += [start + way * k / n for k in range(1, n)]
+        stands = list(at.values())
+        for start, end in streets:
+            n = max(1, round(abs(end - start) / 12))
+            stands += [start + (end - start) * k / n for k in range(1, n)]
         stem = plan.name.replace(" ", "")
-        self.panoramas = {self.geocode(at): f"{stem}-{k:05d}" for k, at in enumerate(stands)}
+        self.panoramas = {self.geocode(stand): f"{stem}-{k:05d}" for k, stand in enumerate(stands)}
 
-    def _grid(self, rng: random.Random, size: int = 7) -> dict[Crossing, Point]:
+    def _grid(self, rng: random.Random) -> dict[Crossing, Point]:
         def moved(side: float) -> float:
             return side * self.plan.jitter * rng.uniform(-0.5, 0.5)
 
         width, depth = self.plan.block
-        columns, rows = ([side * i + moved(side) for i in range(size)] for side in (width, depth))
+        columns, rows = ([side * i + moved(side) for i in range(7)] for side in (width, depth))
         turned = cmath.rect(1, -math.radians(self.plan.turned))
         return {
             (i, j): complex(columns[i] + moved(width), rows[j] + moved(depth)) * turned
-            for i, j in product(range(size), repeat=2)
+            for i, j in product(range(7), repeat=2)
         }
 
     def _name_places(self, rng: random.Random) -> None:
@@ -1803,18 +1770,17 @@ class City:
             ways = self._onward(path[-2], at, 20, 150) if len(path) > 1 else self.ways[at]
             if not ways:
                 return None
-            end, length = rng.choice(ways), rng.randint(1, 2)
-            while True:  # on along the same street
-                if end in seen:
-                    return None
-                seen.add(end)
-                on, at, length = self._onward(at, end, 0, 10), end, length - 1
-                if not length or not on:
+            on = [rng.choice(ways)]
+            for _ in range(rng.randint(1, 2)):  # along the same street
+                if not on:
                     break
-                end = on[0]
+                if on[0] in seen:
+                    return None
+                at, on = on[0], self._onward(at, on[0], 0, 10)
+                seen.add(at)
             path.append(at)
-        headings = [self._heading(a, b) for a, b in zip(path, path[1:])]
-        return path if all(20 <= abs(wrap(b - a)) <= 150 for a, b in zip(headings, headings[1:])) else None
+        headings = [self._heading(a, b) for a, b in pairwise(path)]
+        return path if all(20 <= abs(wrap(b - a)) <= 150 for a, b in pairwise(headings)) else None
 
     @cache
     def _onward(self, a: Crossing, b: Crossing, least: float, most: float) -> list[Crossing]:
@@ -1828,7 +1794,7 @@ class City:
 
     def _record(self, rng: random.Random, path: list[Crossing]) -> dict:
         geocodes = [list(self.geocode(self.crossings[c])) for c in path]
-        blocks = [self._milestone(k, a, b, b == path[-1]) for k, (a, b) in enumerate(zip(path, path[1:]), 1)]
+        blocks = [self._milestone(k, a, b, b == path[-1]) for k, (a, b) in enumerate(pairwise(path), 1)]
         return {
             "start_place": {"relocated_geocode": geocodes[0]},
             "dest_place": self.landmarks[path[-1]],
@@ -1868,15 +1834,16 @@ class City:
             for outwards in (-1j, 1j):
                 line = start + along * (metres - outwards * half)
                 free = nearest_street(line, np.delete(self.streets, k, 0))[0] >= half - 0.01
-                ends = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(int)))
+                ends = np.flatnonzero(np.diff(free, prepend=False, append=False))
                 for first, last in zip(ends[::2], ends[1::2] - 1):
                     buildings += self._row_of_buildings(rng, 1000.0 * len(walls), last - first)
                     walls.append((line[first], line[last]))
         return np.array(walls), np.array(buildings)
 
     @cached_property
-    def signs(self) -> list[tuple[tuple[Point, Point], Array]]:
-        return [(self.boards[c], self._board(sign["name"])) for c, sign in self.landmarks.items()]
+    def signs(self) -> tuple[Array, list[Array]]:
+        """Ends [n, 2] and pictures."""
+        return np.array([*self.boards.values()]), [self._board(x["name"]) for x in self.landmarks.values()]
 
     def _row_of_buildings(self, rng: random.Random, start: float, length: float) -> list[tuple[float, ...]]:
         plan, at, row = self.plan, 0.0, []
@@ -1898,7 +1865,7 @@ class City:
         draw.multiline_text(middle, text, fill=letters, font=font, anchor="mm", align="center")
         return np.asarray(picture, dtype=np.float32)
 
-    def draw(self, at: Geocode, size: tuple[int, int] = (1024, 512), rotation: float = 0.0) -> Image.Image:
+    def draw(self, at: Geocode, size: tuple[int, int], rotation: float = 0.0) -> Image.Image:
         """The equirectangular panorama at a geocode, (width, height) pixels. Heading h is in the column at
         (h + rotation) / 360 of the width, as in the released data."""
         width, height = size
@@ -1962,13 +1929,13 @@ class City:
         return distances.min(1)
 
     def _paint_boards(self, picture: Array, eye: Array, ray: Array, elevation: Array, far):
-        lines = np.array([line for line, _ in self.signs])
+        lines, boards = self.signs
         distances, shares = _meet(eye, ray, lines)
         for k in np.argsort(-distances.min(0)):
             columns = np.flatnonzero((distances[:, k] < far) & (distances[:, k] < SIGHT))
             if not len(columns):
                 continue
-            board, away, share = self.signs[k][1], distances[columns, k], shares[columns, k]
+            board, away, share = boards[k], distances[columns, k], shares[columns, k]
             to_the_right = (ray[columns] * (lines[k, 1] - lines[k, 0]).conj()).imag > 0
             across = np.where(to_the_right, share, 1 - share)
             top = BOARD_FOOT + BOARD[1] - EYE  # above the camera
@@ -2009,7 +1976,7 @@ def built_in_city(name: str, seed: int) -> City:
 
 
 @cache
-def built_in_routes(split: str, turns: int, cities: Cities = TRAINING_CITIES, n: int = 2048) -> list[dict]:
+def built_in_routes(split: str, turns: int, cities: Cities, n: int) -> list[dict]:
     """Up to `n` different routes of one to `turns` turning points, in the released format, cities in turn.
     Routes of different splits end at different points."""
     of_city = []
@@ -2052,17 +2019,17 @@ def _album(width: int) -> Callable:
 
 
 def look_around(
-    panorama: Image.Image, rotation: float, heading: float, size: int = 300, layout: str = "compass"
+    panorama: Image.Image, rotation: float, heading: float, size: int, layout: str = "compass"
 ) -> Image.Image:
     """Four views in a 2 x 2 grid with a black gap of 5 pixels, in the order of VIEW_LAYOUTS."""
     pixels, grid = np.asarray(panorama.convert("RGB")), Image.new("RGB", (2 * size + 5, 2 * size + 5))
     for k, turn in enumerate(VIEW_LAYOUTS[layout]):
         corner = (k % 2 * (size + 5), k // 2 * (size + 5))
-        grid.paste(view(pixels, (heading + turn) % 360.0, rotation, size), corner)
+        grid.paste(view(pixels, heading + turn, rotation, size), corner)
     return grid
 
 
-def view(panorama: Array, heading: float, rotation: float = 0.0, size: int = 300) -> Image.Image:
+def view(panorama: Array, heading: float, rotation: float, size: int) -> Image.Image:
     """The perspective (gnomonic) view of a panorama [H, W, 3] (columns as in `City.draw`) at a heading, 90
     degrees wide, `size` pixels square, bilinear."""
     height, width = panorama.shape[:2]
@@ -2199,10 +2166,6 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
 
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "").replace("envs.", "")
-
-
 def _line(value: Any) -> str:
     return " ".join(str(value).split())[:120]
 
@@ -2212,12 +2175,10 @@ def _line(value: Any) -> str:
 TASKS = {"gp-l": GeneralPoints, "gp-vl": GeneralPointsVL, "virl-l": VIRL, "virl-vl": VIRLVL}
 
 
-def make(
-    task: str, variant: str = "id", seed: int = 0, verify_iter: int | None = None, **options
-) -> Environment:
+def make(task: str, variant: str = "id", seed: int = 0, **options) -> Environment:
     """An environment of one of TASKS or of FILE.py:CLASS. Raises ValueError for an unknown task or a wrong
     option or value."""
-    return task_class(task)(variant, seed, verify_iter, **options)
+    return task_class(task)(variant, seed, **options)
 
 
 def task_class(task: str) -> type[Environment]:
