@@ -9,7 +9,7 @@ import fnmatch
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,18 +26,18 @@ PICTURES = ("own", "blank", "shuffled")
 
 @dataclass
 class Reference:
-    """The policy from which distances are measured, and the conversations that it sampled, by variant and
-    number of episodes."""
+    """The policy from which distances are measured, and the conversations that it sampled, by variant,
+    series and number of episodes."""
 
     policy: Any
-    conversations: dict[tuple[str, int], list] = field(default_factory=dict)
+    conversations: dict[tuple[str, str, int], list] = field(default_factory=dict)
 
 
 def evaluate(
     policy,
     environments: Sequence,
-    temperature: float = 1.0,
-    max_new_tokens: int = 128,
+    temperature: float,
+    max_new_tokens: int,
     series: str = "test",
     reference: Reference | None = None,
     **options,
@@ -50,44 +50,36 @@ def evaluate(
     """
     for env in environments:
         env.continue_after_failure = True  # accuracy counts all waypoints
-    streams, episodes = sampled(policy, environments, temperature, max_new_tokens, series, **options)
-    result = {}
+    streams, mine = sampled(policy, environments, temperature, max_new_tokens, series, **options)
+    env, episodes = environments[0], policy.gather(mine)
+    result = summary(episodes, env.verdicts)
+    distinct = {str(options or seed) for seed, options in env.starts(series, len(episodes))}
+    if len(distinct) < len(episodes):
+        result["distinct"] = len(distinct)
+    result |= env.measures(episodes)
     if reference is not None:
         first = environments[: SAMPLED_FOR_KL * policy.world]
-        key = first[0].variant, len(first)
+        key = env.variant, series, len(first)
         if key not in reference.conversations:
             reference.conversations[key], _ = sampled(reference.policy, first, 1.0, max_new_tokens, series)
-        result = distances(policy, reference.policy, streams, reference.conversations[key])
-    episodes = policy.gather(episodes)
-    env = environments[0]
-    measured = summary(episodes, env.verdicts)
-    distinct = {str(options or seed) for seed, options in env.starts(series, len(episodes))}
-    measured |= {"distinct": len(distinct)} if len(distinct) < len(episodes) else {}
-    return measured | env.measures(episodes) | result, episodes
+        result |= distances(policy, reference.policy, streams, reference.conversations[key])
+    return result, episodes
 
 
 def sampled(
-    policy,
-    environments: Sequence,
-    temperature,
-    max_new_tokens,
-    series,
-    pictures="own",
-    watch=lambda done: None,
+    policy, environments: Sequence, temperature, max_new_tokens, series, pictures="own", **watch
 ) -> tuple[list, list[envs.Episode]]:
     """This rank's share of `evaluate`'s episodes: their conversations as streams, and the episodes.
-    `pictures`: the task's "own", or a control, see `image_control`. `watch` is called with the number of
-    finished episodes."""
+    `pictures`: the task's "own", or a control, see `image_control`. `watch`: see `envs.play`."""
     n, k, world = len(environments), policy.rank, policy.world
     if n < world:
         raise ValueError(f"{n} episodes cannot be shared by {world} ranks")
-    part = range(n * k // world, n * (k + 1) // world)
-    seeds, options = zip(*environments[0].starts(series, n)[part.start : part.stop])
+    part = slice(n * k // world, n * (k + 1) // world)
+    seeds, options = zip(*environments[0].starts(series, n)[part])
     with policy.responder(temperature, max_new_tokens, policy.generator(series)) as respond:
         reply = respond if pictures == "own" else image_control(respond, pictures)
-        mine = [environments[i] for i in part]
-        episodes = envs.play(mine, reply, seeds, options, policy.rollout_batch, watch)
-    return [stream for i in range(len(part)) for stream in respond.streams[i]], episodes
+        episodes = envs.play(environments[part], reply, seeds, options, policy.rollout_batch, **watch)
+    return [stream for i in range(len(episodes)) for stream in respond.streams[i]], episodes
 
 
 SAMPLED_FOR_KL = 128  # conversations of each rank, or as many as every rank has
@@ -97,21 +89,15 @@ def distances(policy, initial, streams: list, initial_streams: list) -> dict:
     """Distance to the initial policy: `kl_to_init` and `kl_from_init`, the k3 estimates of
     KL(policy || initial) and KL(initial || policy) in nats per reply token, from streams that the first one
     of the two sampled at temperature 1; `changed`, the share of weights that differ in bf16."""
-    result = {}
-    for name, p, q, conversations in (
-        ("kl_to_init", policy, initial, streams),
-        ("kl_from_init", initial, policy, initial_streams),
-    ):
-        # Shards want as many forward passes on every rank.
-        fewest = -int(policy.largest(-len(conversations)))
-        total, tokens = policy.sum(*kl_sums(p, q, conversations[: min(SAMPLED_FOR_KL, fewest)]))
-        result[name] = total / tokens
-    differ = count = 0
+    differ = 0
     for p, q in zip(policy.model.parameters(), initial.model.parameters()):
         p, q = (x.to_local() if hasattr(x, "to_local") else x for x in (p.detach(), q.detach()))
-        differ, count = differ + (p.bfloat16() != q.bfloat16()).sum().item(), count + p.numel()
-    differ, count = policy.sum(differ, count)
-    return result | {"changed": differ / count}
+        differ += (p.bfloat16() != q.bfloat16()).sum().item()
+    return {
+        "kl_to_init": kl(policy, initial, streams),
+        "kl_from_init": kl(initial, policy, initial_streams),
+        "changed": policy.sum(differ)[0] / policy.parameter_count,
+    }
 
 
 def image_control(respond: Callable, kind: str) -> Callable:
@@ -119,20 +105,19 @@ def image_control(respond: Callable, kind: str) -> Callable:
     policy can do without seeing. Raises ValueError where there are no pictures, or those of one episode."""
     generator = random.Random(0)
     recent: list[tuple[int, Image.Image]] = []  # environment and picture
-    originals: dict[int, Image.Image] = {}  # by environment
-    substitutes: dict[int, Image.Image] = {}
+    shown: dict[int, tuple[Image.Image, Image.Image]] = {}  # by environment: its picture, the substitute
 
     def controlled(indices: list[int], observations: list[envs.Observation]) -> list[str]:
         images = [(i, o.image) for i, o in zip(indices, observations)]
-        new = [(i, image) for i, image in images if image is None or originals.get(i) is not image]
+        new = [(i, image) for i, image in images if i not in shown or shown[i][0] is not image]
         recent[:] = (recent + new)[-512:]
         for i, image in new:
             others = [other for k, other in recent if k != i]
             if image is None or not others:
                 raise ValueError(f"{kind} pictures need a task with pictures and at least two episodes")
-            blank, originals[i] = Image.new("RGB", image.size, "grey"), image
-            substitutes[i] = blank if kind == "blank" else generator.choice(others).copy()
-        replaced = [envs.Observation(o.messages, substitutes[i]) for i, o in zip(indices, observations)]
+            blank = Image.new("RGB", image.size, "grey")
+            shown[i] = image, blank if kind == "blank" else generator.choice(others).copy()
+        replaced = [envs.Observation(o.messages, shown[i][1]) for i, o in zip(indices, observations)]
         return respond(indices, replaced)
 
     return controlled
@@ -159,16 +144,18 @@ def summary(episodes: Sequence[envs.Episode], kinds: Sequence[str]) -> dict:
 
 
 @torch.no_grad()
-def kl_sums(policy, other, streams: list, microbatch_size: int = 32) -> tuple[float, int]:
-    """Sum over reply tokens of the k3 estimate of KL(policy || other), from streams that `policy` sampled at
-    temperature 1, and the number of those tokens."""
-    total, tokens, streams = 0.0, 0, sorted(streams, key=len)
-    for i in range(0, len(streams), microbatch_size):
-        batch = policy.collate(streams[i : i + microbatch_size])
+def kl(policy, other, streams: list) -> float:
+    """The k3 estimate of KL(policy || other) in nats per reply token, over all ranks' streams, which `policy`
+    sampled at temperature 1."""
+    fewest = -int(policy.largest(-len(streams)))  # shards want as many forward passes on every rank
+    total, tokens, streams = 0.0, 0.0, sorted(streams[: min(SAMPLED_FOR_KL, fewest)], key=len)
+    for i in range(0, len(streams), 32):
+        batch = policy.collate(streams[i : i + 32])
         log_ratio = other(batch)["logp"] - policy(batch)["logp"]
         total += (log_ratio.clamp(max=20).exp() - 1 - log_ratio)[batch["mask"] > 0].sum().item()
-        tokens += int(batch["mask"].sum())
-    return total, tokens
+        tokens += batch["mask"].sum().item()
+    total, tokens = policy.sum(total, tokens)
+    return total / tokens
 
 
 # ---- the results
@@ -243,10 +230,10 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def flat(point: dict) -> dict:
-    """A point with the verdicts' shares and the accuracy at turns as fields of their names."""
-    actions = point.get("step_accuracy_by_action", {})
-    turns = {"turn_accuracy": actions["turn"]} if "turn" in actions else {}
-    return point.get("verdicts", {}) | turns | point
+    """A point with verdicts' shares and accuracies by action as fields, and the compute after the init."""
+    by_action = point.get("step_accuracy_by_action", {}).items()
+    named = point.get("verdicts", {}) | {f"{action}_accuracy": x for action, x in by_action}
+    return named | point | ({"flops": 0.0} if point["arm"] == "init" else {})
 
 
 def average(points: Sequence[dict], key: str) -> float:
@@ -262,23 +249,6 @@ def find(points: Sequence[dict], **wanted) -> list[dict]:
     return sorted(found, key=lambda p: (p["seed"], p["step"], p["episodes"]))
 
 
-def final_points(points: Sequence[dict], arm: str, **wanted) -> list[dict]:
-    """One point per seed, on most episodes: of an arm's last checkpoint; of "ARM best", its best by success
-    on validation episodes (ID, temperature 1), if all seeds have it; of "ARM@K", its checkpoint number K."""
-    name, best, _ = arm.partition(" best")
-    name, _, number = name.partition("@")
-    final, seeds = [], sorted({p["seed"] for p in points if p["arm"] == name})
-    for seed in seeds:
-        measured = find(points, arm=name, seed=seed)
-        steps = sorted({p["step"] for p in measured})  # greedily only the last checkpoint is measured
-        if best and (valid := find(measured, variant="id", series="valid")):
-            steps = [max(valid, key=lambda p: p.get("step_accuracy", p["success"]))["step"]]
-        elif number:
-            steps = steps[int(number) - 1 : int(number)]
-        final += find(measured, step=tuple(steps), **wanted)[-1:]
-    return final if not best or len(final) == len(seeds) else []  # greedily it may be measured in some
-
-
 # ---- the frontier: every learning rate
 
 # Ways to choose a rate on validation episodes, by the last checkpoints of the other seeds.
@@ -290,52 +260,42 @@ WAYS = {
 Curve = list[tuple[float, float]]  # (in distribution, elsewhere), from the init to the last checkpoint
 
 
-def frontier(points: Sequence[dict], variant: str, measure: str) -> dict[str, dict[float, dict[int, Curve]]]:
-    """Curves on validation episodes by algorithm ("sft", "rl"), rate and seed; elsewhere is `variant`."""
+def frontier(points: Sequence[dict], variant: str, measure: str) -> dict[tuple[str, float], dict[int, Curve]]:
+    """Curves on validation episodes by (algorithm, rate), sorted, and seed; elsewhere is `variant`."""
     valid = find(points, experiment="frontier", series="valid")
-    here, there = (
-        {(p["arm"], p["seed"], p["step"]): p[measure] for p in find(valid, variant=v)}
-        for v in ("id", variant)
-    )
-    starts = {seed: (x, there["init", seed, step]) for (arm, seed, step), x in here.items() if arm == "init"}
-    curves: dict[str, dict[float, dict[int, Curve]]] = {}
-    for (arm, seed, step), x in here.items():
-        if arm != "init":
-            algorithm, _, rate = arm.partition("-")
-            by_seed = curves.setdefault(algorithm, {}).setdefault(float(rate), {})
-            by_seed.setdefault(seed, [starts[seed]]).append((x, there[arm, seed, step]))
-    return curves
+    curves: dict[tuple[str, float], dict[int, Curve]] = {}
+    for arm, seed in sorted({(p["arm"], p["seed"]) for p in valid if p["arm"] != "init"}):
+        run = find(valid, arm="init", seed=seed) + find(valid, arm=arm, seed=seed)
+        here, there = (
+            {(p["arm"], p["step"]): p[measure] for p in run if p["variant"] == v} for v in ("id", variant)
+        )
+        algorithm, _, rate = arm.partition("-")
+        curves.setdefault((algorithm, float(rate)), {})[seed] = list(zip(here.values(), there.values()))
+    return dict(sorted(curves.items()))
 
 
 def choose(ends: dict[float, Curve]) -> dict[str, float]:
-    """The rate that each of WAYS chooses; `ends` are last points of curves, by rate."""
-    here, there = ({rate: mean(p[k] for p in ends[rate]) for rate in sorted(ends)} for k in (0, 1))
+    """The rate that each of WAYS chooses; `ends` are last points of curves, by rate in ascending order."""
+    here, there = ({rate: mean(p[k] for p in pairs) for rate, pairs in ends.items()} for k in (0, 1))
     best = max(here, key=here.get)
     error = stdev(x for x, _ in ends[best]) / math.sqrt(len(ends[best])) if len(ends[best]) > 1 else 0.0
     within = [rate for rate in here if here[rate] >= here[best] - error]
     return {"best": best, "smallest": min(within), "peeking": max(there, key=there.get)}
 
 
-def chosen_arms(points: Sequence[dict], variant: str, measure: str) -> set[tuple[str, int]]:
-    """Arm and seed of all runs that one of WAYS chooses."""
-    rates = chosen_rates(points, variant, measure)
-    return {
-        (f"{algorithm}-{rate:g}", seed) for (algorithm, seed), ways in rates.items() for rate in ways.values()
-    }
-
-
-def chosen_rates(
-    points: Sequence[dict], variant: str, measure: str
-) -> dict[tuple[str, int], dict[str, float]]:
-    """By algorithm and seed, the rate that each of WAYS chooses on the other seeds (on itself, if alone)."""
-    rates = {}
-    for algorithm, curves in frontier(points, variant, measure).items():
-        seeds = sorted({seed for by_seed in curves.values() for seed in by_seed})
+def chosen_arms(points: Sequence[dict], measure: str) -> dict[str, dict[int, str]]:
+    """By "sft-WAY" or "rl-WAY" and seed, the arm that is chosen on the other seeds (on itself, if alone)."""
+    curves = frontier(points, "rule" if find(points, variant="rule") else "id", measure)
+    chosen: dict[str, dict[int, str]] = {f"{a}-{way}": {} for way in WAYS for a in ("sft", "rl")}
+    for algorithm in ("sft", "rl"):
+        runs = {rate: by for (a, rate), by in curves.items() if a == algorithm}
+        seeds = sorted({seed for by in runs.values() for seed in by})
         for seed in seeds:
             others = [s for s in seeds if s != seed] or seeds
-            ends = {rate: [by[s][-1] for s in others if s in by] for rate, by in curves.items()}
-            rates[algorithm, seed] = choose({rate: pairs for rate, pairs in ends.items() if pairs})
-    return rates
+            ends = {rate: [by[s][-1] for s in others if s in by] for rate, by in runs.items()}
+            for way, rate in choose({rate: pairs for rate, pairs in ends.items() if pairs}).items():
+                chosen[f"{algorithm}-{way}"][seed] = f"{algorithm}-{rate:g}"
+    return chosen
 
 
 def at_level(curve: Curve, level: float) -> float | None:
@@ -363,34 +323,26 @@ SECTIONS = {
     "forgetting": "Does the distance to the init, in distribution, predict the change under the other rule?",
 }
 
-# Claims: topic ("main ..." or a section), arm, other arm, sign of the difference, the paper's result ("": see
-# PAPER). Arms are named as by `final_points`; "*" is every matching arm of the section, in the name
+# Claims by topic ("main ..." or a section): arm, other arm, sign of the difference, and the paper's result if
+# PAPER lacks it. Arms are named as by `Report.final`; "*" is every matching arm of the section, in the name
 # of the other arm the end of that name.
-CLAIMS = (
-    ("main id", "rl", "init", +1, ""),
-    ("main id", "sft", "init", +1, ""),
-    ("main ood", "rl", "init", +1, ""),
-    ("main ood", "sft", "init", -1, ""),
-    ("main ood", "rl", "sft", +1, ""),
-    ("main ood", "rl", "sft best", +1, ""),
-    ("main recognition", "rl", "init", +1, ""),
-    ("main recognition", "sft", "init", -1, ""),
-    ("look", "*", "sft", +1, ""),
-    ("frontier", "rl-*", "init", +1, ""),
-    ("frontier", "sft-*", "init", -1, ""),
-    ("frontier", "rl-*", "sft-*", +1, ""),
-    ("no-init", "*", "rl", -1, "yes"),
-    ("verification", "rl-*", "init", +1, "by .5, 2.2, 3.0, 6.0"),
-    ("verification", "rl-budget-10", "rl-budget-1", +1, "yes"),
-    ("start", "*", "sft@*", +1, "not from an overfitted start"),
-    ("revision-sft", "*", "init", -1, "yes"),
-    ("sft-search", "*", "init", +1, "none passes 30% ID"),
-    ("reply-ratio", "*", "init", +1, "yes"),
-    ("reply-ratio", "*", "rl", -1, ""),
-    ("rivals", "*", "init", +1, ""),
-    ("rivals", "*", "rl", -1, ""),
-    ("rivals", "dft", "sft-at-dft-rate", +1, ""),
-)
+CLAIMS = {
+    "main id": [("rl", "init", +1), ("sft", "init", +1)],
+    "main ood": [("rl", "init", +1), ("sft", "init", -1), ("rl", "sft", +1), ("rl", "sft best", +1)],
+    "main recognition": [("rl", "init", +1), ("sft", "init", -1)],
+    "look": [("*", "sft", +1)],
+    "frontier": [("rl-*", "init", +1), ("sft-*", "init", -1), ("rl-*", "sft-*", +1)],
+    "no-init": [("*", "rl", -1, "yes")],
+    "verification": [
+        ("rl-*", "init", +1, "by .5, 2.2, 3.0, 6.0"),
+        ("rl-budget-10", "rl-budget-1", +1, "yes"),
+    ],
+    "start": [("*", "sft@*", +1, "not from an overfitted start")],
+    "revision-sft": [("*", "init", -1, "yes")],
+    "sft-search": [("*", "init", +1, "none passes 30% ID")],
+    "reply-ratio": [("*", "init", +1, "yes"), ("*", "rl", -1)],
+    "rivals": [("*", "init", +1), ("*", "rl", -1), ("dft", "sft-at-dft-rate", +1)],
+}
 
 NAMES = {"rl": "RL", "sft": "SFT", "sft best": "SFT's best checkpoint"}  # in the report
 
@@ -426,13 +378,14 @@ def _percent(x: float) -> str:
     return f"{100 * x:.1f}"
 
 
-def _interval(pair: tuple[float, float] | None) -> str:
-    return "" if pair is None else f" [{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
+def _signed(values: Sequence[float], interval: Sequence[float] | None = None) -> str:
+    text = ", ".join(f"{100 * x:+.1f}" for x in values)
+    return f"{text} [{_signed(interval)}]" if interval else text
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
-    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
 
 
 @dataclass
@@ -457,79 +410,82 @@ class Report:
         self.headline, self.label = cls.headline, _label(cls.headline)
         self.usual = {"series": "test", "temperature": 1.0, "pictures": "own"}
         self.usual["verify_iter"] = self.settings["verify_iter"]
+        self.chosen: dict[str, dict[int, str]] = {}
         self.where = {v: text for v, text in cls.variants.items() if self.final("init", variant=v)}
         self.ood = "rule" if "rule" in self.where else "id"
         if "frontier" in self.experiments:  # the chosen runs become arms named by the way
-            self.rates = chosen_rates(self.points, self.ood, self.headline)
-            self.experiments |= {"frontier": [(f"{a}-{way}", {}) for way in WAYS for a in ("sft", "rl")]}
-            for (algorithm, seed), rates in self.rates.items():
-                for way, rate in rates.items():
-                    tested = find(self.points, arm=f"{algorithm}-{rate:g}", seed=seed, series="test")
-                    self.points += [p | {"arm": f"{algorithm}-{way}"} for p in tested]
+            self.chosen = chosen_arms(self.points, self.headline)
+            self.experiments |= {"frontier": [(name, {}) for name in self.chosen]}
 
     def final(self, arm: str, **fields) -> list[dict]:
-        """`final_points` as in the main comparison but for `fields`."""
-        return final_points(self.points, arm, **self.usual | fields)
+        """One point per seed, on most episodes, as in the main comparison but for `fields`: of an arm's last
+        checkpoint; of "ARM best", its best by success on validation episodes (ID, temperature 1), if all
+        seeds have it; of "ARM@K", its checkpoint number K."""
+        name, best, _ = arm.partition(" best")
+        name, _, number = name.partition("@")
+        runs = self.chosen.get(name) or {p["seed"]: name for p in self.points if p["arm"] == name}
+        final = []
+        for seed, run in sorted(runs.items()):
+            measured = find(self.points, arm=run, seed=seed)
+            steps = sorted({p["step"] for p in measured})  # greedily only the last checkpoint is measured
+            if best and (valid := find(measured, variant="id", series="valid")):
+                steps = [max(valid, key=lambda p: p.get("step_accuracy", p["success"]))["step"]]
+            elif number:
+                steps = steps[int(number) - 1 : int(number)]
+            final += find(measured, step=tuple(steps), **self.usual | fields)[-1:]
+        return final if not best or len(final) == len(runs) else []  # greedily it may be measured in some
 
-    def write(self) -> list[str]:
-        """Returns the lines of a table of all claims."""
-        claims, settings, init = self.claims(self.topics()), self.settings, self.final("init", variant="id")
-        lines = [
+    def write(self) -> str:
+        """Returns a table of all claims."""
+        settings, init = self.settings, self.final("init", variant="id")
+        paragraphs = [
             f"# Study {self.task}: does post-training teach the rule, or only its examples?",
-            "",
             "SFT on demonstrations and RL (PPO) start from one init, a short SFT, and have equal compute; "
             f"they are tested {', '.join(self.where.values())}. Numbers are {self.label} in percent, within "
             f"{settings['verify_iter']} replies, on the same {init[0]['episodes']} evaluation episodes, "
             f"means over seeds {', '.join(str(p['seed']) for p in init)}. The model, {settings['model']}, "
             f"has {settings['parameters'] / 1e6:,.1f}M parameters, the paper's 11B. {settings['note']}",
-            "",
-            *["## Claims", "", *claims, ""],
+            "## Claims",
+            self.claims("main"),
             "docs/metrics.md explains verdicts, intervals and columns.",
-            "",
             "![success against compute](figures/curves.png)",
-            "",
-            *["## Checkpoints", "", *self.checkpoints([("base", {}), *MAIN]), ""],
+            "## Checkpoints",
+            self.checkpoints([("base", {}), *MAIN]),
         ]
         if "visual" in self.where:
-            lines += ["![success against recognition](figures/recognition.png)", ""]
-        for name in (name for name in SECTIONS if name in self.experiments):
-            lines += [f"## {name}", "", SECTIONS[name], "", *self.section(name), ""]
-            lines += [f"![{name}](figures/{name}.png)", ""]
-        (self.folder / "report.md").write_text("\n".join(lines), "utf-8")
+            paragraphs.append("![success against recognition](figures/recognition.png)")
+        for name in self.experiments:
+            paragraphs += [f"## {name}", SECTIONS[name], *self.section(name)]
+            paragraphs += [f"![{name}](figures/{name}.png)"]
+        text = "\n\n".join(filter(None, paragraphs))  # a table without rows is empty
+        (self.folder / "report.md").write_text(text + "\n", "utf-8")
         draw(self)
-        others = [topic for name in self.experiments for topic in self.topics_of(name)]
-        return self.claims(self.topics() + others)
+        return self.claims("main", *self.experiments)
 
     def section(self, name: str) -> list[str]:
-        """The tables of one experiment."""
+        """The tables of one experiment; of the frontier also the chosen rates, and what every run has
+        elsewhere at equal success in distribution."""
         if name == "forgetting":
             changes = self.changes
             change = [x for *_, x in changes]
             rhos = [rank_correlation([p[key] for _, p, _ in changes], change) for key in DISTANCES]
             row = [f"{len(changes)} checkpoints", *(f"{rho:+.2f}" for rho in rhos)]
             arms = [(arm, {}) for arm in dict.fromkeys(arm for arm, *_ in changes)]
-            return [*table(["rank correlation", *DISTANCES.values()], [row]), "", *self.checkpoints(arms)]
-        claims = self.claims(self.topics_of(name))
-        extra = self.frontier_tables() if name == "frontier" else []
-        return [*claims, "", *self.checkpoints(self.experiments[name]), *extra]
+            return [table(["rank correlation", *DISTANCES.values()], [row]), self.checkpoints(arms)]
+        tables = [self.claims(name), self.checkpoints(self.experiments[name])]
+        if name == "frontier":
+            head, rows = ["rate chosen on the other seeds by", "SFT, each seed", "RL, each seed"], []
+            for way, text in WAYS.items():
+                arms = [self.chosen[f"{a}-{way}"].values() for a in ("sft", "rl")]
+                rows.append([f"{way}: {text}", *(", ".join(x.partition("-")[2] for x in xs) for xs in arms)])
+            tables += [table(head, rows), *(self.levels(v) for v in self.where if v != "id")]
+        return tables
 
-    def frontier_tables(self) -> list[str]:
-        """The chosen rates, and what every run has elsewhere at equal success in distribution."""
-        rows = []
-        for way, text in WAYS.items():
-            rates = {key: f"{ways[way]:g}" for key, ways in sorted(self.rates.items())}
-            cells = [", ".join(rates[key] for key in rates if key[0] == a) for a in ("sft", "rl")]
-            rows.append([f"{way}: {text}", *cells])
-        lines = ["", *table(["rate chosen on the other seeds by", "SFT, each seed", "RL, each seed"], rows)]
-        for variant in (v for v in self.where if v != "id"):
-            lines += ["", *self.levels(variant)]
-        return lines
-
-    def levels(self, variant: str) -> list[str]:
+    def levels(self, variant: str) -> str:
         """Success under a variant where runs first reach levels of success in distribution, by rate (means
         over seeds, if all reach the level) and over these rates; validation episodes."""
         curves = frontier(self.points, variant, self.headline)
-        runs = {(a, rate): by for a in ("sft", "rl") for rate, by in sorted(curves.get(a, {}).items())}
+        runs = {run: by for a in ("sft", "rl") for run, by in curves.items() if run[0] == a}
         seeds = sorted(set.intersection(*map(set, runs.values())))
         start = mean(by[seed][0][0] for by in runs.values() for seed in seeds)
         rows, wins = [], Counter()
@@ -541,7 +497,7 @@ class Report:
             if all(arms):
                 averages = [[mean(column) for column in zip(*values)] for values in arms]
                 middle, interval = over_seeds([y - x for x, y in zip(*averages)])
-                row += [*(_percent(mean(x)) for x in averages), f"{100 * middle:+.1f}{_interval(interval)}"]
+                row += [*(_percent(mean(x)) for x in averages), _signed([middle], interval)]
                 clear = interval and interval[0] * interval[1] > 0
                 wins[("RL" if middle > 0 else "SFT") if clear else "neither"] += 1
             if reached:
@@ -549,77 +505,74 @@ class Report:
         counts = ", ".join(f"{name} at {n}" for name, n in wins.most_common()) or "no level is common"
         head = ["in distribution", *(f"{a} {rate:g}" for a, rate in runs), "SFT", "RL", "RL - SFT [95%]"]
         title = f"At equal success in distribution, who has more {self.where[variant]}, by levels: {counts}."
-        return [title, "", *table(head, rows)]
+        return f"{title}\n\n{table(head, rows)}"
 
-    def topics(self) -> list[tuple[str, str, str]]:
-        """What the main claims are about: (topic, variant, measure)."""
-        topics = []
+    def topics(self, name: str) -> Iterator[tuple[str, str, str]]:
+        """What the claims of "main" or of an experiment are about: (topic, variant, measure)."""
+        if name != "main":
+            yield from ((name, variant, self.headline) for variant in self.where if variant != "id")
+            return
+        walks = self.headline == "step_accuracy"
         for variant in self.where:
-            measures = [self.headline]
-            if self.headline == "step_accuracy" and variant == "rule":
-                measures += ["turn_accuracy"]  # the rest of a walk is the same under both rules
-            if self.headline == "step_accuracy" and variant == "visual":
-                measures = ["success", *measures]  # in other cities the paper counts whole routes
             topic = "main id" if variant == "id" else "main ood"
-            topics += [(topic, variant, measure) for measure in measures]
+            if walks and variant == "visual":
+                yield topic, variant, "success"  # in other cities the paper counts whole routes
+            yield topic, variant, self.headline
+            if walks and variant == "rule":
+                yield topic, variant, "turn_accuracy"  # the rest of a walk is the same under both rules
             if "visual" in self.where and variant != "rule":
-                topics.append(("main recognition", variant, "recognition"))
-        return topics
+                yield "main recognition", variant, "recognition"
 
-    def topics_of(self, name: str) -> list[tuple[str, str, str]]:
-        """The same for an experiment's claims."""
-        return [(name, variant, self.headline) for variant in self.where if variant != "id"]
-
-    def claims(self, topics: Sequence[tuple[str, str, str]]) -> list[str]:
-        """The table of claims about some topics, without empty columns: a row for each arm of a claim."""
+    def claims(self, *names: str) -> str:
+        """The table of claims of "main" or experiments, without empty columns: a row for each claim's arm."""
         rows = []
-        for topic, variant, measure in topics:
-            arms = [arm for arm, _ in self.experiments.get(topic, [])]
-            for claim in (claim for claim in CLAIMS if claim[0] == topic):
-                for arm in fnmatch.filter(arms, claim[1]) or [claim[1]]:
-                    rows += self.row(claim, arm, variant, measure)
+        for topic, variant, measure in (topic for name in names for topic in self.topics(name)):
+            fields = dict(self.experiments.get(topic, []))
+            for pattern, *claim in CLAIMS.get(topic, []):
+                for arm in fnmatch.filter(fields, pattern) or [pattern]:
+                    rows += self.row(fields, variant, measure, arm, *claim)
         if not rows:
-            return []
+            return ""
         head = ["difference [95% over episodes]", "each seed [95% over seeds]"]
         head = ["claim", "temperature 1", *head, "greedy", *head, "verdict", "paper"]
         head, *rows = zip(*(column for column in zip(head, *rows) if any(column[1:])))
         return table(head, rows)
 
-    def row(self, claim: tuple, arm: str, variant: str, measure: str) -> list[list[str]]:
-        """A row of the table of claims, if both arms were measured."""
-        topic, _, other, sign, finding = claim
+    def row(
+        self, fields: dict, variant: str, measure: str, arm: str, other: str, sign: int, finding: str = ""
+    ) -> list[list[str]]:
+        """A row of the table of claims, if both arms were measured; `fields` of their points, by arm."""
         other = other.replace("*", arm.rpartition("-")[2])
-        fields, cells, verdicts = dict(self.experiments.get(topic, [])), [], []
+        cells, verdicts = [], []
         for t in (1.0, 0.0):
             a, b = (
                 self.final(name, variant=variant, temperature=t, **fields.get(name, {}))
                 for name in (arm, other)
             )
-            seeds = tuple({p["seed"] for p in a} & {p["seed"] for p in b})
-            if not seeds:
+            pairs = [(p, q) for p in a for q in b if p["seed"] == q["seed"]]
+            if not pairs:
                 cells += ["", "", ""]
                 continue
-            a, b = find(a, seed=seeds), find(b, seed=seeds)
+            a, b = zip(*pairs)
             d = difference(a, b, measure)
-            each_seed = ", ".join(f"{100 * x:+.1f}" for x in d["seeds"]) if len(seeds) > 1 else ""
             cells += [
                 f"{_percent(average(a, measure))} against {_percent(average(b, measure))}",
-                f"{100 * d['mean']:+.1f}{_interval(d['interval'])}",
-                each_seed + _interval(d["seed_interval"]),
+                _signed([d["mean"]], d["interval"]),
+                _signed(d["seeds"], d["seed_interval"]) if len(pairs) > 1 else "",
             ]
             verdicts.append(f"**{verdict(d, sign)}**")
         one, two = (NAMES.get(name, "its start" if "@" in name else name) for name in (arm, other))
         text = f"{one} ends {'above' if sign > 0 else 'below'} {two} {self.where[variant]}"
         if measure == "recognition":
             text = f"{one} {'raises' if sign > 0 else 'lowers'} recognition {self.where[variant]}"
-        if topic == "main ood" and measure != self.headline:
+        elif measure != self.headline:
             text += f", {_label(measure)}"
         paper = dict(zip(("init", "sft", "rl"), PAPER.get((self.task, variant, measure), ())))
-        if not finding and arm in paper and other in paper:
+        if not finding and {arm, other} <= paper.keys():
             finding = f"{paper[arm]} against {paper[other]}"
         return [[text, *cells, "; greedy ".join(dict.fromkeys(verdicts)), finding]] if verdicts else []
 
-    def checkpoints(self, arms: Sequence[tuple[str, dict]]) -> list[str]:
+    def checkpoints(self, arms: Sequence[tuple[str, dict]]) -> str:
         """What was measured of arms at their ends, at temperature 1 / greedy."""
         measured = self.final("init", variant="id")[0]
         columns = [key for key in (*COLUMNS, *DISTANCES) if key in measured]
@@ -637,8 +590,8 @@ class Report:
                 rows.append(row)
         return table(["checkpoint", "steps", "tested (temperature 1 / greedy)", *map(_label, columns)], rows)
 
-    def curve(self, arm: str, variant: str, key: str = "") -> list[tuple[float, list[float]]]:
-        """An arm at temperature 1, the init first: (10^12 FLOP after it, `key` or the main measure
+    def curve(self, arm: str, variant: str, x="flops", unit=1e12) -> list[tuple[float, list[float]]]:
+        """An arm at temperature 1, the init first: (mean of a field, as 10^12 FLOP after it; main measure
         of each seed), on the episodes that points between were measured on."""
         curve = []
         for name in dict.fromkeys(["init", arm]):
@@ -646,8 +599,7 @@ class Report:
             for p in find(self.points, arm=name, variant=variant, **self.usual):
                 by_seed.setdefault(p["seed"], {}).setdefault(p["step"], p)  # on the fewest episodes
             for points in zip(*(steps.values() for steps in by_seed.values())):
-                flops = 0.0 if name == "init" else average(points, "flops") / 1e12
-                curve.append((flops, [p[key or self.headline] for p in points]))
+                curve.append((average(points, x) / unit, [p[self.headline] for p in points]))
         return curve
 
     @cached_property
@@ -658,45 +610,42 @@ class Report:
             for v in ("id", self.ood)
         )
         init = {p["seed"]: p for p in self.final("init", variant=self.ood)}
-        skipped = [*self.experiments.get("no-init", []), *self.experiments.get("frontier", [])]
-        others = {"init", *(arm for arm, _ in skipped)}  # the frontier's are runs under second names
+        others = {"init", *(arm for arm, _ in self.experiments.get("no-init", []))}
         changes = []
         for arm, seed, step in sorted(here.keys() & there.keys()):
             p, q = here[arm, seed, step], there[arm, seed, step]
-            if arm not in others and seed in init and "changed" in p:
+            if arm not in others and seed in init:
                 changes.append((arm, p, difference([q], [init[seed]], self.headline)["mean"]))
         return changes
 
-    def series(self, name: str, part: str) -> list[tuple[str, list[tuple[float, list[float]]]]]:
+    def series(self, name: str, part: str) -> Iterator[tuple[str, list[tuple[float, list[float]]]]]:
         """The lines of a figure's panel, which is for a variant or, of forgetting, for a distance: (arm,
         [(x, value of each seed)])."""
         if name == "curves":
-            arms = ("init", "sft", "rl", *(arm for arm, _ in self.experiments.get("look", [])))
-            return [(arm, self.curve(arm, part)) for arm in arms]
+            for arm in ("init", "sft", "rl", *(arm for arm, _ in self.experiments.get("look", []))):
+                yield arm, self.curve(arm, part)
         if name == "forgetting":
-            return [(arm, [(p[part], [change])]) for arm, p, change in self.changes]
-        lines = []
+            for arm, p, change in self.changes:
+                yield arm, [(p[part], [change])]
         if name == "frontier":
-            for algorithm, curves in frontier(self.points, part, self.headline).items():
-                for rate, by_seed in sorted(curves.items()):
-                    steps = list(zip(*by_seed.values()))
-                    line = [(100 * mean(x for x, _ in step), [y for _, y in step]) for step in steps]
-                    lines.append((f"{algorithm} {rate:g}", line))
+            for (algorithm, rate), by_seed in frontier(self.points, part, self.headline).items():
+                steps = zip(*by_seed.values())
+                line = [(100 * mean(x for x, _ in step), [y for _, y in step]) for step in steps]
+                yield f"{algorithm} {rate:g}", line
         if name == "recognition":
             for arm in ("sft", "rl"):
-                x, y = self.curve(arm, part, "recognition"), self.curve(arm, part)
-                lines.append((arm, [(100 * mean(a), [mean(b)]) for (_, a), (_, b) in zip(x, y)]))
+                yield arm, self.curve(arm, part, "recognition", 0.01)
         if name == "verification":
             for arm, fields in self.experiments[name]:
                 points = self.final(arm, variant=part, **fields)
                 shares = [[mean(0 < o <= k for o in p["outcomes"]) for p in points] for k in range(1, 11)]
-                lines.append((arm, list(enumerate(shares, 1))))
+                yield arm, list(enumerate(shares, 1))
         if name == "start":
             # RL from the init and from each of SFT's checkpoints, over the compute of SFT before it
             curve, arms = self.curve("sft", part), ["rl", *(arm for arm, _ in self.experiments[name])]
             ends = [[p[self.headline] for p in self.final(arm, variant=part)] for arm in arms]
-            lines = [("sft", curve), ("rl", [(x, y) for (x, _), y in zip(curve, ends) if y])]
-        return lines
+            yield "sft", curve
+            yield "rl", [(x, y) for (x, _), y in zip(curve, ends) if y]
 
 
 # ---- the figures
@@ -721,7 +670,7 @@ def draw(report: Report) -> None:
     matplotlib.use("Agg")
     (report.folder / "figures").mkdir(exist_ok=True)
     looks = {"init": ("C7", "*"), "sft": ("C1", "o"), "rl": ("C0", "s")}
-    others = sorted({p["arm"] for p in report.points} - looks.keys())
+    others = sorted({*report.chosen, *(p["arm"] for p in report.points)} - looks.keys())
     looks |= {arm: (f"C{'2345689'[i % 7]}", "^vDPX"[i % 5]) for i, arm in enumerate(others)}
     names = ["curves", *["recognition"] * ("visual" in report.where), *report.experiments]
     for name in dict.fromkeys(names):
@@ -765,11 +714,11 @@ def lines(report: Report, name: str, looks: dict) -> None:
                 continue
             style = {"color": color, "marker": marker, "label": label, "ls": "" if dots else "-"}
             axis.plot(x, middle, markersize=4, alpha=min(1, 0.1 + 0.15 * shades[arm]), **style)
-            if not rate:
-                axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
             if rate or name == "recognition":
                 end = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 7}
                 axis.annotate(rate or "end", (x[-1], middle[-1]), color=color, **end)
+            else:
+                axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         if not dots:
             axis.set_ylim(0, None)
         elif part != "changed":

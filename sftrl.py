@@ -1142,17 +1142,17 @@ class StudyRun:
                 for arm in [Arm("base", temperatures=())] * (name == "main") + arms:
                     self.measure(arm, seed, name)
             if "frontier" in experiments and seed == seeds - 1:
-                other, points = "rule" if "rule" in self.cls.variants else "id", self.points(range(seeds))
-                for name, s in sorted(evaluate.chosen_arms(points, other, self.cls.headline)):
+                chosen = evaluate.chosen_arms(self.points(range(seeds)), self.cls.headline).values()
+                for s, name in sorted({run for arms in chosen for run in arms.items()}):
                     self.measure(Arm(name, curve=False), s, "frontier")
             if policy_rank() == 0:
-                print("\n".join(["", *self.report(range(seed + 1), note)]), flush=True)
+                print(f"\n{self.report(range(seed + 1), note)}", flush=True)
 
     def points(self, seeds: Sequence[int]) -> list[dict]:
         """What was measured of the base and of these seeds, on this study's numbers of episodes."""
         return evaluate.find(self.results, seed=(-1, *seeds), episodes=(self.study.hands, self.quarter))
 
-    def report(self, seeds: Sequence[int], note: str) -> list[str]:
+    def report(self, seeds: Sequence[int], note: str) -> str:
         """Writes the report, with a `note` on page one; returns its table of claims."""
         points, usual, measured = self.points(seeds), self.study.verify_iter, {}
         for name in experiments_of(self.cls)[1:]:
@@ -1173,7 +1173,7 @@ class StudyRun:
             "note": f"Learning rates: {rates} (a run's config.json has all settings). {note}",
         }
         claims = evaluate.Report(points, self.out, settings, measured).write()
-        return [*claims, "", f"report: {self.out / 'report.md'}"]
+        return f"{claims}\n\nreport: {self.out / 'report.md'}"
 
 
 def policy_rank() -> int:

@@ -162,24 +162,25 @@ def test_distances_to_itself_are_zero_and_to_another_near_the_exact_ones(policy)
     reference = evaluate.Reference(policy)
     measured, _ = evaluate.evaluate(other, environments, 1.0, 12, reference=reference)
     streams, _ = evaluate.sampled(other, environments, 1.0, 12, "test")
-    initial_streams = reference.conversations["id", 64]
+    initial_streams = reference.conversations["id", "test", 64]
     assert measured["kl_to_init"] == pytest.approx(exact_kl(other, policy, streams), rel=0.15)
     assert measured["kl_from_init"] == pytest.approx(exact_kl(policy, other, initial_streams), rel=0.15)
     half = matrix.numel() / 2 / policy.parameter_count
     assert half * 0.9 < measured["changed"] < half * 1.3
     same, _ = evaluate.evaluate(policy, environments, 1.0, 12, reference=reference)
     assert same["kl_to_init"] == same["kl_from_init"] == same["changed"] == 0
-    assert reference.conversations["id", 64] is initial_streams  # sampled once
+    assert reference.conversations["id", "test", 64] is initial_streams  # sampled once
+    evaluate.evaluate(policy, environments, 1.0, 12, "valid", reference)
+    assert reference.conversations["id", "valid", 64] is not initial_streams
 
 
-def test_kl_sums_against_a_loop_and_without_overflow(policy):
+def test_kl_against_a_loop_and_without_overflow(policy):
     streams = policy.streams([envs.demonstration(envs.make("gp-l", seed=0))])
     gaps = (0.1 * policy(policy.collate(streams))["logp"][0]).tolist()
-    total, tokens = evaluate.kl_sums(policy, lambda batch: {"logp": 1.1 * policy(batch)["logp"]}, streams)
-    assert total == pytest.approx(sum(math.exp(gap) - 1 - gap for gap in gaps), rel=1e-4)
-    assert tokens == sum(streams[0].mask)
-    total, _ = evaluate.kl_sums(policy, lambda batch: {"logp": 200.0 * batch["mask"]}, streams)
-    assert math.isfinite(total)
+    kl = evaluate.kl(policy, lambda batch: {"logp": 1.1 * policy(batch)["logp"]}, streams)
+    expected = sum(math.exp(gap) - 1 - gap for gap in gaps) / sum(streams[0].mask)
+    assert kl == pytest.approx(expected, rel=1e-4)
+    assert math.isfinite(evaluate.kl(policy, lambda batch: {"logp": 200.0 * batch["mask"]}, streams))
 
 
 def test_rank_correlation_is_spearmans():
@@ -262,18 +263,18 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *level: encoding or "ascii")
     claims = report.write()
     assert "modèle" in (tmp_path / "report.md").read_text("utf-8")
-    rows = {row.split(" | ")[0].strip("| "): row for row in claims[2:]}
+    rows = {row.split(" | ")[0].strip("| "): row for row in claims.splitlines()[2:]}
     assert "| **holds** | 15.0 against 11.5 |" in rows["RL ends above init under the other rule"]
     assert "| **holds** | 3.4 against 11.5 |" in rows["SFT ends below init under the other rule"]
     curve = report.curve("rl", "rule")
     assert [compute for compute, _ in curve] == [0, 1, 2] and len(curve[1][1]) == 2  # in 10^12 FLOP
 
     def steps(arm, **fields):
-        return [p["step"] for p in evaluate.final_points(points, arm, variant="rule", **fields)]
+        return [p["step"] for p in report.final(arm, variant="rule", **fields)]
 
     assert steps("sft best") == [1, 1] and steps("sft") == [2, 2] and steps("sft@1") == [1, 1]
     # Greedily only last checkpoints are measured; their numbers stay.
-    points = [p for p in points if p["temperature"] or p["step"] != 1]
+    report.points = [p for p in report.points if p["temperature"] or p["step"] != 1]
     assert steps("sft@2", temperature=0.0) == [2, 2] and steps("sft@1", temperature=0.0) == []
     pytest.importorskip("matplotlib")
     assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -295,7 +296,7 @@ def test_a_section_has_a_row_for_each_arm_with_both_decodings(tmp_path):
     points = points_of({(a, n, v, "test"): r for a, (n, r) in rates.items() for v in ("id", "rule")})
     points = [p for p in points if p["arm"] != "x-1" or p["temperature"]]
     report = evaluate.Report(points, tmp_path, SETTINGS, {"no-init": [("x-1", {}), ("x-3", {})]})
-    _, _, low, high = (row.split(" | ") for row in report.section("no-init")[:4])
+    _, _, low, high = (row.split(" | ") for row in report.section("no-init")[0].splitlines())
     assert low[0] == "| x-1 ends below RL under the other rule" and low[4:8] == ["", "", "", "**holds**"]
     assert high[0] == "| x-3 ends below RL under the other rule" and high[7] == "**does not hold**"
     for against, d, seeds in (high[1:4], high[4:7]):  # at temperature 1, and greedy
@@ -309,7 +310,7 @@ def test_forgetting_covers_the_arms_that_start_from_the_init(tmp_path):
     points = [point | {"changed": 0.1, "kl_from_init": 0.1} for point in points]
     report = evaluate.Report(points, tmp_path, SETTINGS, {"no-init": [("raw", {})]})
     assert sorted((arm, p["seed"]) for arm, p, _ in report.changes) == [("rl", 0), ("rl", 1)]
-    assert "| 2 checkpoints | +nan | +nan | +nan |" in report.section("forgetting")
+    assert "| 2 checkpoints | +nan | +nan | +nan |" in report.section("forgetting")[0]
 
 
 def frontier_points():
@@ -332,18 +333,18 @@ def test_a_rate_is_chosen_on_the_other_seeds():
     # Means .5, .865 and .88; the last one's standard error is .02.
     assert evaluate.choose(ends) == {"best": 1e-3, "smallest": 1e-4, "peeking": 1e-5}
     assert evaluate.choose({rate: x[:1] for rate, x in ends.items()})["smallest"] == 1e-3
-    rates = evaluate.chosen_rates(frontier_points(), "rule", "success")
-    assert [rates["sft", seed]["best"] for seed in (0, 1)] == [1e-4, 1e-3]
-    assert [rates["sft", seed]["peeking"] for seed in (0, 1)] == [1e-4, 1e-4]
+    chosen = evaluate.chosen_arms(frontier_points(), "success")
+    assert chosen["sft-best"] == {0: "sft-0.0001", 1: "sft-0.001"}
+    assert chosen["sft-peeking"] == {0: "sft-0.0001", 1: "sft-0.0001"}
     alone = [p for p in frontier_points() if p["seed"] == 0]
-    assert evaluate.chosen_rates(alone, "rule", "success")["sft", 0]["best"] == 1e-3
+    assert evaluate.chosen_arms(alone, "success")["sft-best"] == {0: "sft-0.001"}
 
 
 def test_success_elsewhere_at_equal_success_in_distribution(tmp_path):
     curve = [(0.3, 0.1), (0.5, 0.2), (0.4, 0.9), (0.7, 0.0)]  # the first crossing counts
     assert [evaluate.at_level(curve, x) for x in (0.4, 0.5, 0.8)] == pytest.approx([0.15, 0.2, None])
     report = evaluate.Report(frontier_points(), tmp_path, SETTINGS, {"frontier": []})
-    title, _, head, _, *rows = report.levels("rule")
+    title, _, head, _, *rows = report.levels("rule").splitlines()
     assert "RL at 6." in title and head.split(" | ")[1:4] == ["sft 0.0001", "sft 0.001", "rl 0.0001"]
     assert "| 50 | 25.0 | 16.7 | 30.0 | 20.8 | 30.0 | +9.2 [+9.2, +9.2] |" in rows
     assert "| 75 | 36.2 |  |  |  |  |  |" in rows and len(rows) == 8  # from 45 to 80

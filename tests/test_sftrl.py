@@ -1033,8 +1033,9 @@ def test_frontier(cards, prints):
         points = evaluate.find(valid, arm=arm, variant="rule")
         assert [p["step"] for p in points] == steps and points[-1]["episodes"] > points[0]["episodes"]
         assert settings_of(folder / f"seed-0/{arm}")["lr"] == float(arm.partition("-")[2])
-    tested = {(p["arm"], p["seed"]) for p in found if p["series"] == "test"}
-    assert tested == evaluate.chosen_arms(lines, "rule", "success")  # no other run
+    tested = {(p["seed"], p["arm"]) for p in found if p["series"] == "test"}
+    chosen = evaluate.chosen_arms(lines, "success").values()
+    assert tested == {run for arms in chosen for run in arms.items()}  # no other run
     report = (folder / "report.md").read_text()
     assert "| rl-best ends above sft-best under the other rule |" in report
     assert "| in distribution | sft 0.0001 | sft 0.001 | rl 0.0001 |" in report
