@@ -928,7 +928,7 @@ STUDIES = {
         _WALKS,
         base=replace(_WALKS.base, steps=800),
         rl=replace(_WALKS.rl, episodes=128, minibatch_size=16),
-        rates=_CARDS.rates | {"sft": 2e-4},
+        rates=_CARDS.rates | {"sft": 5e-4},
         flops=1e13,
         count=3,
         hands=128,
