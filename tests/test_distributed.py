@@ -36,14 +36,6 @@ def torchrun(n, *args, check=0):
     return done
 
 
-def sharded(policy, out, dtype=torch.float32, **options):
-    """The policy from a checkpoint that rank 0 alone writes and reads."""
-    if policy.rank == 0:
-        policy.save(out / "start")
-    dist.barrier()
-    return sftrl.Policy.load_shards(str(out / "start"), dtype, **options)
-
-
 def walk(env, route):
     """The demonstrations of every waypoint of a route."""
     env.reset(seed=route, options={"route": route})
@@ -68,13 +60,10 @@ def conversations(policy, records, env):
     return streams, episodes
 
 
-def train(kind, task, out):
+def train(policy, task, out):
     """One SFT step, one PPO update, a rollout that stops unevenly, an SFT step. One process takes each batch
     as one microbatch, two take several."""
-    policy = make_policy(kind)
     micro = 8 if policy.world == 1 else 2
-    if policy.world > 1:  # recomputed activations may not change anything either
-        policy = sharded(policy, out, recompute=True, rollout_dtype=torch.float32)
     options = VIEWS if task == "virl-vl" else {}
     env = envs.make(task, seed=2, **options)
     records = [envs.demonstration(env, wrong_turns=k % 2) for k in range(8)]
@@ -104,10 +93,9 @@ def train(kind, task, out):
         (out / "metrics.json").write_text(json.dumps(metrics))
 
 
-def accumulate(out):
-    """SFT with bf16 shards, over several microbatches, of a model whose vision blocks stay unused; then 65
-    hands, one more on the second rank than the 32 of a forward pass."""
-    policy = sharded(make_policy("mllama"), out, torch.bfloat16)
+def accumulate(policy, out):
+    """SFT over several microbatches, of a model whose vision blocks stay unused; then 65 hands, one more on
+    the second rank than the 32 of a forward pass."""
     records = [envs.demonstration(envs.make("gp-l", seed=k)) for k in range(8)]
     config = sft.SFTConfig(lr=1e-2, batch_size=8, microbatch_size=1, steps=3)
     steps = sft.train(policy, policy.optimizers(1e-2), lambda step: records, config)
@@ -124,10 +112,12 @@ def one_and_two(tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, case in CASES.items():
-        train(*case, one / name)
+    for name, (kind, task) in CASES.items():
+        policy = make_policy(kind)
+        policy.save(one / name / "start")
+        train(policy, task, one / name)
     torch.set_num_threads(threads)
-    torchrun(2, HERE, two)
+    torchrun(2, HERE, one, two)
     return one, two
 
 
@@ -204,8 +194,11 @@ def test_a_run_begun_on_some_ranks_goes_on_on_others(tmp_path, first, then):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
-    for name, case in CASES.items():
-        train(*case, folder / name)
-    accumulate(folder)
+    one, two = map(Path, sys.argv[1:])
+    # Recomputed activations may not change anything either.
+    options = {"recompute": True, "rollout_dtype": torch.float32}
+    for name, (_, task) in CASES.items():
+        start = str(one / name / "start")
+        train(sftrl.Policy.load_shards(start, torch.float32, **options), task, two / name)
+    accumulate(sftrl.Policy.load_shards(start, torch.bfloat16), two)
     sftrl.exit_rank(0)
