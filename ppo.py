@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
+from itertools import chain
 from typing import Annotated, Any
 
 import jinja2
@@ -97,7 +97,7 @@ class Stream:
 
     `mask` is 1 on trained tokens: sampled replies with their end tokens, never prompts and feedback.
     `replies` are the [start, stop) of each reply, `logp` the sampler's log-probabilities. `picture` holds the
-    processor's tensors for its picture, `columns` those with one entry per prompt token, [1, n, ...].
+    processor's tensors for its picture, `columns` those with one entry per prompt token, [n, ...].
     """
 
     ids: list[int] = field(default_factory=list)
@@ -191,7 +191,7 @@ class Player:
     def __call__(self, indices: list[int], observations: list[envs.Observation]) -> list[str | None]:
         """One reply each; None where a conversation has reached the model's maximum length. Raises
         ValueError if a first prompt does. Conversations that are not among `indices` are over."""
-        policy, opened, ready = self.policy, set(), []
+        policy, opened, ready = self.policy, [], []
         for i, observation in zip(indices, observations):
             streams, image = self.streams.setdefault(i, []), observation.image
             if streams and self.images[i] is image:
@@ -211,7 +211,7 @@ class Player:
                     continue
                 streams.append(stream)
                 self.images[i] = image
-                opened.add(i)
+                opened.append(i)
             ready.append(i)
         # 3. Replies are sampled.
         texts: dict[int, str] = {}
@@ -223,16 +223,16 @@ class Player:
                 texts[i] = policy.decode(ids)
         return [texts.get(i) for i in indices]
 
-    def _batches(self, ready: list[int], opened: set[int]) -> list[tuple[list[int], KeptCache | None]]:
+    def _batches(self, ready: list[int], opened: list[int]) -> list[tuple[list[int], KeptCache | None]]:
         """Groups to sample together: conversations that began together, with their cache; without kept
         caches, those with equal room for a reply."""
         if not self.policy.keeps_caches:
-            room = {i: self.policy.max_length - len(self.streams[i][-1]) for i in ready}
-            rooms = sorted({min(self.settings[0], n) for n in room.values()})
-            return [([i for i in ready if min(self.settings[0], room[i]) == n], None) for n in rooms]
+            longest, reach = self.settings[0], self.policy.max_length
+            room = {i: min(longest, reach - len(self.streams[i][-1])) for i in ready}
+            return [([i for i in ready if room[i] == n], None) for n in sorted(set(room.values()))]
         for cache in self.caches:
             cache.keep([i for i in cache.rows if i in ready and i not in opened])
-        self.caches.append(KeptCache([i for i in ready if i in opened], self.policy.model.device))
+        self.caches.append(KeptCache(opened, self.policy.model.device))
         self.caches = [cache for cache in self.caches if cache.rows]
         return [(cache.rows, cache) for cache in self.caches]
 
@@ -266,7 +266,7 @@ def collect(
         spans = [[(b, start, start + 1) for b, start, _ in replies] for replies in spans]  # of actions
     # 2. Old log-probabilities by the training forward pass: the first ratio is 1 in whatever precision the
     # tokens were sampled.
-    scores = score(policy, batch, config, values=True)
+    scores = score(policy, batch, config)
     batch["old_logp"], values = action_logp(scores["logp"], batch), scores["value"]
     batch["sampler_gap"] = (batch.pop("sampled_logp") - scores["logp"]).abs()
     if config.kl_coef:
@@ -295,10 +295,7 @@ def arrange(policy: Policy, streams: list[list[Stream]]) -> tuple[list[Stream], 
     spare = replace(rows[0], mask=[0] * len(rows[0]), logp=[0.0] * len(rows[0]), replies=[])
     rows = [spare] * int(policy.largest(len(rows)) - len(rows)) + rows
     number = {id(stream): b for b, stream in enumerate(rows)}
-    spans = [
-        [(number[id(s)], start, stop) for s in episode for start, stop in s.replies] for episode in streams
-    ]
-    return rows, spans
+    return rows, [[(number[id(s)], *reply) for s in episode for reply in s.replies] for episode in streams]
 
 
 def reply_weights(
@@ -321,12 +318,11 @@ def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
 
 
 @torch.no_grad()
-def score(policy: Policy, batch: Batch, config: PPOConfig, values: bool = False) -> dict[str, Tensor]:
-    """Scores of a batch by microbatches, [B, T]: "logp", and "value", 0 without `values`."""
+def score(policy: Policy, batch: Batch, config: PPOConfig) -> dict[str, Tensor]:
+    """Scores of a batch by microbatches, [B, T]: "logp" and "value"."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
-        part = rows_of(batch, rows)
-        scores = policy(part, config.temperature, values=config.value_trunk if values else None)
+        scores = policy(rows_of(batch, rows), config.temperature, values="detached")
         for name, scored in scores.items():
             out[name][rows, : scored.shape[1]] = scored
     return out
@@ -503,11 +499,11 @@ def update(
             rows = rows.sort().values.to(batch["ids"].device)  # by length: least padding
             counts = policy.sum(batch["actions"][rows].sum(), batch["mask"][rows].sum())
             microbatches, minibatch_loss = rows.split(config.microbatch_size), 0.0
-            for k, micro in enumerate(microbatches):
+            for micro in microbatches:
                 part = rows_of(batch, micro)
                 scores = policy(part, config.temperature, values=trunk, entropy=True)
                 loss, logged = losses(scores, part, config, *counts, warming)
-                policy.backward(loss, last=k == len(microbatches) - 1)
+                policy.backward(loss, last=micro is microbatches[-1])
                 minibatch_loss += loss.item()
                 largest = max(largest, logged.pop("largest_ratio").item())
                 error = logged.pop("ratio_error").item()
@@ -544,7 +540,7 @@ def episode_metrics(
     returns = batch["returns"].double()
     for name, x in (("R", returns), ("error", returns - batch["old_values"])):
         means |= {name: ((x * act).sum(), act.sum()), f"{name}^2": ((x**2 * act).sum(), act.sum())}
-    sums = policy.sum(*(number for pair in means.values() for number in pair))
+    sums = policy.sum(*chain(*means.values()))
     mean = {name: total / count for name, total, count in zip(means, sums[::2], sums[1::2])}
     noise = ROUNDING**2 * mean["R^2"]
     variance, unexplained = (mean.pop(f"{x}^2") - mean.pop(x) ** 2 for x in ("R", "error"))
@@ -629,14 +625,18 @@ class Policy(nn.Module):
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts, without the special tokens that a tokenizer may add."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """A reply's text up to its first stop token, special tokens included but for the end."""
-        stop = next((k for k, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        ids = ids[:stop] if ids[stop:] and ids[stop] in self.end_ids else ids[: stop + 1]
+        ids = ids[: self._reply_length(ids)]
+        ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text.removesuffix(self.end_blank)
+
+    def _reply_length(self, ids: Sequence[int]) -> int:
+        """Number of tokens through the first stop token, or of all."""
+        return next((n for n, token in enumerate(ids, 1) if token in self.stop_ids), len(ids))
 
     _MARK = "\u2063REPLY\u2063"
 
@@ -717,7 +717,7 @@ class Policy(nn.Module):
             stream.context(reply)
             self._go_on(stream, ids)
         for name, x in stream.columns.items():  # 0 before the last message
-            stream.columns[name] = pad_columns(x, before=len(stream) - x.shape[1])
+            stream.columns[name] = torch.cat([x.new_zeros(len(stream) - len(x), *x.shape[1:]), x])
         return stream
 
     def _around_replies(self, messages: list[dict], n: int) -> list[str]:
@@ -742,7 +742,7 @@ class Policy(nn.Module):
         made.pop("attention_mask", None)
         beside = {key: x for key, x in made.items() if x.shape[:2] == ids.shape}
         stream.picture = {key: x for key, x in made.items() if key not in beside}
-        stream.columns = {key: x[:, cut:] for key, x in beside.items()}
+        stream.columns = {key: x[0, cut:] for key, x in beside.items()}
         if self.image_id not in ids:
             raise ValueError("the chat template leaves out the image token")
         return ids[0, cut:].tolist()
@@ -752,12 +752,10 @@ class Policy(nn.Module):
         replies or the "last". Raises ValueError for pictures without image tokens and the reverse, if only
         some have pictures, and beyond the model's maximum length."""
         streams = [self._demonstration(record, loss_on) for record in records]
-        lacking = sum(stream.picture is None for stream in streams)
-        if 0 < lacking < len(streams):
-            n = len(streams)
-            raise ValueError(
-                f"{lacking} of {n} conversations of a batch have no picture: give all one, or none"
-            )
+        n, lacking = len(streams), sum(stream.picture is None for stream in streams)
+        if 0 < lacking < n:
+            fault = f"{lacking} of {n} conversations of a batch have no picture"
+            raise ValueError(f"{fault}: give all one, or none")
         return streams
 
     def _demonstration(self, record: dict, loss_on: str) -> Stream:
@@ -860,12 +858,8 @@ class Policy(nn.Module):
             exact.__exit__(None, None, None)
 
         head = self.model.get_output_embeddings()
-        hooks = head.register_forward_pre_hook(choose), head.register_forward_hook(end)
-        try:
+        with head.register_forward_pre_hook(choose), head.register_forward_hook(end):
             yield states
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def log_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
         """Log-probabilities in fp32 from the model's logits [n, vocabulary]."""
@@ -878,10 +872,10 @@ class Policy(nn.Module):
         for name in streams[0].picture or ():
             inputs[name] = stack([s.picture[name] for s in streams])
         for name, x in streams[0].columns.items():  # later tokens repeat the last column
-            inputs[name] = x.new_zeros(*real.shape, *x.shape[2:])
+            inputs[name] = x.new_zeros(*real.shape, *x.shape[1:])
             for row, where, s in zip(inputs[name], real, streams):
-                after = int(where.sum()) - s.columns[name].shape[1]
-                row[where] = pad_columns(s.columns[name], after=after)[0]
+                last = len(s.columns[name]) - 1
+                row[where] = s.columns[name][torch.arange(int(where.sum())).clamp(max=last)]
         cast = {False: None, True: model.dtype}
         return {k: x.to(model.device, cast[x.is_floating_point()]) for k, x in inputs.items()}
 
@@ -927,11 +921,11 @@ class Policy(nn.Module):
         log-probabilities. `model` comes from `rollout_weights()`. Temperature 0 is greedy. No top-k, top-p or
         generation config applies. Tokens in the `cache` are not read again."""
         # 1. Unread tokens become one block, padded on the left.
-        read = repeat(0) if cache is None else cache.mask.sum(1).tolist()
+        read = [0] * len(streams) if cache is None else cache.mask.sum(1).tolist()
         unread = [s.ids[n:] for s, n in zip(streams, read)]
         ids = pad_rows(unread, self.pad_id, model.device, left=True)
         mask = pad_rows([[1] * len(row) for row in unread], 0, model.device, left=True)
-        first = streams[0].picture and len(unread[0]) == len(streams[0])  # the block has the pictures
+        first = streams[0].picture and not read[0]  # the block has the pictures
         inputs = self._beside(model, streams, mask.bool().cpu()) if first else {}
         if cache is not None:
             mask, inputs[self._cache_argument] = torch.cat([cache.mask, mask], 1), cache
@@ -947,16 +941,14 @@ class Policy(nn.Module):
         finally:
             model.generation_config = theirs
         # 3. A reply ends with its first stop token; padding follows.
-        replies = []
-        for row, logp in zip(out.tolist(), torch.cat(sampler.logps, 1).tolist()):
-            stop = next((k for k, token in enumerate(row, 1) if token in self.stop_ids), len(row))
-            replies.append((row[:stop], logp[:stop]))
+        rows, logps = out.tolist(), torch.cat(sampler.logps, 1).tolist()
+        lengths = [self._reply_length(row) for row in rows]
         if cache is not None:  # the tokens of all steps but the last are in it
-            drawn = torch.arange(out.shape[1] - 1) < torch.tensor([len(row) for row, _ in replies])[:, None]
+            drawn = torch.arange(out.shape[1] - 1) < torch.tensor(lengths)[:, None]
             cache.mask = torch.cat([mask, drawn.to(mask)], 1)
         new = sum(len(s) - (s.replies[-1][1] if s.replies else 0) for s in streams)
-        self.flops += 2 * self.parameter_count * (new + sum(len(row) for row, _ in replies))
-        return replies
+        self.flops += 2 * self.parameter_count * (new + sum(lengths))
+        return [(row[:n], logp[:n]) for row, logp, n in zip(rows, logps, lengths)]
 
     @contextmanager
     def responder(
@@ -989,7 +981,7 @@ class Policy(nn.Module):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         return norm
 
     @staticmethod
@@ -1065,11 +1057,6 @@ def pad_rows(
     width = max(map(len, rows))
     gaps = [[fill] * (width - len(row)) for row in rows]
     return torch.tensor([gap + [*row] if left else [*row] + gap for row, gap in zip(rows, gaps)]).to(device)
-
-
-def pad_columns(x: Tensor, before: int = 0, after: int = 0) -> Tensor:
-    """x [1, n, ...] with `before` columns of 0 in front and its last column repeated `after` times."""
-    return torch.cat([*[torch.zeros_like(x[:, :1])] * before, x, *[x[:, -1:]] * after], 1)
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:
