@@ -319,7 +319,7 @@ def thought_length(policy: Policy, ids: list[int], answer_field: str) -> int:
 
 @torch.no_grad()
 def score(policy: Policy, batch: Batch, config: PPOConfig) -> dict[str, Tensor]:
-    """Scores of a batch by microbatches, [B, T]: "logp" and "value"."""
+    """Scores of a batch by microbatches, [B, T]: "logp" and "value", which both trunks give alike here."""
     out = {"logp": torch.zeros_like(batch["mask"]), "value": torch.zeros_like(batch["mask"])}
     for rows in torch.arange(len(batch["ids"]), device=batch["ids"].device).split(config.microbatch_size):
         scores = policy(rows_of(batch, rows), config.temperature, values="detached")

@@ -310,7 +310,7 @@ def test_forgetting_covers_the_arms_that_start_from_the_init(tmp_path):
     points = [point | {"changed": 0.1, "kl_from_init": 0.1} for point in points]
     report = evaluate.Report(points, tmp_path, SETTINGS, {"no-init": [("raw", {})]})
     assert sorted((arm, p["seed"]) for arm, p, _ in report.changes) == [("rl", 0), ("rl", 1)]
-    assert "| 2 checkpoints | +nan | +nan | +nan |" in report.section("forgetting")[0]
+    assert "| 2 checkpoints | +nan | +nan | +nan |" in report.section("forgetting")[0].splitlines()
 
 
 def frontier_points():
