@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -631,7 +632,7 @@ class Report:
             for (algorithm, rate), by_seed in frontier(self.points, part, self.headline).items():
                 steps = zip(*by_seed.values())
                 line = [(100 * mean(x for x, _ in step), [y for _, y in step]) for step in steps]
-                yield f"{algorithm} {rate:g}", line
+                yield f"{algorithm} {np.format_float_scientific(rate, trim='-', exp_digits=1)}", line
         if name == "recognition":
             for arm in ("sft", "rl"):
                 yield arm, self.curve(arm, part, "recognition", 0.01)
