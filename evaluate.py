@@ -106,19 +106,19 @@ def image_control(respond: Callable, kind: str) -> Callable:
     policy can do without seeing. Raises ValueError where there are no pictures, or those of one episode."""
     generator = random.Random(0)
     recent: list[tuple[int, Image.Image]] = []  # environment and picture
-    shown: dict[int, tuple[Image.Image, Image.Image]] = {}  # by environment: its picture, the substitute
+    latest: dict[int, tuple[Image.Image, Image.Image]] = {}  # by environment: its picture, the substitute
 
     def controlled(indices: list[int], observations: list[envs.Observation]) -> list[str]:
         images = [(i, o.image) for i, o in zip(indices, observations)]
-        new = [(i, image) for i, image in images if i not in shown or shown[i][0] is not image]
+        new = [(i, image) for i, image in images if i not in latest or latest[i][0] is not image]
         recent[:] = (recent + new)[-512:]
         for i, image in new:
             others = [other for k, other in recent if k != i]
             if image is None or not others:
                 raise ValueError(f"{kind} pictures need a task with pictures and at least two episodes")
             blank = Image.new("RGB", image.size, "grey")
-            shown[i] = image, blank if kind == "blank" else generator.choice(others).copy()
-        replaced = [envs.Observation(o.messages, shown[i][1]) for i, o in zip(indices, observations)]
+            latest[i] = image, blank if kind == "blank" else generator.choice(others).copy()
+        replaced = [envs.Observation(o.messages, latest[i][1]) for i, o in zip(indices, observations)]
         return respond(indices, replaced)
 
     return controlled
@@ -721,7 +721,7 @@ def lines(report: Report, name: str, looks: dict) -> None:
             else:
                 axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         if not dots:
-            axis.set_ylim(0, None)
+            axis.set_ylim(0, None, auto=True)  # the next panel may need more
         elif part != "changed":
             axis.set_xscale("log")
 

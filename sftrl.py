@@ -919,7 +919,7 @@ STUDIES = {
         base=replace(_CARDS.base, steps=1200),
         init=_CARDS.init | {"steps": 120},
         rl=replace(_CARDS.rl, minibatch_size=128),
-        rates=_CARDS.rates | {"sft": 2e-4},
+        rates=_CARDS.rates | {"sft": 5e-4},
         options=TINY_PICTURES,
     ),
     "virl-l": replace(_WALKS, rates=_WALKS.rates | {"rl-kl": 1e-3}),

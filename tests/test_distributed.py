@@ -148,11 +148,9 @@ def test_bf16_shards_accumulate_gradients_and_share_65_hands(one_and_two):
 def test_the_command_line_under_torchrun_and_its_checkpoints_on_one_process(tmp_path):
     start = tmp_path / "start"
     sftrl.Policy.load("tiny").save(start)  # processes that load it need not train a tokenizer
-    first, last = tmp_path / "sft/checkpoint-1", tmp_path / "ppo/checkpoint-2"
-    args = ("--threads", 1, "--steps")
-    torchrun(2, PROGRAM, "sft", "--out", first.parent, "--model", start, "--batch-size", 4, *args, 1)
-    sizes = ("--episodes", 4, "--minibatch-size", 2, "--max-new-tokens", 8)
-    torchrun(2, PROGRAM, "ppo", "--out", last.parent, "--model", first, *sizes, *args, 2)
+    last, sizes = tmp_path / "ppo/checkpoint-2", ("--episodes", 4, "--minibatch-size", 2)
+    args = ("--max-new-tokens", 8, "--threads", 1, "--steps", 2)
+    torchrun(2, PROGRAM, "ppo", "--out", last.parent, "--model", start, *sizes, *args)
     trained, fresh = (sftrl.Policy.load(str(name)).model.state_dict() for name in (last, start))
     assert trained.keys() == fresh.keys() and any(not torch.equal(trained[k], fresh[k]) for k in fresh)
     assert len(sftrl.read_lines(last.parent / "metrics.jsonl")) == 2

@@ -253,7 +253,7 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
         ("sft", 1, "id", "valid"): 0.95,
         ("sft", 2, "id", "valid"): 0.8,
     }
-    for step, sft_id, sft_rule, rl in ((1, 0.9, 0.5, 0.4), (2, 0.9, 0.1, 0.6)):
+    for step, sft_id, sft_rule, rl in ((1, 0.9, 0.97, 0.4), (2, 0.9, 0.1, 0.6)):
         rates |= {("sft", step, "id", "test"): sft_id, ("sft", step, "rule", "test"): sft_rule}
         rates |= {("rl", step, "id", "test"): 0.8, ("rl", step, "rule", "test"): rl}
     points = points_of(rates)
@@ -276,8 +276,13 @@ def test_report_states_what_the_points_say(tmp_path, monkeypatch):
     # Greedily only last checkpoints are measured; their numbers stay.
     report.points = [p for p in report.points if p["temperature"] or p["step"] != 1]
     assert steps("sft@2", temperature=0.0) == [2, 2] and steps("sft@1", temperature=0.0) == []
-    pytest.importorskip("matplotlib")
+    plt = pytest.importorskip("matplotlib.pyplot")
     assert (tmp_path / "figures/curves.png").read_bytes()[:4] == b"\x89PNG"
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    evaluate.draw(report)
+    for axis in figures[0].axes:
+        assert max(max(line.get_ydata()) for line in axis.lines) < axis.get_ylim()[1]
 
 
 def test_ends_are_compared_on_most_episodes_and_points_between_on_the_same(tmp_path):
@@ -349,7 +354,7 @@ def test_success_elsewhere_at_equal_success_in_distribution(tmp_path):
     assert "| 50 | 25.0 | 16.7 | 30.0 | 20.8 | 30.0 | +9.2 [+9.2, +9.2] |" in rows
     assert "| 75 | 36.2 |  |  |  |  |  |" in rows and len(rows) == 8  # from 45 to 80
     lines = dict(report.series("frontier", "rule"))
-    assert lines["sft 0.001"] == [(40, [0.2, 0.2]), (70, [0.1, 0.1]), (80, [0.0, 0.0])]
+    assert lines["sft 1e-3"] == [(40, [0.2, 0.2]), (70, [0.1, 0.1]), (80, [0.0, 0.0])]
     text = "\n".join(report.section("frontier"))
     assert "| rl-best ends above sft-best under the other rule |" in text
     assert "| best: highest success in distribution | 0.0001, 0.001 | 0.0001, 0.0001 |" in text
