@@ -261,14 +261,22 @@ WAYS = {
 Curve = list[tuple[float, float]]  # (in distribution, elsewhere), from the init to the last checkpoint
 
 
-def frontier(points: Sequence[dict], variant: str, measure: str) -> dict[tuple[str, float], dict[int, Curve]]:
-    """Curves on validation episodes by (algorithm, rate), sorted, and seed; elsewhere is `variant`."""
+def frontier(
+    points: Sequence[dict], variant: str, measure: str, paired: bool = False
+) -> dict[tuple[str, float], dict[int, Curve]]:
+    """Curves on validation episodes by (algorithm, rate), sorted, and seed; elsewhere is `variant`. `paired`:
+    all points on the same episodes, those of the points between."""
     valid = find(points, experiment="frontier", series="valid")
+    n = min((p["episodes"] for p in valid), default=0)
+
+    def value(p: dict) -> float:
+        return mean(of_episodes(p, measure)[:n]) if paired else p[measure]
+
     curves: dict[tuple[str, float], dict[int, Curve]] = {}
     for arm, seed in sorted({(p["arm"], p["seed"]) for p in valid if p["arm"] != "init"}):
         run = find(valid, arm="init", seed=seed) + find(valid, arm=arm, seed=seed)
         here, there = (
-            {(p["arm"], p["step"]): p[measure] for p in run if p["variant"] == v} for v in ("id", variant)
+            {(p["arm"], p["step"]): value(p) for p in run if p["variant"] == v} for v in ("id", variant)
         )
         algorithm, _, rate = arm.partition("-")
         curves.setdefault((algorithm, float(rate)), {})[seed] = list(zip(here.values(), there.values()))
@@ -485,10 +493,10 @@ class Report:
     def levels(self, variant: str) -> str:
         """Success under a variant where runs first reach levels of success in distribution, by rate (means
         over seeds, if all reach the level) and over these rates; validation episodes."""
-        curves = frontier(self.points, variant, self.headline)
+        curves = frontier(self.points, variant, self.headline, paired=True)
         runs = {run: by for a in ("sft", "rl") for run, by in curves.items() if run[0] == a}
         seeds = sorted(set.intersection(*map(set, runs.values())))
-        start = mean(by[seed][0][0] for by in runs.values() for seed in seeds)
+        start = max(by[seed][0][0] for by in runs.values() for seed in seeds)
         rows, wins = [], Counter()
         for level in range(5 * math.ceil(20 * start + 0.01), 100, 5):
             found = {key: [at_level(by[seed], level / 100) for seed in seeds] for key, by in runs.items()}
@@ -629,7 +637,8 @@ class Report:
             for arm, p, change in self.changes:
                 yield arm, [(p[part], [change])]
         if name == "frontier":
-            for (algorithm, rate), by_seed in frontier(self.points, part, self.headline).items():
+            curves = frontier(self.points, part, self.headline, paired=True)
+            for (algorithm, rate), by_seed in curves.items():
                 steps = zip(*by_seed.values())
                 line = [(100 * mean(x for x, _ in step), [y for _, y in step]) for step in steps]
                 yield f"{algorithm} {np.format_float_scientific(rate, trim='-', exp_digits=1)}", line

@@ -328,8 +328,10 @@ def frontier_points():
     for (arm, seed), curve in curves.items():
         for step, pair in enumerate(curve, 1):
             fields = {"arm": arm, "seed": seed, "step": step, "flops": step * 1e12, "series": "valid"}
-            fields |= {"temperature": 1.0, "experiment": "frontier", "episodes": 8}
-            points += [FIELDS | fields | {"variant": v, "success": x} for v, x in zip(("id", "rule"), pair)]
+            fields |= {"temperature": 1.0, "experiment": "frontier", "episodes": 20 if arm == "init" else 10}
+            for variant, x in zip(("id", "rule"), pair):
+                outcomes = [int(i < round(10 * x)) for i in range(20)]  # the init fails after the first ten
+                points.append(FIELDS | fields | {"variant": variant, "success": x, "outcomes": outcomes})
     return points
 
 
