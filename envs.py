@@ -2054,9 +2054,9 @@ def _sight(size: int) -> tuple[Array, Array]:
 
 # ---- reading a reply
 
-# A string may hold its quotes: it ends at the first before comma, colon, closing bracket or end. (The group
-# is not possessive: Python before 3.11.5 then skips the closing quote.)
-_STRING = r'"[^"\\]*+(?:(?:"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*"?'
+# A string may hold its quotes: it ends at the first before comma, colon, closing bracket or end. (Python
+# before 3.11.5 needs the atomic group: its possessive ones may not hold what can backtrack.)
+_STRING = r'"[^"\\]*+(?:(?>"(?!\s*+(?:[,:\]}]|\Z))|\\.?)[^"\\]*+)*+"?'
 _KEY = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _WORD = r"""[^\s{}\[\]:,"']++"""
 _REPLY_TOKEN = re.compile(
