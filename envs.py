@@ -148,7 +148,7 @@ class Environment:
             if not _fits(float, value) or not math.isfinite(value):
                 raise ValueError(f"the reward {name!r} must be a finite number, not {_line(repr(value))}")
         cls = type(self)
-        known, listed = typing.get_type_hints(cls), options_of(cls)
+        known, listed = _type_hints(cls), options_of(cls)
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{cls.__name__} has no option {name!r}: choose from {', '.join(listed)}")
@@ -2145,13 +2145,15 @@ def _unescape(text: str) -> str:
 # ---- option checks
 
 
+_type_hints = cache(partial(typing.get_type_hints, include_extras=True))
+
+
 @cache
 def options_of(cls: type) -> dict[str, tuple[Any, Any, Option]]:
     """Type, default (... if none) and Option of a class's options, by name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
     return {
         name: (hint.__origin__, getattr(cls, name, ...), hint.__metadata__[0])
-        for name, hint in hints.items()
+        for name, hint in _type_hints(cls).items()
         if typing.get_origin(hint) is Annotated
     }
 

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -23,10 +24,12 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -180,7 +183,8 @@ def one_line(error: BaseException | str) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the GPU's or the machine's memory is used up."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    kinds = MemoryError, torch.OutOfMemoryError, BrokenExecutor  # the last: the kernel killed a worker
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def on_rank_0(work: Callable[[], Any]) -> Any:
@@ -631,10 +635,10 @@ def deferred_interrupt() -> Iterator[list[int]]:
 
 @contextmanager
 def progress_bar(name: str, total: float) -> Iterator[Callable[..., None]]:
-    """A progress bar on rank 0; a line every half minute where stderr is no terminal. Yields a function of
-    the amount done and metrics to display."""
+    """A progress bar on rank 0; a line every half minute from a worker, or where stderr is no terminal.
+    Yields a function of the amount done and metrics to display."""
     form, options = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", {}
-    if not sys.stderr.isatty():
+    if multiprocessing.parent_process() or not sys.stderr.isatty():
         form, options = form + "\n", {"mininterval": 30, "maxinterval": 60}
     with tqdm(desc=name, total=total, disable=policy_rank() > 0, bar_format=form, **options) as bar:
 
@@ -1026,12 +1030,18 @@ class StudyRun:
     study: Study
     out: Path
     loading: dict  # options of `load_policy`
+    workers: int = 1
+    pool: ProcessPoolExecutor | None = None  # of so many workers, which share the arms
 
     def __post_init__(self):
         self.quarter = max(2, self.study.hands // 4)  # for earlier checkpoints
         self.results = read_lines(self.out / "results.jsonl")
         self.cls = envs.task_class(self.task)
         self.options = {"verify_iter": self.study.verify_iter} | self.study.options
+        self.running: dict[Future, tuple] = {}
+
+    def __reduce__(self):  # in a worker, with the results so far
+        return StudyRun, (self.task, self.study, self.out, self.loading)
 
     def load(self, model: str, **loading) -> Policy:
         """A policy for this study's task."""
@@ -1088,65 +1098,95 @@ class StudyRun:
         """A seed's init, from which distances are measured."""
         return evaluate.Reference(self.load(str(self.checkpoints("init", seed)[-1])))
 
-    def measure(self, arm: Arm, seed: int, experiment: str) -> None:
-        """Evaluates an arm's checkpoints, except what results.jsonl has."""
-        paths = self.checkpoints(arm.name, seed)
-        early = [(self.quarter, arm.series, v, 1.0) for v in self.cls.variants]
-        validation = [(self.quarter, "valid", "id", 1.0)] if arm.validate else []
-        temperatures = self.study.temperatures if arm.temperatures is None else arm.temperatures
-        at_end = [(self.study.hands, arm.series, v, t) for t in temperatures for v in self.cls.variants]
-        at_end, early = at_end or early, early if arm.curve else []
-        with progress_bar(f"seed-{seed}/{arm.name} evaluation", len(paths)) as show:
-            for k, path in enumerate(paths, 1):
-                points = validation + (early if k < len(paths) else at_end)
-                self.evaluate_checkpoint(arm, seed, experiment, path, points)
-                show(k)
-
-    def evaluate_checkpoint(
-        self, arm: Arm, seed: int, experiment: str, path, points: Sequence[tuple]
-    ) -> None:
-        """Evaluates a checkpoint at the points (hands, series, variant, temperature) that results.jsonl
-        lacks; writes two episodes of each to transcripts.jsonl."""
-        line, policy = {"step": 0, "flops": 0.0}, None
+    def measure(self, arm: Arm, seed: int, number: int, experiment: str) -> None:
+        """Evaluates an arm's checkpoint, by its number, at the points (hands, series, variant, temperature)
+        that results.jsonl lacks; writes two episodes of each to transcripts.jsonl."""
+        study, paths = self.study, self.checkpoints(arm.name, seed)
+        if number > len(paths) or number < len(paths) and not arm.curve:
+            return
+        path, line, policy = paths[number - 1], {"step": 0, "flops": 0.0}, None
+        temperatures = study.temperatures if arm.temperatures is None else arm.temperatures
+        points = [(study.hands, arm.series, v, t) for t in temperatures for v in self.cls.variants]
+        if number < len(paths) or not points:
+            points = [(self.quarter, arm.series, v, 1.0) for v in self.cls.variants]
+        if arm.validate:
+            points.append((self.quarter, "valid", "id", 1.0))
         if isinstance(path, Path):
             line = next(x for x in read_lines(path.parent / "metrics.jsonl") if x["step"] == step_of(path))
-        budget = arm.verify_iter or self.study.verify_iter
+        budget = arm.verify_iter or study.verify_iter
         same = {"arm": arm.name, "seed": -1 if arm.name == "base" else seed, "step": line["step"]}
         same |= {"verify_iter": budget, "pictures": arm.pictures}
-        for hands, series, variant, temperature in points:
-            key = same | {"series": series, "temperature": temperature, "variant": variant}
-            if evaluate.find(self.results, **key, episodes=hands):
-                continue
-            policy = policy or self.load(str(path))
-            reference = self.reference(seed) if temperature > 0 and arm.pictures == "own" else None
-            environments = [self.environment(variant, series, verify_iter=budget) for _ in range(hands)]
-            how = temperature, self.study.max_new_tokens, series, reference
-            result, episodes = evaluate.evaluate(policy, environments, *how, pictures=arm.pictures)
-            point = {"task": self.task, "experiment": experiment, **key, "flops": line["flops"], **result}
-            self.results.append(point | {"checkpoint": self.relative(path)})
-            if policy.rank == 0:
-                write_lines(self.out / "results.jsonl", self.results)
-                for episode in episodes[:2]:
-                    append_line(self.out / "transcripts.jsonl", key | episode.transcript())
+        name = f"seed-{seed}/{arm.name} evaluation {number}"
+        with progress_bar(name, len(points)) as show:
+            for done, (hands, series, variant, temperature) in enumerate(points):
+                show(done)
+                key = same | {"series": series, "temperature": temperature, "variant": variant}
+                if evaluate.find(self.results, **key, episodes=hands):
+                    continue
+                policy = policy or self.load(str(path))
+                reference = self.reference(seed) if temperature > 0 and arm.pictures == "own" else None
+                environments = [self.environment(variant, series, verify_iter=budget) for _ in range(hands)]
+                how = temperature, study.max_new_tokens, series, reference
+                result, episodes = evaluate.evaluate(policy, environments, *how, pictures=arm.pictures)
+                point = {"task": self.task, "experiment": experiment, **key, "flops": line["flops"], **result}
+                self.results.append(point | {"checkpoint": self.relative(path)})
+                if policy.rank == 0:
+                    append_line(self.out / "results.jsonl", self.results[-1])
+                    for episode in episodes[:2]:
+                        append_line(self.out / "transcripts.jsonl", key | episode.transcript())
 
     # ---- experiments
 
     def compare(self, experiments: Sequence[str], seeds: int, note: str) -> None:
         """Trains and evaluates all arms of experiments; reports after every seed, and prints the claims."""
+        for name in ("results.jsonl", "transcripts.jsonl"):
+            if policy_rank() == 0:  # drops a line that a kill cut short
+                write_lines(self.out / name, read_lines(self.out / name))
+        jobs = [job for seed in range(seeds) for name in experiments for job in self.jobs(name, seed)]
         for seed in range(seeds):
-            for name in experiments:
-                main = main_arms(self.study)[: 1 if name == "frontier" else 3]
-                arms = main + arms_of(self.study, name, self.cls)
-                for arm in arms:
-                    self.train(arm, seed)
-                for arm in [Arm("base", temperatures=())] * (name == "main") + arms:
-                    self.measure(arm, seed, name)
+            while any(seed == job[2] for job in (*jobs, *self.running.values())):
+                self.advance(jobs)
             if "frontier" in experiments and seed == seeds - 1:
                 chosen = evaluate.chosen_arms(self.points(range(seeds)), self.cls.headline).values()
                 for s, name in sorted({run for arms in chosen for run in arms.items()}):
-                    self.measure(Arm(name, curve=False), s, "frontier")
+                    last = len(self.checkpoints(name, s))
+                    jobs.append((self.measure, Arm(name, curve=False), s, last, "frontier"))
+                while jobs or self.running:
+                    self.advance(jobs)
             if policy_rank() == 0:
                 print(f"\n{self.report(range(seed + 1), note)}", flush=True)
+
+    def jobs(self, experiment: str, seed: int) -> list[tuple]:
+        """Methods of this class with their arguments."""
+        arms = main_arms(self.study)[: 1 if experiment == "frontier" else 3]
+        arms += arms_of(self.study, experiment, self.cls)
+        jobs: list[tuple] = [(self.train, arm, seed) for arm in arms]
+        for arm in [Arm("base", checkpoints=1, temperatures=())] * (experiment == "main") + arms:
+            for number in range(1, (arm.checkpoints or self.study.count) + 1):
+                jobs.append((self.measure, arm, seed, number, experiment))
+        return jobs
+
+    def advance(self, jobs: list[tuple]) -> None:
+        """Does the first job; with a pool, starts jobs while workers are free, until one ends. A job waits
+        for earlier ones on its checkpoint, and for the training of its arm and of the start."""
+        busy = {(arm.name, *rest[:2]) for _, arm, *rest in self.running.values()}
+        for job in list(jobs):
+            work, arm, seed, *rest = job
+            key = arm.name, seed, *rest[:1]
+            if len(self.running) < self.workers and not busy & {
+                key,
+                key[:2],
+                (arm.start.partition("@")[0], seed),
+            }:
+                jobs.remove(job)
+                if not self.pool:
+                    return work(*job[1:])
+                self.running[self.pool.submit(*job)] = job
+            busy.add(key)
+        for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+            del self.running[future]
+            future.result()
+        self.results = read_lines(self.out / "results.jsonl")
 
     def points(self, seeds: Sequence[int]) -> list[dict]:
         """What was measured of the base and of these seeds, on this study's numbers of episodes."""
@@ -1193,6 +1233,7 @@ class Parser(argparse.ArgumentParser):
 
 _MODEL = Option("tiny, tiny-streets, a folder or a Hub id")
 _TASKS = f"the task: {', '.join(envs.TASKS)}, or FILE.py:CLASS; --task NAME --help shows its options"
+_WORKERS = "arms side by side on CPUs, each with its share of the threads; None: 2 a seed for the tiny model"
 _WEIGHTS = "of the model in training; bfloat16: stochastic rounding, half the memory, one process"
 # By commands and name: type, default (...: required), help and limits.
 OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
@@ -1203,6 +1244,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
     },
     "study": {
         "seeds": (int, 3, Option("number of seeds after the base", least=1)),
+        "workers": (int, None, Option(_WORKERS, least=1)),
         "out": (Path, Path("runs/study"), Option("the study folder", metavar="DIR")),
         "model": (str, "tiny", Option("tiny (the task's built-in model), or a folder or Hub id as the base")),
         "hands": (int, None, Option("evaluation hands, or routes, per point; None: the task's", least=2)),
@@ -1355,10 +1397,16 @@ def command_study(args: argparse.Namespace) -> None:
     """The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report."""
     known, (study, note) = experiments_of(envs.task_class(args.task)), study_of(args)
     chosen = [name for name in known if name != "look"] if args.experiment == "all" else [args.experiment]
-    run = StudyRun(args.task, study, args.out, args.loading)
-    if study.base:
-        run.train_base()
-    run.compare(chosen, args.seeds, note)
+    cores, ranks = torch.get_num_threads(), dist.is_initialized()
+    if args.workers and ranks:
+        raise ValueError("--workers shares arms among processes: it is not for torchrun")
+    small = study.model in TINY_MODELS and not (ranks or torch.cuda.is_available())
+    workers = args.workers or (min(cores, 2 * args.seeds) if small else 1)
+    with pool(workers, max(1, cores // workers)) as executor:
+        run = StudyRun(args.task, study, args.out, args.loading, workers, executor)
+        if study.base:
+            run.train_base()
+        run.compare(chosen, args.seeds, note)
 
 
 def command_sft(args: argparse.Namespace) -> None:
@@ -1381,6 +1429,30 @@ def command_ppo(args: argparse.Namespace) -> None:
 
 # Arguments that may change when a run is resumed: no number depends on them.
 NO_SETTINGS = "command run out threads checkpoints keep recompute loading listed".split()
+
+
+def start_worker(threads: int) -> None:
+    """Prepares a process of a pool. It ends with its parent, which gets Ctrl-C too, and terminates it."""
+    prepare(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes with so many threads each. If one fails, the others are terminated, once they have saved."""
+    if workers == 1:
+        yield None
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, start_worker, (threads,)) as executor:
+        try:
+            yield executor
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def train_as_asked(args: argparse.Namespace, config: type, data: Callable, pictures: bool) -> None:
@@ -1545,7 +1617,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        smaller = "lower --microbatch-size, --rollout-batch or --max-new-tokens"
+        smaller = "lower --microbatch-size, --rollout-batch, --max-new-tokens or --workers"
         other = "--recompute, --weights bfloat16 or more processes"
         status, message, of_all = 1, f"out of memory: {smaller}, or try {other}", False
     except KeyboardInterrupt:

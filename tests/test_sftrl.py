@@ -957,7 +957,7 @@ def short_studies():
 def cards(short_studies, tmp_path_factory):
     """The folder of a study of gp-l, and the command that goes on with it."""
     folder = tmp_path_factory.mktemp("cards")
-    command = f"study --out {folder} --scale 0.001 --hands 4"
+    command = f"study --out {folder} --scale 0.001 --hands 4 --threads 1"
     assert run(f"{command} --seeds 2") == 0
     return folder, command
 
@@ -987,6 +987,15 @@ def test_study_and_its_repetition(cards, monkeypatch, prints):
     assert "holds" in report or "not significant" in report
     assert "tiny, has 1.1M parameters" in report
     assert "Learning rates: init 0.0003, sft 0.001, rl 0.0002 (" in report
+
+
+def test_workers_measure_the_same(cards, tmp_path):
+    folder, command = cards
+    shutil.copytree(folder / "base", tmp_path / "base")
+    assert run(f"{command.replace(str(folder), str(tmp_path))} --seeds 1 --workers 2") == 0
+    one, two = (sftrl.read_lines(path / "results.jsonl") for path in (folder, tmp_path))
+    one = [p for p in one if p["seed"] < 1 and p["experiment"] == "main"]
+    assert sorted(map(str, one)) == sorted(map(str, two))
 
 
 EXPERIMENTS = {  # by name, arms
@@ -1042,7 +1051,7 @@ def test_frontier(cards, prints):
 
 
 def test_look(short_studies, tmp_path, prints):
-    out = prints(f"study --experiment look --out {tmp_path} --seeds 1 --scale 0.001 --hands 90")
+    out = prints(f"study --experiment look --out {tmp_path} --seeds 1 --scale 0.001 --hands 90 --workers 1")
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     ends = [p for p in lines if p["variant"] == "rule" and p["episodes"] == 90]
     assert {p["arm"] for p in ends} == {*ARMS, "sft-tenth"} and {p["distinct"] for p in ends} == {86}
@@ -1067,7 +1076,7 @@ STUDIED = {  # by task, what the report says
 
 @pytest.mark.parametrize("task", ["gp-vl", pytest.param("virl-l", marks=SLOW), "virl-vl"])
 def test_study_of_other_tasks(short_studies, task, tmp_path):
-    assert run(f"study --task {task} --out {tmp_path} --seeds 1 --scale 0.0005 --hands 2") == 0
+    assert run(f"study --task {task} --out {tmp_path} --seeds 1 --scale 0.0005 --hands 2 --workers 1") == 0
     lines, report = sftrl.read_lines(tmp_path / "results.jsonl"), (tmp_path / "report.md").read_text()
     for variant in envs.TASKS[task].variants:
         assert {p["arm"] for p in lines if p["variant"] == variant} == {"base", *ARMS}
@@ -1084,7 +1093,7 @@ def test_study_of_other_tasks(short_studies, task, tmp_path):
 @SLOW
 def test_frozen_parts_and_control_pictures(short_studies, tmp_path):
     for name in ("recognition", "sft-search"):
-        command = f"study --task gp-vl --out {tmp_path} --seeds 1 --scale 0.002 --hands 8"
+        command = f"study --task gp-vl --out {tmp_path} --seeds 1 --scale 0.002 --hands 8 --workers 1"
         assert run(f"{command} --experiment {name}") == 0
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {p["pictures"] for p in lines if p["arm"] == "rl"} == {"own", "blank", "shuffled"}
@@ -1098,7 +1107,7 @@ def test_frozen_parts_and_control_pictures(short_studies, tmp_path):
 
 @SLOW
 def test_killed_study_measures_the_same(tmp_path):
-    command = "study --seeds 1 --scale 0.01 --hands 8 --threads 1 --out"
+    command = "study --seeds 1 --scale 0.01 --hands 8 --threads 2 --out"
     start = time.monotonic()
     cli(f"{command} {tmp_path}/whole")
     length, chance, kills = time.monotonic() - start, random.Random(0), 0
