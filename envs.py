@@ -10,6 +10,7 @@ are solved or the budget of one, `verify_iter` replies, is used up. Arithmetic i
 evaluated as code. A new task subclasses `Environment`: `--task FILE.py:CLASS`.
 """
 
+import argparse
 import ast
 import cmath
 import copy
@@ -63,7 +64,7 @@ class Option:
         """Raises ValueError in one line for a value of another type or outside the limits."""
         if not _fits(kind, value):
             words = kind.__name__ if isinstance(kind, type) else re.sub(r"\w+\.", "", str(kind))
-            raise ValueError(f"{name} must be {words}, not {_line(repr(value))}")
+            raise ValueError(f"{name} must be {words}, not {one_line(repr(value))}")
         if self.choices and value is not None and value not in self.choices:
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, self.choices))}")
         for x in value if isinstance(value, (tuple, list)) else (value,):
@@ -74,6 +75,20 @@ class Option:
         """The limits in words, "" if there are none."""
         limits = (("at least", self.least), ("above", self.above), ("at most", self.most))
         return " and ".join(f"{words} {x}" for words, x in limits if math.isfinite(x))
+
+    def flag(self, kind: Any, default: Any) -> dict:
+        """Arguments of argparse's `add_argument`; the default ... makes the option required."""
+        parts, many = typing.get_args(kind), typing.get_origin(kind) is tuple
+        kind = parts[0] if parts else kind  # of int | None, or of a pair of them, the integer
+        limits = ": " + ", ".join(self.choices) if self.choices else ", " + self.limits()
+        text = (self.help + limits).removesuffix(", ")
+        if default not in (None, ...) and self.metavar != "FILE":
+            words = " ".join(map(str, default)) if many else default
+            text += f" (default: {('no', 'yes')[default] if kind is bool else words})"
+        flag = {"help": text.replace("%", "%%"), "default": default, "required": default is ...}
+        if kind is bool:
+            return flag | {"action": argparse.BooleanOptionalAction}
+        return flag | {"type": kind, "metavar": self.metavar, "nargs": len(parts) if many else None}
 
 
 # ---- episodes
@@ -141,12 +156,12 @@ class Environment:
     ):
         Option("", choices=tuple(self.variants)).check("variant", str, variant)
         if not _fits(dict | None, rewards):
-            raise ValueError(f"rewards must be a dict by verdict, not {_line(repr(rewards))}")
+            raise ValueError(f"rewards must be a dict by verdict, not {one_line(repr(rewards))}")
         defaults = {"budget": 0.0} | self.rewards
         for name, value in (rewards or {}).items():
             Option("", choices=tuple(defaults)).check("reward", str, name)
             if not _fits(float, value) or not math.isfinite(value):
-                raise ValueError(f"the reward {name!r} must be a finite number, not {_line(repr(value))}")
+                raise ValueError(f"the reward {name!r} must be a finite number, not {one_line(repr(value))}")
         cls = type(self)
         known, listed = _type_hints(cls), options_of(cls)
         for name, value in options.items():
@@ -1349,12 +1364,13 @@ def _words(text: str) -> str:
 
 
 @contextmanager
-def _reading(what: Any) -> Iterator[None]:
+def reading(what: Any, advice: str = "") -> Iterator[None]:
     """Turns errors of any kind into a ValueError in one line that names the file."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what} cannot be read: {_line(error) or type(error).__name__}") from None
+        reason = one_line(error) or type(error).__name__
+        raise ValueError(f"{what} cannot be read: {reason}{advice}") from None
 
 
 def load_world(folder: str | Path, pictures: bool = False) -> World:
@@ -1364,7 +1380,7 @@ def load_world(folder: str | Path, pictures: bool = False) -> World:
     file, route and field if nothing is left."""
     folder = Path(folder)
     path, mapping, views = (folder / n for n in ("route_infos.json", "gps_pano_mapping.pkl", "street_views"))
-    with _reading(path):
+    with reading(path):
         content = json.loads(path.read_bytes())
     panoramas = names = _read_mapping(mapping)
     if pictures:
@@ -1387,7 +1403,7 @@ _ALLOWED_CODES = _NUMBERS | set(
 
 
 def _read_mapping(path: Path) -> dict[Geocode, str]:
-    with _reading(path):
+    with reading(path):
         content = _read_pickle(path.read_bytes())
     ids = {}
     for key, name in content.items() if isinstance(content, dict) else ():
@@ -1424,7 +1440,7 @@ def _picture_files(views: Path, name: str) -> tuple[Path, Path]:
 def _read_picture(views: Path, names: dict[Geocode, str], geocode: Geocode) -> tuple[Image.Image, float]:
     path, metadata = _picture_files(views, names[geocode])
     picture = read_picture(path, ["JPEG"])
-    with _reading(metadata):
+    with reading(metadata):
         return picture, _field(json.loads(metadata.read_bytes()), _degrees, "rotation")
 
 
@@ -1432,7 +1448,7 @@ def read_picture(path: str | Path, formats: Sequence[str] | None = None) -> Imag
     """A picture file in RGB, as an image viewer shows it: first frame, turned by its EXIF data, 16 bits cut
     to 8, transparency on white. `formats` are Pillow's names. Raises ValueError in one line that names the
     file if it is damaged, too large or deeper than 16 bits."""
-    with _reading(f"picture {path}"):
+    with reading(f"picture {path}"):
         with warnings.catch_warnings(action="ignore"):  # of odd EXIF data and large pictures
             with open(path, "rb") as file:  # given a path, Pillow 13.0 misreads a turned TIFF
                 picture = ImageOps.exif_transpose(Image.open(file, formats=formats))
@@ -1502,7 +1518,7 @@ def _field(record: Any, read: Callable, *path: str | int) -> Any:
             record = record[key]
         return read(record)
     except (LookupError, TypeError, AttributeError):
-        reason = f"missing or of another type: {_line(repr(record))}"
+        reason = f"missing or of another type: {one_line(repr(record))}"
     except ValueError as error:
         reason = str(error)
     raise ValueError(f"{'.'.join(map(str, path))}: {reason}")
@@ -1511,12 +1527,12 @@ def _field(record: Any, read: Callable, *path: str | int) -> Any:
 def _geocode(value: Any) -> Geocode:
     if _fits(tuple[float, float], value) and abs(value[0]) <= 90 and abs(value[1]) <= 180:
         return float(value[0]), float(value[1])
-    raise ValueError(f"no [latitude, longitude]: {_line(value)}")
+    raise ValueError(f"no [latitude, longitude]: {one_line(value)}")
 
 
 def _degrees(value: Any) -> float:
     if not (_fits(float, value) and -360 <= value <= 360):
-        raise ValueError(f"no number of degrees: {_line(value)}")
+        raise ValueError(f"no number of degrees: {one_line(value)}")
     return float(value)
 
 
@@ -1541,7 +1557,7 @@ def _landmark_of(otherwise: str, text: str) -> str:
     landmark = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", landmark).split())
     unprintable = any(unicodedata.category(c) in ("Cc", "Cs") for c in landmark)
     if len(landmark) > 300 or not _landmark(landmark)[0] or "<image>" in landmark or unprintable:
-        raise ValueError(f"no text of up to 300 characters: {_line(repr(landmark))}")
+        raise ValueError(f"no text of up to 300 characters: {one_line(repr(landmark))}")
     return landmark
 
 
@@ -2169,8 +2185,9 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
 
-def _line(value: Any) -> str:
-    return " ".join(str(value).split())[:120]
+def one_line(value: Any) -> str:
+    """As one line, cut at 200 characters."""
+    return " ".join(str(value).split())[:200]
 
 
 # ---- tasks by name
@@ -2210,5 +2227,5 @@ def _module(path: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it can raise anything
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {_line(error)}") from None
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
     return module

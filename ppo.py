@@ -31,7 +31,7 @@ import random
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -790,6 +790,14 @@ class Policy(nn.Module):
             reach = f"positions of {type(self.model).__name__} reach no farther than {self.max_length}"
             raise ValueError(f"{what} has {length} tokens, but the {reach}")
 
+    def check_lengths(self, batches: Iterable[list[dict]], flops: float = math.inf) -> None:
+        """Raises ValueError for demonstrations that `streams` refuses, among those that `flops` could train;
+        if length is no limit, in one batch."""
+        for records in batches:
+            flops -= 6 * self.parameter_count * sum(map(len, self.streams(records)))
+            if math.isinf(self.max_length) or flops < 0:
+                break
+
     def collate(self, streams: Sequence[Stream]) -> Batch:
         """ids, mask, sampled_logp [B, T], length [B] and, in visual tasks, pictures: the B streams."""
         device = self.model.device
@@ -978,7 +986,7 @@ class Policy(nn.Module):
         norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+            raise FloatingPointError(f"non-finite loss {loss} or gradient norm {norm}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

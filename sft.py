@@ -238,6 +238,9 @@ def imperfect_walk(env: envs.Environment) -> dict:
         env.step(reply)
 
 
+# Demonstrations by name, as functions of an environment.
+RECORDS = {"expert": envs.demonstration, "imperfect": imperfect_demonstration, "revision": revision}
+
 # -------- training
 
 

@@ -7,37 +7,35 @@ The entry point: models and their shards, run folders, the study, the command li
     torchrun --nproc-per-node 8 sftrl.py ppo ...         # the same, sharded by FSDP
 """
 
-import argparse
+from argparse import ArgumentError, ArgumentParser, Namespace
 import gc
 import json
 import logging
 import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -49,15 +47,15 @@ import envs
 import evaluate
 import ppo
 import sft
-from envs import Option
+from envs import Option, one_line
 
 # -------- the tiny model
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -127,7 +125,7 @@ def build_tokenizer(name: str = "tiny") -> transformers.PreTrainedTokenizerFast:
     merged = bytewise(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, merged])
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<image>"] + [f"<|{role}|>" for role in ("system", "user", "assistant")]
+    special = ["<|pad|>", "<|end|>", "<image>", "<|system|>", "<|user|>", "<|assistant|>"]
     options = {"initial_alphabet": bytewise.alphabet(), "special_tokens": special, "show_progress": False}
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, **options))
     named = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "additional_special_tokens": special[2:]}
@@ -142,7 +140,7 @@ def build_tiny(name: str = "tiny") -> tuple[transformers.PreTrainedModel, Any]:
     side, patch = 128, 32  # 16 patches: four for each card of a hand, stretched to a square
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     patches = {"image_size": side, "patch_size": patch}
-    vision = transformers.CLIPVisionConfig(**sizes, **patches, projection_dim=64)
+    vision = transformers.CLIPVisionConfig(**sizes, **patches)
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
     text = transformers.LlamaConfig(
         **sizes,
@@ -172,13 +170,8 @@ def build_tiny(name: str = "tiny") -> tuple[transformers.PreTrainedModel, Any]:
 
 def best_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
-    gpu = torch.cuda.is_available()
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-
-
-def one_line(error: BaseException | str) -> str:
-    """A library's message as one short line."""
-    return " ".join(str(error).split())[:200]
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(gpu if torch.cuda.is_available() else "cpu")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -279,18 +272,19 @@ def read_model(name: str, dtype: torch.dtype, meta: bool) -> tuple[transformers.
     if meta:
         with torch.device("meta"):
             return auto.from_config(config, dtype=dtype, **trust), processor
-    checked = trust | {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = auto.from_pretrained(name, dtype=dtype, **checked)
+    model, found = auto.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **trust
+    )
     faults = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
     if faults:  # random weights, for the library
         fault = "of its weights are missing or of another shape than its config.json says"
         raise ValueError(f"{len(faults)} {fault}, first {faults[0]}")
-    if model.generation_config:
+    if decoding := model.generation_config:
         try:
-            model.generation_config.validate(strict=True)
+            decoding.validate(strict=True)
         except ValueError:  # the library refuses to save a temperature without sampling
-            model.generation_config.do_sample = True
-            model.generation_config.validate(strict=True)
+            decoding.do_sample = True
+            decoding.validate(strict=True)
     return model, processor
 
 
@@ -305,9 +299,7 @@ class Policy(ppo.Policy):
     """The policy of ppo.py, loaded and saved in Hugging Face format, and on FSDP's shards after `shard()`.
     `pictures`: whether the model must read pictures."""
 
-    def __init__(
-        self, model: transformers.PreTrainedModel, processor: Any, pictures: bool = False, **options
-    ):
+    def __init__(self, model, processor, pictures: bool = False, **options):
         super().__init__(model, processor, **options)
         if pictures and getattr(processor, "patch_size", "") is None:
             advice = 'add "patch_size" to processor_config.json (CLIP: and "num_additional_image_tokens": 1)'
@@ -320,9 +312,7 @@ class Policy(ppo.Policy):
     _checked: set = set()  # architectures that passed `check` in this process
 
     @classmethod
-    def load(
-        cls, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options
-    ) -> "Policy":
+    def load(cls, name: str, device: torch.device | None = None, dtype=torch.float32, **options) -> "Policy":
         """Loads one of TINY_MODELS (random weights), a folder or a Hub id, and its value head (fp32); on the
         device "meta" without weights. Raises ValueError for a model that cannot be served."""
         device, folder, source = device or best_device(), Path(name), f"model {name!r}"
@@ -340,7 +330,7 @@ class Policy(ppo.Policy):
             head = folder / "value_head.safetensors"
             if head.exists() and device.type != "meta":
                 source = str(head)
-                policy.value_head.load_state_dict(load_file(head))
+                load_model(policy.value_head, head)
         except Exception as error:  # foreign code can raise anything
             if out_of_memory(error):
                 raise
@@ -416,8 +406,7 @@ class Policy(ppo.Policy):
     def save(self, folder: Path) -> None:
         """Writes the model in Hugging Face format and the value head. A collective call: rank 0 gathers the
         weights in host memory."""
-        parameters = dict.fromkeys(self.state_dict(keep_vars=True).values())  # tied weights have two names
-        whole = {x: self._gather(x) for x in parameters}
+        whole = {x: self._gather(x) for x in self.state_dict(keep_vars=True).values()}  # tied: one entry
         if self.rank == 0:
             model, head = (
                 {name: whole[x].contiguous() for name, x in part.state_dict(keep_vars=True).items()}
@@ -440,11 +429,10 @@ class Policy(ppo.Policy):
     def set_state(self, tensors: dict[str, Tensor], optimizers: ppo.Optimizers) -> None:
         """Restores what `state` returned, on any number of ranks; each gets all tensors."""
         self.reshard()
-        parameters = dict(self.named_parameters())
         optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
         for key, x in tensors.items():
             name, _, moment = key.partition("/")
-            p = parameters[name]
+            p = self.get_parameter(name)
             if moment:
                 optimizer_of[p].state[p][moment] = shard_like(p, x).clone()
             else:
@@ -460,8 +448,8 @@ class Policy(ppo.Policy):
                 yield model
             return
         modules = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        self.set_reshard_after_forward(False)
         for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield self.model
@@ -557,10 +545,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             yield temporary
             for part in (*temporary.rglob("*"), temporary):  # onto the disk
                 descriptor = os.open(part, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                os.fsync(descriptor)
+                os.close(descriptor)
             os.replace(temporary, path)
     finally:
         remove(temporary)
@@ -601,8 +587,7 @@ def locked(folder: Path) -> Iterator[None]:
             if not (path.exists() and os.path.samefile(path, file.fileno())):  # just deleted
                 raise BlockingIOError
         except BlockingIOError:
-            advice = "wait for its end, or choose another --out"
-            raise ValueError(f"another process writes to {folder}: {advice}") from None
+            raise ValueError(f"another process writes to {folder}: wait, or choose another --out") from None
         except (ImportError, OSError) as error:
             warnings.warn(f"{folder} cannot be locked against a second process: {one_line(error)}")
         try:
@@ -637,7 +622,7 @@ def deferred_interrupt() -> Iterator[list[int]]:
 def progress_bar(name: str, total: float) -> Iterator[Callable[..., None]]:
     """A progress bar on rank 0; a line every half minute from a worker, or where stderr is no terminal.
     Yields a function of the amount done and metrics to display."""
-    form, options = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", {}
+    form, options = "{l_bar}{bar:20}| {elapsed}<{remaining}{postfix}", {}
     if multiprocessing.parent_process() or not sys.stderr.isatty():
         form, options = form + "\n", {"mininterval": 30, "maxinterval": 60}
     with tqdm(desc=name, total=total, disable=policy_rank() > 0, bar_format=form, **options) as bar:
@@ -651,8 +636,8 @@ def progress_bar(name: str, total: float) -> Iterator[Callable[..., None]]:
 
 def read_lines(path: Path) -> list[dict]:
     """Lines of a JSONL file, without one that a kill cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -662,17 +647,8 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; other folders and links are ignored."""
-    named = [path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
+    named = [path for path in folder.glob("*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
-
-
-def check_lengths(policy: Policy, batches: Iterable[list[dict]], flops: float = math.inf) -> None:
-    """Raises ValueError for demonstrations that the policy cannot read (pictures, or more tokens than
-    positions), among those that `flops` could train; if length is no limit, in one batch."""
-    for records in batches:
-        flops -= 6 * policy.parameter_count * sum(map(len, policy.streams(records)))
-        if math.isinf(policy.max_length) or flops < 0:
-            break
 
 
 def resume(folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimizers) -> tuple[int, float]:
@@ -680,23 +656,20 @@ def resume(folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimiz
     Writes config.json for a new run."""
     path, step, flops = folder / "resume.pt", 0, 0.0
     if path.exists():
-        try:  # memory-mapped: one copy for all ranks of a node
+        advice = "; damaged, or of another version: remove it to train from the start"
+        with envs.reading(path, advice):  # memory-mapped: one copy for all ranks of a node
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             tensors, step, flops = state["tensors"], state["step"], state["flops"]
-        except Exception as error:  # a damaged file can raise anything
-            advice = "damaged, or of another version; remove it to train from the start"
-            raise ValueError(f"{path} cannot be read ({one_line(error)}): {advice}") from None
         policy.set_state(tensors, optimizers)
     if policy.rank > 0:
         return step, flops
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-        versions["python"], git = platform.python_version(), None
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        config = {"settings": settings, "versions": versions | {"python": sys.version}}
         command = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
         with suppress(OSError):  # no git
-            git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-        config = {"settings": settings, "versions": versions, "git": git}
+            config["git"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         write_text(folder / "config.json", json.dumps(config, indent=1))
     for path in checkpoints(folder):
         if step_of(path) > step:
@@ -716,9 +689,10 @@ def save_state(folder: Path, policy: Policy, optimizers: ppo.Optimizers, **posit
 
 
 def append_line(path: Path, line: dict) -> None:
-    """Appends to a JSONL file."""
-    with saving(path), open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Appends to a JSONL file, on rank 0."""
+    if policy_rank() == 0:
+        with saving(path), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def trainer(policy: Policy, config, data: Callable) -> tuple[ppo.Optimizers, Callable]:
@@ -726,13 +700,13 @@ def trainer(policy: Policy, config, data: Callable) -> tuple[ppo.Optimizers, Cal
     demonstrations that the policy cannot read."""
     adam = config.betas, config.eps, config.weight_decay
     if isinstance(config, sft.SFTConfig):
-        check_lengths(policy, map(data, range(config.steps)), config.flops)
+        policy.check_lengths(map(data, range(config.steps)), config.flops)
         optimizers = policy.optimizers(config.lr, 0.0, *adam, config.muon)
         return optimizers, partial(sft.train, policy, optimizers, data, config)
     environments = [data() for _ in range(config.episodes // policy.world)]
     seeds = (ppo.episode_seeds(policy, len(environments), config, k) for k in range(config.steps))
     starts = (start for step_seeds in seeds for start in zip(environments, step_seeds))
-    check_lengths(policy, ([envs.demonstration(env, start=(x, None))] for env, x in starts), config.flops)
+    policy.check_lengths(([envs.demonstration(env, start=(x, None))] for env, x in starts), config.flops)
     if config.kl_coef:
         policy.keep_initial_weights()
     optimizers = policy.optimizers(config.lr, config.value_lr, *adam)
@@ -763,7 +737,7 @@ def train_run(
     folder's run; KeyboardInterrupt after Ctrl-C, once the update in progress is saved.
     """
     # Strict JSON: tuples as lists, no limit as null.
-    settings = json.loads(json.dumps(settings | asdict(config)), parse_constant=lambda _: None)
+    settings = json.loads(json.dumps(settings | vars(config)), parse_constant=lambda _: None)
     written = folder / "config.json"
     old = json.loads(written.read_text())["settings"] if written.exists() else settings
     changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
@@ -787,9 +761,8 @@ def train_run(
             before, step, progress = progress, metrics["step"], metrics["progress"]
             transcript = metrics.pop("transcript", None)
             show(min(progress, 1), **{name: metrics[name] for name in DISPLAYED if name in metrics})
-            if writes:
-                append_line(folder / "metrics.jsonl", metrics)
-            if writes and transcript:
+            append_line(folder / "metrics.jsonl", metrics)
+            if transcript:
                 append_line(folder / "samples.jsonl", {"step": step} | transcript)
             if due := any(before < (k / count) ** 2 <= progress for k in range(1, count + 1)):
                 path = folder / f"checkpoint-{step}"
@@ -807,11 +780,9 @@ def train_run(
 # -------- the study
 
 
-def load_policy(
-    model: str, pictures=False, rollout_batch=256, weights="float32", train="all", recompute=False
-) -> Policy:
+def load_policy(model: str, pictures, weights="float32", train="all", recompute=False, **options) -> Policy:
     """The policy on this process's device, sharded if there are several; options as in OPTIONS."""
-    options = {"rollout_batch": rollout_batch, "pictures": pictures}
+    options["pictures"] = pictures
     if torch.cuda.is_available():
         gc.collect()  # frees an old policy in reference cycles (FSDP's hooks, recomputed blocks)
     if not dist.is_initialized():
@@ -823,17 +794,16 @@ def load_policy(
     return Policy.load_shards(model, precision, train, recompute, **options)
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """A training run of a study, and how its checkpoints are evaluated. Arms with one name share the run."""
 
     name: str  # of its folder, and in results.jsonl
     algorithm: str = "sft"  # or "rl"
     start: str = "init"  # from this arm's last checkpoint; "NAME@K": its K-th
-    training: dict = field(default_factory=dict)  # overrides the study's settings for the algorithm
-    environment: dict = field(default_factory=dict)  # overrides the study's options, in training
-    records: str = "expert"  # what SFT learns from, one of RECORDS
-    loading: dict = field(default_factory=dict)  # overrides the command line's options of the model
+    training: dict = {}  # overrides the study's settings for the algorithm
+    environment: dict = {}  # overrides the study's options, in training
+    records: str = "expert"  # what SFT learns from, one of sft.RECORDS
+    loading: dict = {}  # overrides the command line's options of the model
     checkpoints: int | None = None  # None: the study's
     # Of the last checkpoint, on all hands (None: the study's). Earlier ones, and the last without any, are
     # evaluated at temperature 1 on a quarter of the hands.
@@ -853,48 +823,40 @@ class Study:
     sft: sft.SFTConfig
     rl: ppo.PPOConfig
     init: dict  # overrides `sft` for the init
+    rates: dict  # learning rates by arm, see docs/results.md; else that of "sft" or "rl"
+    options: dict  # of the environments, small enough for the tiny model
     flops: float  # of each arm, after init
     count: int = 6  # checkpoints of each arm
     hands: int = 1024  # or routes, in the evaluation of a checkpoint
     temperatures: tuple[float, ...] = (1.0, 0.0)  # 0 is greedy
     verify_iter: int = 3  # in training and evaluation; the paper's 5 doubles the time
-    max_new_tokens: int = 48
     model: str = "tiny"  # built-in, or a folder or Hub id
-    options: dict = field(default_factory=dict)  # of the environments, small enough for the tiny model
-    # Learning rates by arm, see docs/results.md; else that of "sft" or "rl".
-    rates: dict = field(default_factory=dict)
     grid: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)  # rates of the frontier
-
-    def scaled(self, scale: float) -> "Study":
-        """Every stage at `scale` of its length, for a quick look."""
-        base = replace(self.base, steps=max(1, round(self.base.steps * scale)))
-        init = self.init | {"steps": max(1, round(self.init["steps"] * scale))}
-        return replace(self, base=base, init=init, flops=self.flops * scale)
 
     def for_model(self, model: str) -> "Study":
         """For a user's model: the full task, as many tokens, the rates of `sftrl sft` and `ppo`."""
-        parameters = Policy.load(model, torch.device("meta")).parameter_count
-        flops, rates = self.flops * parameters / TINY_PARAMETERS, {"init": sft.SFTConfig.lr}
-        changes = {"rl": replace(self.rl, value_lr=ppo.PPOConfig.value_lr), "flops": flops, "rates": rates}
-        return replace(self, base=None, model=model, max_new_tokens=256, options={}, **changes)
+        flops = self.flops * Policy.load(model, torch.device("meta")).parameter_count / TINY_PARAMETERS
+        rl = replace(self.rl, value_lr=ppo.PPOConfig.value_lr, max_new_tokens=256)
+        rates = {"init": sft.SFTConfig.lr}
+        return replace(self, base=None, rl=rl, rates=rates, flops=flops, model=model, options={})
 
     def config(self, arm: Arm) -> sft.SFTConfig | ppo.PPOConfig:
         """The training settings of an arm."""
         usual = self.sft if arm.algorithm == "sft" else self.rl
         lr = self.rates.get(arm.name, self.rates.get(arm.algorithm, usual.lr))
-        longest = {"max_new_tokens": self.max_new_tokens} if arm.algorithm == "rl" else {}
-        return replace(usual, **{"lr": lr, "flops": self.flops} | longest | arm.training)
+        return replace(usual, **{"lr": lr, "flops": self.flops} | arm.training)
 
 
 TINY_PARAMETERS = 1_128_832
 _SFT = {"microbatch_size": 8, "loss_on": "last"}
-_RL = {"value_lr": 3e-3, "epochs": 1, "steps": 10**9, "warmup": 0.1}
+_RL = {"value_lr": 3e-3, "epochs": 1, "steps": 10**9, "warmup": 0.1, "max_new_tokens": 48}
 _CARDS = Study(
     base=sft.SFTConfig(lr=3e-3, batch_size=64, steps=800, warmup=0.05, muon=True, **_SFT),
     init=_SFT | {"steps": 60},
     sft=sft.SFTConfig(batch_size=64, microbatch_size=16, steps=10**9),
     rl=ppo.PPOConfig(episodes=512, minibatch_size=64, microbatch_size=16, **_RL),
     rates={"init": 3e-4, "sft": 1e-3, "rl": 2e-4},
+    options={},
     flops=1.6e13,
 )
 _WALKS = replace(
@@ -931,12 +893,11 @@ STUDIES = {
     "virl-vl": replace(
         _WALKS,
         base=replace(_WALKS.base, steps=800),
-        rl=replace(_WALKS.rl, episodes=128, minibatch_size=16),
+        rl=replace(_WALKS.rl, episodes=128, minibatch_size=16, max_new_tokens=80),
         rates=_CARDS.rates | {"sft": 5e-4},
         flops=1e13,
         count=3,
         hands=128,
-        max_new_tokens=80,
         options=TINY_WALKS | {"turns": 2} | TINY_VIEWS,
     ),
 }
@@ -972,26 +933,23 @@ def arms_of(study: Study, experiment: str, cls: type[envs.Environment]) -> list[
     main = init, demonstrated, reinforced = main_arms(study)
     rate, last, diverse = study.config(reinforced).lr, partial(Arm, checkpoints=1), {"diverse": True}
     budgets = [last(f"rl-budget-{k}", "rl", environment={"verify_iter": k}) for k in (1, 3, 5, 10)]
-    valid = partial(Arm, series="valid", temperatures=(1.0,))
+    runs = [
+        Arm(f"{algorithm}-{lr:g}", algorithm, training={"lr": lr}, series="valid", temperatures=(1.0,))
+        for algorithm in ("sft", "rl")
+        for lr in study.grid
+    ]
     end = {"curve": False, "validate": False, "temperatures": (1.0,)}  # the last checkpoint alone, sampled
     dft = Arm("dft", training={"objective": "dft"})
     control = last("sft-at-dft-rate", training={"lr": study.config(dft).lr})
     arms = {
         # Rates are compared on validation deals; tests follow for the chosen ones.
-        "frontier": [
-            replace(init, **end, series="valid"),
-            *(
-                valid(f"{algorithm}-{lr:g}", algorithm, training={"lr": lr})
-                for algorithm in ("sft", "rl")
-                for lr in study.grid
-            ),
-        ],
+        "frontier": [init._replace(**end, series="valid"), *runs],
         "look": [Arm("sft-tenth", training={"lr": study.config(demonstrated).lr / 10})],
         "no-init": [last(f"no-init-{lr:g}", "rl", "base", {"lr": lr}) for lr in (rate / 2, rate, rate * 2)],
         # An evaluation with 10 replies covers all smaller budgets.
-        "verification": [replace(arm, **end, verify_iter=10) for arm in (init, demonstrated, *budgets)],
+        "verification": [arm._replace(**end, verify_iter=10) for arm in (init, demonstrated, *budgets)],
         "start": [last(f"rl-from-sft-{k}", "rl", f"sft@{k}") for k in range(1, study.count + 1)],
-        "recognition": [replace(arm, **end, pictures=p) for arm in main for p in evaluate.PICTURES],
+        "recognition": [arm._replace(**end, pictures=p) for arm in main for p in evaluate.PICTURES],
         "revision-sft": [Arm("sft-revision", training={"loss_on": "last"}, records="revision")],
         "sft-search": [
             last(f"sft-{parts}-{lr:g}", training={"lr": lr}, loading={"train": parts})
@@ -1016,10 +974,6 @@ def experiments_of(cls: type[envs.Environment]) -> list[str]:
     other = set() if cls.pictures else {"recognition", "sft-search"}
     other |= set() if cls is envs.GeneralPoints else {"look"}
     return ["main", *(name for name in evaluate.SECTIONS if name not in other)]
-
-
-# Demonstrations by name, as functions of an environment.
-RECORDS = {"expert": envs.demonstration, "imperfect": sft.imperfect_demonstration, "revision": sft.revision}
 
 
 @dataclass(eq=False)
@@ -1084,7 +1038,7 @@ class StudyRun:
         settings |= self.loading | arm.loading
         if arm.algorithm == "sft":
             label = f"{arm.records}/{seed}"
-            data = sft.fresh_batches(make(), RECORDS[arm.records], config.batch_size, label)
+            data = sft.fresh_batches(make(), sft.RECORDS[arm.records], config.batch_size, label)
         else:
             config, data = replace(config, seed=seed), make
         folder, count = self.out / f"seed-{seed}" / arm.name, arm.checkpoints or self.study.count
@@ -1116,8 +1070,7 @@ class StudyRun:
         budget = arm.verify_iter or study.verify_iter
         same = {"arm": arm.name, "seed": -1 if arm.name == "base" else seed, "step": line["step"]}
         same |= {"verify_iter": budget, "pictures": arm.pictures}
-        name = f"seed-{seed}/{arm.name} evaluation {number}"
-        with progress_bar(name, len(points)) as show:
+        with progress_bar(f"seed-{seed}/{arm.name} evaluation {number}", len(points)) as show:
             for done, (hands, series, variant, temperature) in enumerate(points):
                 show(done)
                 key = same | {"series": series, "temperature": temperature, "variant": variant}
@@ -1126,14 +1079,13 @@ class StudyRun:
                 policy = policy or self.load(str(path))
                 reference = self.reference(seed) if temperature > 0 and arm.pictures == "own" else None
                 environments = [self.environment(variant, series, verify_iter=budget) for _ in range(hands)]
-                how = temperature, study.max_new_tokens, series, reference
+                how = temperature, study.rl.max_new_tokens, series, reference
                 result, episodes = evaluate.evaluate(policy, environments, *how, pictures=arm.pictures)
                 point = {"task": self.task, "experiment": experiment, **key, "flops": line["flops"], **result}
                 self.results.append(point | {"checkpoint": self.relative(path)})
-                if policy.rank == 0:
-                    append_line(self.out / "results.jsonl", self.results[-1])
-                    for episode in episodes[:2]:
-                        append_line(self.out / "transcripts.jsonl", key | episode.transcript())
+                append_line(self.out / "results.jsonl", self.results[-1])
+                for episode in episodes[:2]:
+                    append_line(self.out / "transcripts.jsonl", key | episode.transcript())
 
     # ---- experiments
 
@@ -1160,7 +1112,7 @@ class StudyRun:
         """Methods of this class with their arguments."""
         arms = main_arms(self.study)[: 1 if experiment == "frontier" else 3]
         arms += arms_of(self.study, experiment, self.cls)
-        jobs: list[tuple] = [(self.train, arm, seed) for arm in arms]
+        jobs = [(self.train, arm, seed) for arm in arms]
         for arm in [Arm("base", checkpoints=1, temperatures=())] * (experiment == "main") + arms:
             for number in range(1, (arm.checkpoints or self.study.count) + 1):
                 jobs.append((self.measure, arm, seed, number, experiment))
@@ -1173,11 +1125,8 @@ class StudyRun:
         for job in list(jobs):
             work, arm, seed, *rest = job
             key = arm.name, seed, *rest[:1]
-            if len(self.running) < self.workers and not busy & {
-                key,
-                key[:2],
-                (arm.start.partition("@")[0], seed),
-            }:
+            needed = {key, key[:2], (arm.start.partition("@")[0], seed)}
+            if len(self.running) < self.workers and not busy & needed:
                 jobs.remove(job)
                 if not self.pool:
                     return work(*job[1:])
@@ -1224,11 +1173,11 @@ def policy_rank() -> int:
 # -------- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, with exit status 2."""
+class Parser(ArgumentParser):
+    """Raises ValueError for a wrong command line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"sftrl: error: {message}\n")
+        raise ValueError(message)
 
 
 _MODEL = Option("tiny, tiny-streets, a folder or a Hub id")
@@ -1236,7 +1185,7 @@ _TASKS = f"the task: {', '.join(envs.TASKS)}, or FILE.py:CLASS; --task NAME --he
 _WORKERS = "arms side by side on CPUs, each with its share of the threads; None: 2 a seed for the tiny model"
 _WEIGHTS = "of the model in training; bfloat16: stochastic rounding, half the memory, one process"
 # By commands and name: type, default (...: required), help and limits.
-OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
+OPTIONS: dict[str, dict] = {
     "study sft ppo evaluate play data": {
         "task": (str, "gp-l", Option(_TASKS, metavar="NAME")),
         "threads": (int, 0, Option("CPU threads; 0 takes all cores", least=0)),
@@ -1292,12 +1241,11 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, Option]]] = {
 }
 
 
-def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
+def build_parser(task: str = "gp-l") -> ArgumentParser:
     """All commands and options, with the task's. Raises ValueError for an unknown task."""
     cls = envs.task_class(task)
-    text = "SFT and PPO side by side: which one learns the rule?"
-    parser = Parser(prog="sftrl", description=text, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parser = Parser(prog="sftrl", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
     for run in (command_study, command_sft, command_ppo, command_evaluate, command_play, command_data):
         name = run.__name__.removeprefix("command_")
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
@@ -1305,7 +1253,7 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
         for names, options in OPTIONS.items():
             listed |= options if name in names.split() else {}
         add_options(sub, listed)
-        sub.set_defaults(run=run, listed=listed)
+        sub.set_defaults(run=run, listed=listed, cls=cls)
         if run is command_study:
             text, known = "the question to answer (default: main)", [*experiments_of(cls), "all"]
             sub.add_argument("--experiment", default="main", choices=known, help=text)
@@ -1330,24 +1278,10 @@ def build_parser(task: str = "gp-l") -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(group, options: dict[str, tuple[Any, Any, Option]]) -> None:
+def add_options(group, options: dict) -> None:
     """Flags for options as in OPTIONS."""
     for name, (kind, default, option) in options.items():
-        parts, many = typing.get_args(kind), typing.get_origin(kind) is tuple
-        kind = parts[0] if parts else kind  # of int | None, or of a pair of them, the integer
-        limits = ": " + ", ".join(option.choices) if option.choices else ", " + option.limits()
-        text = (option.help + limits).removesuffix(", ")
-        if default not in (None, ...) and option.metavar != "FILE":
-            words = " ".join(map(str, default)) if many else default
-            text += f" (default: {('no', 'yes')[default] if kind is bool else words})"
-        flag: dict = {"help": text.replace("%", "%%")}
-        flag["default"] = None if default is ... else default
-        if kind is bool:
-            flag["action"] = argparse.BooleanOptionalAction
-        else:
-            flag |= {"type": kind, "metavar": option.metavar, "required": default is ...}
-            flag["nargs"] = len(parts) if many else None
-        group.add_argument("--" + name.replace("_", "-"), **flag)
+        group.add_argument("--" + name.replace("_", "-"), **option.flag(kind, default))
 
 
 def named_number(text: str) -> tuple[str, float]:
@@ -1356,19 +1290,22 @@ def named_number(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def environment_of(args: argparse.Namespace) -> envs.Environment:
+def environment_of(args: Namespace) -> envs.Environment:
     """The environment of a command's options."""
     options = {"rewards": args.rewards}
-    for name, (_, _, option) in envs.options_of(envs.task_class(args.task)).items():
+    for name, (_, _, option) in envs.options_of(args.cls).items():
         if (value := getattr(args, name)) is not None:
             options[name] = Path(value).read_text("utf-8-sig") if option.metavar == "FILE" else value
-    return envs.make(args.task, args.variant, getattr(args, "seed", 0), **options)
+    return args.cls(args.variant, getattr(args, "seed", 0), **options)
 
 
-def study_of(args: argparse.Namespace) -> tuple[Study, str]:
+def study_of(args: Namespace) -> tuple[Study, str]:
     """The settings of a command line, and a note on them for the report."""
-    study, cls = STUDIES.get(args.task, STUDIES["gp-l"]), envs.task_class(args.task)
-    study = (LOOK if args.experiment == "look" else study).scaled(args.scale)
+    study, cls = STUDIES.get(args.task, STUDIES["gp-l"]), args.cls
+    study = LOOK if args.experiment == "look" else study
+    base = replace(study.base, steps=max(1, round(study.base.steps * args.scale)))
+    init = study.init | {"steps": max(1, round(study.init["steps"] * args.scale))}
+    study = replace(study, base=base, init=init, flops=study.flops * args.scale)
     note = "How they were chosen: docs/results.md."
     if args.model not in ("tiny", study.model):
         if args.experiment == "look":
@@ -1393,25 +1330,32 @@ def study_of(args: argparse.Namespace) -> tuple[Study, str]:
     return study, note
 
 
-def command_study(args: argparse.Namespace) -> None:
+def command_study(args: Namespace) -> None:
     """The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report."""
-    known, (study, note) = experiments_of(envs.task_class(args.task)), study_of(args)
+    known, (study, note) = experiments_of(args.cls), study_of(args)
     chosen = [name for name in known if name != "look"] if args.experiment == "all" else [args.experiment]
     cores, ranks = torch.get_num_threads(), dist.is_initialized()
     if args.workers and ranks:
         raise ValueError("--workers shares arms among processes: it is not for torchrun")
     small = study.model in TINY_MODELS and not (ranks or torch.cuda.is_available())
     workers = args.workers or (min(cores, 2 * args.seeds) if small else 1)
-    with pool(workers, max(1, cores // workers)) as executor:
+    spawn, threads = multiprocessing.get_context("spawn"), max(1, cores // workers)
+    pool = ProcessPoolExecutor(workers, spawn, start_worker, (threads,)) if workers > 1 else nullcontext()
+    with pool as executor:
         run = StudyRun(args.task, study, args.out, args.loading, workers, executor)
-        if study.base:
-            run.train_base()
-        run.compare(chosen, args.seeds, note)
+        try:
+            if study.base:
+                run.train_base()
+            run.compare(chosen, args.seeds, note)
+        except BaseException:  # the other workers end, once they have saved
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
-def command_sft(args: argparse.Namespace) -> None:
+def command_sft(args: Namespace) -> None:
     """Supervised fine-tuning on demonstrations."""
-    pictures = envs.task_class(args.task).pictures
+    pictures = args.cls.pictures
     if args.demos:
         records = sft.read_records(args.demos, args.images)
         data, pictures = sft.epochs(records, args.batch_size, args.seed), bool(records[0].get("image"))
@@ -1421,14 +1365,14 @@ def command_sft(args: argparse.Namespace) -> None:
     train_as_asked(args, sft.SFTConfig, data, pictures)
 
 
-def command_ppo(args: argparse.Namespace) -> None:
+def command_ppo(args: Namespace) -> None:
     """Reinforcement learning with PPO against the verifier."""
     env = environment_of(args)
     train_as_asked(args, ppo.PPOConfig, env.fresh_copy, env.pictures)
 
 
 # Arguments that may change when a run is resumed: no number depends on them.
-NO_SETTINGS = "command run out threads checkpoints keep recompute loading listed".split()
+NO_SETTINGS = "command run out threads checkpoints keep recompute loading listed cls".split()
 
 
 def start_worker(threads: int) -> None:
@@ -1439,23 +1383,7 @@ def start_worker(threads: int) -> None:
     Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-@contextmanager
-def pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes with so many threads each. If one fails, the others are terminated, once they have saved."""
-    if workers == 1:
-        yield None
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, start_worker, (threads,)) as executor:
-        try:
-            yield executor
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-def train_as_asked(args: argparse.Namespace, config: type, data: Callable, pictures: bool) -> None:
+def train_as_asked(args: Namespace, config: type, data: Callable, pictures: bool) -> None:
     """`train_run` with a command's options."""
     torch.manual_seed(args.seed)
     settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
@@ -1464,7 +1392,7 @@ def train_as_asked(args: argparse.Namespace, config: type, data: Callable, pictu
     train_run(args.out, load, config, data, settings, args.checkpoints, args.keep)
 
 
-def command_evaluate(args: argparse.Namespace) -> None:
+def command_evaluate(args: Namespace) -> None:
     """Success of one checkpoint, with standard errors and sample transcripts."""
     env = environment_of(args)
     starts = env.starts("test", args.episodes)
@@ -1474,7 +1402,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"task {args.task!r} has no pictures to --save")
         args.save.mkdir(parents=True, exist_ok=True)  # a wrong path fails before the work
     policy = load_policy(args.model, env.pictures, **args.loading)
-    check_lengths(policy, ([envs.demonstration(env, start=start)] for start in starts))
+    policy.check_lengths([envs.demonstration(env, start=start)] for start in starts)
     with progress_bar("evaluation", len(starts) // policy.world) as show:
         how = args.temperature, args.max_new_tokens
         result, episodes = evaluate.evaluate(policy, environments, *how, pictures=args.pictures, watch=show)
@@ -1502,7 +1430,7 @@ def print_transcript(episode: envs.Episode, expert: str = "") -> None:
 def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], folder: Path) -> None:
     """Replays an episode and writes its pictures, each by the number of the first reply to it."""
     (observation, _), saved = env.reset(*start), None
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for k, turn in enumerate(episode.turns):
         if observation.image is not saved:
             saved = observation.image
@@ -1510,7 +1438,7 @@ def save_pictures(env, episode: envs.Episode, start: tuple[str, dict | None], fo
         observation, *_ = env.step(turn.reply)
 
 
-def command_play(args: argparse.Namespace) -> None:
+def command_play(args: Namespace) -> None:
     """One episode to read: prompt, expert reply, and the verdict on each reply."""
     env = environment_of(args)
     options = {name: value for name in env.start_options if (value := getattr(args, name)) is not None}
@@ -1532,7 +1460,7 @@ def command_play(args: argparse.Namespace) -> None:
         print(f"cut off: the model's positions reach no farther than {policy.max_length} tokens")
 
 
-def command_data(args: argparse.Namespace) -> None:
+def command_data(args: Namespace) -> None:
     """Writes expert demonstrations in the released SFT format, or a city of streets in that of the routes."""
     env, out = environment_of(args), args.out
     if hasattr(env, "write") and out.suffix != ".json":
@@ -1542,17 +1470,16 @@ def command_data(args: argparse.Namespace) -> None:
         with progress_bar("panoramas", 1) as show:
             print(env.write(out, args.seed, args.episodes, show))
         return
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no such folder")
+    out.parent.mkdir(parents=True, exist_ok=True)  # a wrong path fails before the work
     records = [envs.demonstration(env, args.wrong_turns) for _ in range(args.episodes or 1000)]
     pictures = out.with_suffix("")
     for i, record in enumerate(records):
         if "image" in record:
-            pictures.mkdir(parents=True, exist_ok=True)
+            pictures.mkdir(exist_ok=True)
             record["image"].save(pictures / f"{i}.png")
             record["image"] = f"{pictures.name}/{i}.png"
     write_text(out, json.dumps(records, indent=1))
-    print(f"{len(records)} demonstrations in {args.out}")
+    print(f"{len(records)} demonstrations in {out}")
 
 
 def exit_rank(status: int) -> None:
@@ -1561,7 +1488,6 @@ def exit_rank(status: int) -> None:
     if not status:
         dist.destroy_process_group()
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
 
 
@@ -1589,31 +1515,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # letters outside its encoding become question marks
     first = Parser(add_help=False, allow_abbrev=False)  # options depend on the task
     first.add_argument("--task", default="gp-l")
+    status, message, of_all = 0, "", True  # whether the fault is that of all ranks
     try:
         args = build_parser(first.parse_known_args(argv)[0].task).parse_args(argv)
         for name, (kind, _, option) in args.listed.items():
             if (value := getattr(args, name)) is not None:
                 option.check("--" + name.replace("_", "-"), kind, value)
-    except (ValueError, argparse.ArgumentError) as error:  # the latter: a task's option has a taken name
-        first.error(str(error))
-    args.task = envs.task_name(args.task)
-    for name in {"rewards", "rates"} & vars(args).keys():
-        setattr(args, name, dict(getattr(args, name) or ()))
-    loading = ("rollout_batch", "weights", "train", "recompute")
-    args.loading = {name: getattr(args, name) for name in loading if name in args}
-    prepare(args.threads)
-    status, message, of_all = 0, "", True  # whether the fault is that of all ranks
-    try:
+        args.task = envs.task_name(args.task)
+        for name in {"rewards", "rates"} & vars(args).keys():
+            setattr(args, name, dict(getattr(args, name) or ()))
+        loading = ("rollout_batch", "weights", "train", "recompute")
+        args.loading = {name: getattr(args, name) for name in loading if name in args}
+        prepare(args.threads)
         with ExitStack() as locks:
             if args.command not in ("play", "data") and args.out:  # one command at a time writes to a folder
                 on_rank_0(lambda: locks.enter_context(locked(args.out)))
             args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArgumentError) as error:  # the last: an option has a taken name
         status, message = 2, f"error: {error}"
-    except NotSaved as error:  # of rank 0, which alone writes
+    except (NotSaved, FloatingPointError) as error:  # of rank 0, which alone writes, or of all
         status, message = 1, f"stopped: {error}; what was saved before is kept"
-    except FloatingPointError as error:
-        status, message = 1, f"stopped: non-finite loss or gradient: {error}; the last checkpoint is kept"
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -941,7 +941,7 @@ def short_studies():
         for task, study in [*sftrl.STUDIES.items(), ("look", sftrl.LOOK)]:
             rl = replace(study.rl, episodes=8, minibatch_size=4, max_new_tokens=4)
             sizes = {"base": replace(study.base, batch_size=8), "init": study.init | {"batch_size": 8}}
-            sizes |= {"sft": replace(study.sft, batch_size=8), "rl": rl, "max_new_tokens": 4}
+            sizes |= {"sft": replace(study.sft, batch_size=8), "rl": rl}
             sizes |= {
                 "count": 2 if task == "gp-l" else 1,
                 "verify_iter": 1 if task == "virl-vl" else study.verify_iter,
@@ -1238,7 +1238,7 @@ sft --out x --wrong-turns 9: 9 wrong turns leave no reply
 play --rewards correct: --rewards
 play --cards 'A A A A': cannot make
 play --save x.png: no picture
-data --out /nonexistent/x.json: /nonexistent"""
+data --out /dev/null/x.json: /dev/null"""
 
 
 @pytest.mark.parametrize("line", WRONG.splitlines())
