@@ -108,16 +108,19 @@ def accumulate(policy, out):
 
 @pytest.fixture(scope="module")
 def one_and_two(tmp_path_factory):
-    """The folders of one process and of two."""
+    """The folders of one process and of two, which train at the same time."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    policies = {name: make_policy(kind) for name, (kind, _) in CASES.items()}
+    for name, policy in policies.items():
+        policy.save(one / name / "start")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, (kind, task) in CASES.items():
-        policy = make_policy(kind)
-        policy.save(one / name / "start")
-        train(policy, task, one / name)
+    with subprocess.Popen(command(2, HERE, one, two), stderr=subprocess.PIPE, text=True) as ranks:
+        for name, policy in policies.items():
+            train(policy, CASES[name][1], one / name)
+        error = ranks.communicate(timeout=300)[1]
     torch.set_num_threads(threads)
-    torchrun(2, HERE, one, two)
+    assert ranks.returncode == 0, error[-3000:]
     return one, two
 
 

@@ -806,8 +806,9 @@ def test_killed_run_resumes_bit_identically(tmp_path, stage, kills, fails):
     whole, broken, chance = tmp_path / "whole", tmp_path / "broken", random.Random(kills)
     size = PPO if stage == "ppo" else "sft --batch-size 8 --lr 1e-3"
     command = f"{size} --steps {4 * kills} --checkpoints {2 * kills} --threads 1 --model {tmp_path}/model"
-    assert run(f"{command} --out {whole}") == 0
-    words = [sys.executable, str(ROOT / "sftrl.py"), *command.split(), "--out", str(broken)]
+    words = [sys.executable, str(ROOT / "sftrl.py"), *command.split(), "--out"]
+    unbroken = subprocess.Popen([*words, str(whole)], stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    words.append(str(broken))
     assert interrupted(words, broken, signal.SIGINT, 0.1) == 130
     steps = torch.load(broken / "resume.pt", weights_only=True)["step"]
     assert steps == sftrl.read_lines(broken / "metrics.jsonl")[-1]["step"] > 0
@@ -818,7 +819,7 @@ def test_killed_run_resumes_bit_identically(tmp_path, stage, kills, fails):
             sftrl.Policy.load(str(checkpoint))
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "half a li')
-    assert run(f"{command} --out {broken}") == 0
+    assert run(f"{command} --out {broken}") == 0 == unbroken.wait()
     last = f"checkpoint-{4 * kills}"
     for name in ("model.safetensors", "value_head.safetensors"):
         assert (broken / last / name).read_bytes() == (whole / last / name).read_bytes()
