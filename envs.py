@@ -1549,6 +1549,7 @@ def _destination(record: dict) -> str:
     return f"The destination {name}" if isinstance(name, str) else "The destination"
 
 
+@cache
 def _landmark_of(otherwise: str, text: str) -> str:
     """What is seen at the end of a leg; `otherwise` if the file has no landmark."""
     landmark = text.strip().rstrip(".")
@@ -1822,6 +1823,7 @@ class City:
             "milestone_info": "\n".join(blocks),
         }
 
+    @cache
     def _milestone(self, number: int, a: Crossing, b: Crossing, last: bool) -> str:
         whole, landmark = round(self._heading(a, b)) % 360, NOTHING
         if sign := self.landmarks.get(b):
@@ -2186,7 +2188,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def one_line(value: Any) -> str:
-    """As one line, cut at 200 characters."""
+    """In one line, cut short."""
     return " ".join(str(value).split())[:200]
 
 

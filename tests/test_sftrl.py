@@ -553,7 +553,7 @@ def test_position_limit(tmp_path, fails, prints):
         return policy
 
     # All demonstrations must fit before anything is trained or measured, not the first one alone.
-    far, env, out = policy_of(999), envs.make("gp-l", n_cards=5), tmp_path / "run"
+    far, env, out = policy_of(999), envs.make("gp-l", target=18), tmp_path / "run"
     small = "--episodes 2 --minibatch-size 2 --max-new-tokens 4"
     for command, seeds in (
         (f"sft --out {out} --steps 12 --batch-size 1", [f"sft/0/{k}/0" for k in range(12)]),
@@ -564,7 +564,7 @@ def test_position_limit(tmp_path, fails, prints):
         first, *lengths = map(len, far.streams(records))
         reach = max(lengths) - 1
         policy_of(reach)
-        error = fails(f"{command} --model {model} --n-cards 5")
+        error = fails(f"{command} --model {model} --target 18")
         assert f"a demonstration has {reach + 1} tokens, but the positions of GPT2LMHeadModel" in error
         assert first <= reach and f"reach no farther than {reach}" in error and not out.exists()
 
@@ -959,7 +959,7 @@ def cards(short_studies, tmp_path_factory):
     """The folder of a study of gp-l, and the command that goes on with it."""
     folder = tmp_path_factory.mktemp("cards")
     command = f"study --out {folder} --scale 0.001 --hands 4 --threads 1"
-    assert run(f"{command} --seeds 2") == 0
+    assert run(f"{command} --seeds 2 --workers 2") == 0
     return folder, command
 
 
@@ -993,7 +993,7 @@ def test_study_and_its_repetition(cards, monkeypatch, prints):
 def test_workers_measure_the_same(cards, tmp_path):
     folder, command = cards
     shutil.copytree(folder / "base", tmp_path / "base")
-    assert run(f"{command.replace(str(folder), str(tmp_path))} --seeds 1 --workers 2") == 0
+    assert run(f"{command.replace(str(folder), str(tmp_path))} --seeds 1 --workers 1") == 0
     one, two = (sftrl.read_lines(path / "results.jsonl") for path in (folder, tmp_path))
     one = [p for p in one if p["seed"] < 1 and p["experiment"] == "main"]
     assert sorted(map(str, one)) == sorted(map(str, two))
