@@ -176,7 +176,7 @@ def best_device() -> torch.device:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the GPU's or the machine's memory is used up."""
-    kinds = MemoryError, torch.OutOfMemoryError, BrokenExecutor  # the last: the kernel killed a worker
+    kinds = MemoryError, torch.OutOfMemoryError, BrokenExecutor  # the last: a worker was killed
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
@@ -296,7 +296,7 @@ def shard_like(p: Tensor, x: Tensor) -> Tensor:
 
 
 class Policy(ppo.Policy):
-    """The policy of ppo.py, loaded and saved in Hugging Face format, and on FSDP's shards after `shard()`.
+    """The policy of ppo.py, loaded and saved in Hugging Face format, and on FSDP's shards (`load_shards`).
     `pictures`: whether the model must read pictures."""
 
     def __init__(self, model, processor, pictures: bool = False, **options):
@@ -345,8 +345,8 @@ class Policy(ppo.Policy):
     def load_shards(
         cls, name: str, param_dtype: torch.dtype, train: str = "all", recompute: bool = False, **options
     ) -> "Policy":
-        """`load`, `set_trainable` and `shard` in one: rank 0 alone reads files, and broadcasts tensor by
-        tensor, or its error. A collective call."""
+        """`load` and `set_trainable`, on FSDP2's shards of every block, then of the root. Rank 0 alone reads
+        files, and broadcasts tensor by tensor, or its error. A collective call."""
         source: dict[str, Tensor] = {}  # on rank 0; some buffers (RoPE frequencies) are in no checkpoint
 
         def read() -> tuple:
@@ -359,7 +359,13 @@ class Policy(ppo.Policy):
             model = architecture(config)
         model.generation_config = generation
         policy = cls(model, processor, **options).to("meta")
-        policy.set_trainable(train, recompute).shard(param_dtype)
+        policy.set_trainable(train, recompute)
+        precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+        for block in reversed(policy._blocks()):  # inner ones first
+            fully_shard(block, mp_policy=precision)
+        fully_shard(policy.value_head)  # stays in fp32
+        policy.sharded = True
+        fully_shard(policy, mp_policy=precision)
         policy.to_empty(device=best_device())
         policy.model.tie_weights()
         for key, p in (*policy.named_parameters(), *policy.named_buffers()):
@@ -374,7 +380,7 @@ class Policy(ppo.Policy):
             return policy
 
     def set_trainable(self, train: str = "all", recompute: bool = False) -> "Policy":
-        """Sets the trained part (of TRAINED) and activation checkpointing (`recompute`); before `shard`."""
+        """Sets the trained part (of TRAINED) and activation checkpointing (`recompute`); before sharding."""
         modules = {"adapter": {"multi_modal_projector", "merger"}}
         modules["tower"] = {"vision_tower", "vision_model", "visual"}
         for name, p in self.model.named_parameters():
@@ -388,15 +394,6 @@ class Policy(ppo.Policy):
     def _blocks(self) -> list[nn.Module]:
         return [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
 
-    def shard(self, param_dtype: torch.dtype) -> "Policy":
-        """FSDP2 on every block, then the root. The value head stays in fp32."""
-        precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-        for block in reversed(self._blocks()):  # inner ones first
-            fully_shard(block, mp_policy=precision)
-        fully_shard(self.value_head)
-        self.sharded = True
-        return fully_shard(self, mp_policy=precision)
-
     def _gather(self, x: Tensor) -> Tensor | None:
         """The whole tensor, on rank 0's CPU alone. A collective call."""
         x = x.detach()
@@ -406,7 +403,8 @@ class Policy(ppo.Policy):
     def save(self, folder: Path) -> None:
         """Writes the model in Hugging Face format and the value head. A collective call: rank 0 gathers the
         weights in host memory."""
-        whole = {x: self._gather(x) for x in self.state_dict(keep_vars=True).values()}  # tied: one entry
+        parameters = dict.fromkeys(self.state_dict(keep_vars=True).values())  # tied weights have two names
+        whole = {x: self._gather(x) for x in parameters}
         if self.rank == 0:
             model, head = (
                 {name: whole[x].contiguous() for name, x in part.state_dict(keep_vars=True).items()}
@@ -665,11 +663,12 @@ def resume(folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimiz
         return step, flops
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        config = {"settings": settings, "versions": versions | {"python": sys.version}}
+        versions = {"python": sys.version, "torch": torch.__version__}
+        versions["transformers"] = transformers.__version__
+        config = {"settings": settings, "versions": versions, "git": None}
         command = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
         with suppress(OSError):  # no git
-            config["git"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            config["git"] = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
         write_text(folder / "config.json", json.dumps(config, indent=1))
     for path in checkpoints(folder):
         if step_of(path) > step:
@@ -677,15 +676,6 @@ def resume(folder: Path, settings: dict, policy: Policy, optimizers: ppo.Optimiz
     for name in ("metrics.jsonl", "samples.jsonl"):
         write_lines(folder / name, [line for line in read_lines(folder / name) if line["step"] <= step])
     return step, flops
-
-
-def save_state(folder: Path, policy: Policy, optimizers: ppo.Optimizers, **position: float) -> None:
-    """Writes resume.pt (`position`: step and flops). Randomness, a function of (seed, step), has no state. A
-    collective call."""
-    tensors = policy.state(optimizers)
-    if policy.rank == 0:
-        with atomic_write(folder / "resume.pt") as temporary:
-            torch.save({"tensors": tensors, **position}, temporary)
 
 
 def append_line(path: Path, line: dict) -> None:
@@ -770,7 +760,11 @@ def train_run(
                     policy.save(temporary)
             interrupted = policy.largest(bool(signals))  # on any rank
             if due or interrupted or step % save_every == 0:
-                save_state(folder, policy, optimizers, step=step, flops=metrics["flops"])
+                # Randomness, a function of (seed, step), has no state.
+                state = {"tensors": policy.state(optimizers), "step": step, "flops": metrics["flops"]}
+                if writes:
+                    with atomic_write(folder / "resume.pt") as temporary:
+                        torch.save(state, temporary)
                 for old in checkpoints(folder)[:-keep] if keep and writes else ():
                     remove(old)
             if interrupted:
@@ -985,10 +979,11 @@ class StudyRun:
     out: Path
     loading: dict  # options of `load_policy`
     workers: int = 1
-    pool: ProcessPoolExecutor | None = None  # of so many workers, which share the arms
+    pool: ProcessPoolExecutor | None = None  # of so many workers, which run the jobs
 
     def __post_init__(self):
         self.quarter = max(2, self.study.hands // 4)  # for earlier checkpoints
+        self.prefix = f"{self.out}{os.sep}"  # left out of what is written, for the folder may move
         self.results = read_lines(self.out / "results.jsonl")
         self.cls = envs.task_class(self.task)
         self.options = {"verify_iter": self.study.verify_iter} | self.study.options
@@ -1012,10 +1007,6 @@ class StudyRun:
             return [self.study.model]
         return checkpoints(self.out / (name if name == "base" else f"seed-{seed}/{name}"))
 
-    def relative(self, model: str | Path) -> str:
-        """A checkpoint's path in the study's folder, which may move; another model's name."""
-        return str(model.relative_to(self.out) if isinstance(model, Path) else model)
-
     # ---- training
 
     def train_base(self) -> None:
@@ -1029,11 +1020,13 @@ class StudyRun:
     def train(self, arm: Arm, seed: int) -> None:
         """One arm, unless it is finished."""
         self.reference.cache_clear()  # training needs its memory
+        torch.manual_seed(seed)  # of a new value head
         start, _, number = arm.start.partition("@")
         found = self.checkpoints(start, seed)
         model = found[: int(number or len(found))][-1]
         config, make = self.study.config(arm), partial(self.environment, **arm.environment)
-        settings = {"task": self.task, "arm": arm.name, "model": self.relative(model), "seed": seed}
+        settings = {"task": self.task, "arm": arm.name, "seed": seed}
+        settings["model"] = str(model).removeprefix(self.prefix)
         settings |= {"options": self.options | arm.environment, "records": arm.records}
         settings |= self.loading | arm.loading
         if arm.algorithm == "sft":
@@ -1053,12 +1046,12 @@ class StudyRun:
         return evaluate.Reference(self.load(str(self.checkpoints("init", seed)[-1])))
 
     def measure(self, arm: Arm, seed: int, number: int, experiment: str) -> None:
-        """Evaluates an arm's checkpoint, by its number, at the points (hands, series, variant, temperature)
-        that results.jsonl lacks; writes two episodes of each to transcripts.jsonl."""
+        """Evaluates checkpoint `number` (from 1) of an arm, at the points (hands, series, variant,
+        temperature) that results.jsonl lacks; writes two episodes of each to transcripts.jsonl."""
         study, paths = self.study, self.checkpoints(arm.name, seed)
         if number > len(paths) or number < len(paths) and not arm.curve:
             return
-        path, line, policy = paths[number - 1], {"step": 0, "flops": 0.0}, None
+        path, line = paths[number - 1], {"step": 0, "flops": 0.0}
         temperatures = study.temperatures if arm.temperatures is None else arm.temperatures
         points = [(study.hands, arm.series, v, t) for t in temperatures for v in self.cls.variants]
         if number < len(paths) or not points:
@@ -1070,30 +1063,31 @@ class StudyRun:
         budget = arm.verify_iter or study.verify_iter
         same = {"arm": arm.name, "seed": -1 if arm.name == "base" else seed, "step": line["step"]}
         same |= {"verify_iter": budget, "pictures": arm.pictures}
+        names = "episodes", "series", "variant", "temperature"
+        points = [p for p in points if not evaluate.find(self.results, **same, **dict(zip(names, p)))]
+        if not points:
+            return
+        policy = self.load(str(path))
         with progress_bar(f"seed-{seed}/{arm.name} evaluation {number}", len(points)) as show:
-            for done, (hands, series, variant, temperature) in enumerate(points):
-                show(done)
-                key = same | {"series": series, "temperature": temperature, "variant": variant}
-                if evaluate.find(self.results, **key, episodes=hands):
-                    continue
-                policy = policy or self.load(str(path))
+            for done, (hands, series, variant, temperature) in enumerate(points, 1):
                 reference = self.reference(seed) if temperature > 0 and arm.pictures == "own" else None
                 environments = [self.environment(variant, series, verify_iter=budget) for _ in range(hands)]
                 how = temperature, study.rl.max_new_tokens, series, reference
                 result, episodes = evaluate.evaluate(policy, environments, *how, pictures=arm.pictures)
+                key = same | {"series": series, "temperature": temperature, "variant": variant}
                 point = {"task": self.task, "experiment": experiment, **key, "flops": line["flops"], **result}
-                self.results.append(point | {"checkpoint": self.relative(path)})
+                self.results.append(point | {"checkpoint": str(path).removeprefix(self.prefix)})
                 append_line(self.out / "results.jsonl", self.results[-1])
                 for episode in episodes[:2]:
                     append_line(self.out / "transcripts.jsonl", key | episode.transcript())
+                show(done)
 
     # ---- experiments
 
     def compare(self, experiments: Sequence[str], seeds: int, note: str) -> None:
         """Trains and evaluates all arms of experiments; reports after every seed, and prints the claims."""
-        for name in ("results.jsonl", "transcripts.jsonl"):
-            if policy_rank() == 0:  # drops a line that a kill cut short
-                write_lines(self.out / name, read_lines(self.out / name))
+        for name in ("results.jsonl", "transcripts.jsonl") if policy_rank() == 0 else ():
+            write_lines(self.out / name, read_lines(self.out / name))  # without a line that was cut short
         jobs = [job for seed in range(seeds) for name in experiments for job in self.jobs(name, seed)]
         for seed in range(seeds):
             while any(seed == job[2] for job in (*jobs, *self.running.values())):
@@ -1109,23 +1103,24 @@ class StudyRun:
                 print(f"\n{self.report(range(seed + 1), note)}", flush=True)
 
     def jobs(self, experiment: str, seed: int) -> list[tuple]:
-        """Methods of this class with their arguments."""
+        """Methods and their arguments: trainings, then the evaluation of each checkpoint."""
         arms = main_arms(self.study)[: 1 if experiment == "frontier" else 3]
         arms += arms_of(self.study, experiment, self.cls)
         jobs = [(self.train, arm, seed) for arm in arms]
-        for arm in [Arm("base", checkpoints=1, temperatures=())] * (experiment == "main") + arms:
+        for arm in [Arm("base", checkpoints=1, temperatures=())] * (experiment == "main" and not seed) + arms:
             for number in range(1, (arm.checkpoints or self.study.count) + 1):
                 jobs.append((self.measure, arm, seed, number, experiment))
         return jobs
 
     def advance(self, jobs: list[tuple]) -> None:
-        """Does the first job; with a pool, starts jobs while workers are free, until one ends. A job waits
-        for earlier ones on its checkpoint, and for the training of its arm and of the start."""
+        """Runs the first job; with a pool, gives jobs to free workers until one ends. A job waits for earlier
+        ones on its checkpoint, for the training of its arm, and for that of the arm's start or of the init,
+        from which distances are measured."""
         busy = {(arm.name, *rest[:2]) for _, arm, *rest in self.running.values()}
         for job in list(jobs):
             work, arm, seed, *rest = job
             key = arm.name, seed, *rest[:1]
-            needed = {key, key[:2], (arm.start.partition("@")[0], seed)}
+            needed = {key, key[:2], ("init" if rest else arm.start.partition("@")[0], seed)}
             if len(self.running) < self.workers and not busy & needed:
                 jobs.remove(job)
                 if not self.pool:
@@ -1182,7 +1177,6 @@ class Parser(ArgumentParser):
 
 _MODEL = Option("tiny, tiny-streets, a folder or a Hub id")
 _TASKS = f"the task: {', '.join(envs.TASKS)}, or FILE.py:CLASS; --task NAME --help shows its options"
-_WORKERS = "arms side by side on CPUs, each with its share of the threads; None: 2 a seed for the tiny model"
 _WEIGHTS = "of the model in training; bfloat16: stochastic rounding, half the memory, one process"
 # By commands and name: type, default (...: required), help and limits.
 OPTIONS: dict[str, dict] = {
@@ -1193,7 +1187,7 @@ OPTIONS: dict[str, dict] = {
     },
     "study": {
         "seeds": (int, 3, Option("number of seeds after the base", least=1)),
-        "workers": (int, None, Option(_WORKERS, least=1)),
+        "workers": (int, 1, Option("arms in parallel, each in a process with its share of threads", least=1)),
         "out": (Path, Path("runs/study"), Option("the study folder", metavar="DIR")),
         "model": (str, "tiny", Option("tiny (the task's built-in model), or a folder or Hub id as the base")),
         "hands": (int, None, Option("evaluation hands, or routes, per point; None: the task's", least=2)),
@@ -1334,23 +1328,33 @@ def command_study(args: Namespace) -> None:
     """The whole comparison: base, SFT init, then SFT and RL at equal compute, evaluation, report."""
     known, (study, note) = experiments_of(args.cls), study_of(args)
     chosen = [name for name in known if name != "look"] if args.experiment == "all" else [args.experiment]
-    cores, ranks = torch.get_num_threads(), dist.is_initialized()
-    if args.workers and ranks:
-        raise ValueError("--workers shares arms among processes: it is not for torchrun")
-    small = study.model in TINY_MODELS and not (ranks or torch.cuda.is_available())
-    workers = args.workers or (min(cores, 2 * args.seeds) if small else 1)
-    spawn, threads = multiprocessing.get_context("spawn"), max(1, cores // workers)
-    pool = ProcessPoolExecutor(workers, spawn, start_worker, (threads,)) if workers > 1 else nullcontext()
+    workers, pool = args.workers, nullcontext()
+    if workers > 1:
+        if dist.is_initialized():
+            raise ValueError("--workers cannot be combined with torchrun")
+        spawn, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // workers)
+        pool = ProcessPoolExecutor(workers, spawn, start_worker, (threads,))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C, workers save
     with pool as executor:
         run = StudyRun(args.task, study, args.out, args.loading, workers, executor)
         try:
             if study.base:
                 run.train_base()
             run.compare(chosen, args.seeds, note)
-        except BaseException:  # the other workers end, once they have saved
-            for process in multiprocessing.active_children():
-                process.terminate()
+        except BaseException:  # stops the other workers; those in training save first
+            while children := multiprocessing.active_children():
+                for process in children:
+                    process.terminate()
+                    process.join(2)
             raise
+
+
+def start_worker(threads: int) -> None:
+    """Sets up a process of the pool. It ends with its parent; after Ctrl-C the parent terminates it."""
+    prepare(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def command_sft(args: Namespace) -> None:
@@ -1373,14 +1377,6 @@ def command_ppo(args: Namespace) -> None:
 
 # Arguments that may change when a run is resumed: no number depends on them.
 NO_SETTINGS = "command run out threads checkpoints keep recompute loading listed cls".split()
-
-
-def start_worker(threads: int) -> None:
-    """Prepares a process of a pool. It ends with its parent, which gets Ctrl-C too, and terminates it."""
-    prepare(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def train_as_asked(args: Namespace, config: type, data: Callable, pictures: bool) -> None:
@@ -1531,16 +1527,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.command not in ("play", "data") and args.out:  # one command at a time writes to a folder
                 on_rank_0(lambda: locks.enter_context(locked(args.out)))
             args.run(args)
-    except (ValueError, OSError, ArgumentError) as error:  # the last: an option has a taken name
+    except (ValueError, OSError, ArgumentError) as error:  # the last: a task's option has a taken name
         status, message = 2, f"error: {error}"
-    except (NotSaved, FloatingPointError) as error:  # of rank 0, which alone writes, or of all
+    except (NotSaved, FloatingPointError) as error:  # on rank 0, which alone writes, or on all
         status, message = 1, f"stopped: {error}; what was saved before is kept"
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         smaller = "lower --microbatch-size, --rollout-batch, --max-new-tokens or --workers"
         other = "--recompute, --weights bfloat16 or more processes"
-        status, message, of_all = 1, f"out of memory: {smaller}, or try {other}", False
+        status, message, of_all = (
+            1,
+            f"out of memory, or a worker was killed: {smaller}, or try {other}",
+            False,
+        )
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command resumes from the last saved state"
     if status and not (of_all and policy_rank()):

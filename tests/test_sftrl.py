@@ -888,7 +888,7 @@ def test_out_of_memory(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, free)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("sftrl: out of memory: lower --microbatch-size")
+    assert error.startswith("sftrl: out of memory, or a worker was killed: lower --microbatch-size")
 
 
 def test_keep_newest_checkpoints_and_foreign_files(tmp_path, monkeypatch, capsys):
@@ -993,7 +993,7 @@ def test_study_and_its_repetition(cards, monkeypatch, prints):
 def test_workers_measure_the_same(cards, tmp_path):
     folder, command = cards
     shutil.copytree(folder / "base", tmp_path / "base")
-    assert run(f"{command.replace(str(folder), str(tmp_path))} --seeds 1 --workers 1") == 0
+    assert run(f"{command.replace(str(folder), str(tmp_path))} --seeds 1") == 0
     one, two = (sftrl.read_lines(path / "results.jsonl") for path in (folder, tmp_path))
     one = [p for p in one if p["seed"] < 1 and p["experiment"] == "main"]
     assert sorted(map(str, one)) == sorted(map(str, two))
@@ -1052,7 +1052,7 @@ def test_frontier(cards, prints):
 
 
 def test_look(short_studies, tmp_path, prints):
-    out = prints(f"study --experiment look --out {tmp_path} --seeds 1 --scale 0.001 --hands 90 --workers 1")
+    out = prints(f"study --experiment look --out {tmp_path} --seeds 1 --scale 0.001 --hands 90")
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     ends = [p for p in lines if p["variant"] == "rule" and p["episodes"] == 90]
     assert {p["arm"] for p in ends} == {*ARMS, "sft-tenth"} and {p["distinct"] for p in ends} == {86}
@@ -1077,7 +1077,7 @@ STUDIED = {  # by task, what the report says
 
 @pytest.mark.parametrize("task", ["gp-vl", pytest.param("virl-l", marks=SLOW), "virl-vl"])
 def test_study_of_other_tasks(short_studies, task, tmp_path):
-    assert run(f"study --task {task} --out {tmp_path} --seeds 1 --scale 0.0005 --hands 2 --workers 1") == 0
+    assert run(f"study --task {task} --out {tmp_path} --seeds 1 --scale 0.0005 --hands 2") == 0
     lines, report = sftrl.read_lines(tmp_path / "results.jsonl"), (tmp_path / "report.md").read_text()
     for variant in envs.TASKS[task].variants:
         assert {p["arm"] for p in lines if p["variant"] == variant} == {"base", *ARMS}
@@ -1094,7 +1094,7 @@ def test_study_of_other_tasks(short_studies, task, tmp_path):
 @SLOW
 def test_frozen_parts_and_control_pictures(short_studies, tmp_path):
     for name in ("recognition", "sft-search"):
-        command = f"study --task gp-vl --out {tmp_path} --seeds 1 --scale 0.002 --hands 8 --workers 1"
+        command = f"study --task gp-vl --out {tmp_path} --seeds 1 --scale 0.002 --hands 8"
         assert run(f"{command} --experiment {name}") == 0
     lines = sftrl.read_lines(tmp_path / "results.jsonl")
     assert {p["pictures"] for p in lines if p["arm"] == "rl"} == {"own", "blank", "shuffled"}
@@ -1108,7 +1108,7 @@ def test_frozen_parts_and_control_pictures(short_studies, tmp_path):
 
 @SLOW
 def test_killed_study_measures_the_same(tmp_path):
-    command = "study --seeds 1 --scale 0.01 --hands 8 --threads 2 --out"
+    command = "study --seeds 1 --scale 0.01 --hands 8 --threads 1 --workers 2 --out"
     start = time.monotonic()
     cli(f"{command} {tmp_path}/whole")
     length, chance, kills = time.monotonic() - start, random.Random(0), 0
@@ -1123,7 +1123,7 @@ def test_killed_study_measures_the_same(tmp_path):
         [p | {"checkpoint": ""} for p in sftrl.read_lines(tmp_path / name / "results.jsonl")]
         for name in ("whole", "broken")
     )
-    assert whole == broken
+    assert sorted(map(str, whole)) == sorted(map(str, broken))
     assert (tmp_path / "broken/report.md").read_text() == (tmp_path / "whole/report.md").read_text()
 
 
