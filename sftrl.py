@@ -687,7 +687,10 @@ def append_line(path: Path, line: dict) -> None:
 
 def trainer(policy: Policy, config, data: Callable) -> tuple[ppo.Optimizers, Callable]:
     """Optimizers, and sft.train or ppo.train as a function of step and FLOPs. Raises ValueError for
-    demonstrations that the policy cannot read."""
+    sizes that ranks cannot share and demonstrations that the policy cannot read."""
+    for name in ("batch_size", "episodes", "minibatch_size"):
+        if (size := getattr(config, name, 0)) % policy.world:
+            raise ValueError(f"--{name.replace('_', '-')} {size} cannot be shared by {policy.world} ranks")
     adam = config.betas, config.eps, config.weight_decay
     if isinstance(config, sft.SFTConfig):
         policy.check_lengths(map(data, range(config.steps)), config.flops)
@@ -738,9 +741,6 @@ def train_run(
     if ended.intersection(map(step_of, checkpoints(folder))):
         return
     policy = load()
-    for name in ("batch_size", "episodes", "minibatch_size"):
-        if (size := getattr(config, name, 0)) % policy.world:
-            raise ValueError(f"--{name.replace('_', '-')} {size} cannot be shared by {policy.world} ranks")
     optimizers, train = trainer(policy, config, data)
     step, flops = resume(folder, settings, policy, optimizers)
     progress = max(step / config.steps, flops / config.flops)
@@ -1536,11 +1536,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         smaller = "lower --microbatch-size, --rollout-batch, --max-new-tokens or --workers"
         other = "--recompute, --weights bfloat16 or more processes"
-        status, message, of_all = (
-            1,
-            f"out of memory, or a worker was killed: {smaller}, or try {other}",
-            False,
-        )
+        status, of_all = 1, False
+        message = f"out of memory, or a worker was killed: {smaller}, or try {other}"
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command resumes from the last saved state"
     if status and not (of_all and policy_rank()):
